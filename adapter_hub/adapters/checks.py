@@ -1,0 +1,178 @@
+"""Does this adapter fit the base, and does it act? Asked before anything is stored.
+
+What should be there is not computed here again: PEFT itself is put on a model without weights, and its keys and shapes are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
+from adapter_hub.base_model import BaseKind, FrozenBase
+from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
+
+PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
+
+_AUTO: dict[tuple[BaseKind, TaskType | None], tuple[Any, ...]] = {
+    (BaseKind.ENCODER, TaskType.SEQ_CLS): (AutoModelForSequenceClassification,),
+    (BaseKind.ENCODER, TaskType.TOKEN_CLS): (AutoModelForTokenClassification,),
+    (BaseKind.ENCODER, TaskType.FEATURE_EXTRACTION): (AutoModel,),
+    (BaseKind.ENCODER, None): (AutoModel,),
+    (BaseKind.CAUSAL, TaskType.SEQ_CLS): (AutoModelForSequenceClassification,),
+    (BaseKind.CAUSAL, TaskType.TOKEN_CLS): (AutoModelForTokenClassification,),
+    (BaseKind.CAUSAL, TaskType.CAUSAL_LM): (AutoModelForCausalLM,),
+    (BaseKind.CAUSAL, TaskType.FEATURE_EXTRACTION): (AutoModel, AutoModelForCausalLM),
+    (BaseKind.CAUSAL, None): (AutoModel, AutoModelForCausalLM),
+    (BaseKind.SEQ2SEQ, TaskType.SEQ_2_SEQ_LM): (AutoModelForSeq2SeqLM,),
+}
+
+
+def skeletons(base: FrozenBase, task_type: TaskType | None, outputs: int = 2) -> Iterator[PreTrainedModel]:
+    """The models, without weights, on which an adapter of this task type may have been trained. Raises WrongBase for none."""
+    autos = _AUTO.get((base.kind, task_type))
+    if autos is None:
+        raise WrongBase(f"a {task_type or 'plain'} adapter cannot run on {base.id!r}, which is {base.kind}.", hint="Register it with a fitting base.")
+    for auto in autos:
+        config = copy.deepcopy(base.model.config)
+        config.num_labels = outputs
+        config.pad_token_id = base.tokenizer.pad_token_id
+        try:
+            with torch.device("meta"):
+                yield auto.from_config(config, dtype=base.dtype, trust_remote_code=False)
+        except ValueError as error:
+            raise WrongBase(f"transformers has no {auto.__name__} for {base.model.config.model_type!r}.", hint="Use another base.") from error
+
+
+def check_fits(adapter: Adapter, base: FrozenBase) -> None:
+    """Every tensor has its place in the base, every place that the config names has its tensor, and the shapes are equal.
+
+    Raises DoesNotFit naming the first difference, WrongBase, UnsupportedOption.
+    """
+    outputs = outputs_of(adapter.head) if adapter.head else 2
+    found = {_canonical(base, key): tensor for key, tensor in adapter.tensors.items()}
+    faults = [_first_fault(_expected(adapter, base, model), found) for model in skeletons(base, adapter.task_type, outputs)]
+    if None not in faults:
+        raise DoesNotFit(f"{faults[0]}.", hint="It was trained on another model, or its config and weights do not belong together.")
+    inside = {base.canonical(name) for name in base.model.state_dict()}
+    for name in adapter.head:
+        if base.canonical(name) in inside:
+            raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole")
+    for name in adapter.deltas:
+        module = base.modules.get(base.canonical(name))
+        if not isinstance(module, nn.Linear | Conv1D):
+            raise UnsupportedOption("target_modules", name, f"a {type(module).__name__} cannot be adapted, only linear modules")
+
+
+def check_acts(adapter: Adapter, base: FrozenBase) -> float:
+    """The largest change of a hidden state or logit on a probe batch. Raises NoEffect if it is zero or not finite."""
+    with torch.inference_mode():
+        plain = _probe(base)
+        with applied(base, adapter):
+            changed = _probe(base)
+    effect = float((changed - plain).abs().max())
+    if not effect > 0:
+        raise NoEffect(
+            "the adapter leaves the base's output unchanged on a probe batch.",
+            hint="It was never trained (B is zero), or something went wrong when it was saved.",
+        )
+    if not torch.isfinite(changed).all():
+        raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
+    return effect
+
+
+@contextmanager
+def applied(base: FrozenBase, adapter: Adapter) -> Iterator[None]:
+    """While open, every forward of the base has this one adapter: slow and obvious, the reference for the engine. Not for threads."""
+    handles = []
+    try:
+        for name, delta in adapter.deltas.items():
+            module = base.modules[base.canonical(name)]
+            handles.append(module.register_forward_hook(_adding(_in_base_form(delta, base))))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dora_gain(weight: Tensor, delta: LoraDelta) -> Tensor:
+    """m / ‖W + s B A‖ by output (o,), for W (o, i). Raises nothing; m must be there. (Liu et al. 2024, eq. 5; as PEFT computes it.)"""
+    assert delta.magnitude is not None
+    norm = torch.linalg.norm(weight + delta.scaling * (delta.b @ delta.a), dim=1)
+    return delta.magnitude / norm
+
+
+def _adding(delta: LoraDelta) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        update = delta.scaling * (inputs[0] @ delta.a.T @ delta.b.T)
+        if delta.magnitude is None:
+            return output + update
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        bias = 0 if module.bias is None else module.bias
+        gain = dora_gain(weight, delta)  # type: ignore[arg-type]
+        return output + (gain - 1) * (output - bias) + gain * update  # type: ignore[operator]
+
+    return hook
+
+
+def _in_base_form(delta: LoraDelta, base: FrozenBase) -> LoraDelta:
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(base.device, base.dtype)
+
+    return LoraDelta(moved(delta.a), moved(delta.b), delta.scaling, None if delta.magnitude is None else moved(delta.magnitude))
+
+
+def _probe(base: FrozenBase) -> Tensor:
+    inputs = dict(base.tokenize(PROBE))
+    if base.kind is BaseKind.SEQ2SEQ:
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    result = base.model(**inputs)
+    return result.last_hidden_state if base.kind is BaseKind.ENCODER else result.logits  # type: ignore[no-any-return]
+
+
+def _expected(adapter: Adapter, base: FrozenBase, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Canonical key -> shape of every tensor that PEFT would save for this config on this model."""
+    settings = {key: value for key, value in adapter.settings.raw.items() if key in LoraConfig.__dataclass_fields__}
+    settings |= {"inference_mode": True, "init_lora_weights": False, "runtime_config": LoraConfig().runtime_config}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
+            tensors = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DoesNotFit(f"PEFT cannot put this config on {base.id!r}: {error}", hint="It was trained on another model.") from error
+    return {_canonical(base, key): tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _canonical(base: FrozenBase, key: str) -> str:
+    return base.canonical(key.removeprefix(KEY_PREFIX))
+
+
+def _first_fault(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> str | None:
+    for key in sorted(found.keys() - expected.keys()):
+        closest = difflib.get_close_matches(key, expected, n=1)
+        return f"tensor {key!r} has no place in the base" + (f" (closest: {closest[0]!r})" if closest else "")
+    for key in sorted(expected.keys() - found.keys()):
+        return f"the config names {key!r}, and the weights lack it"
+    for key, shape in sorted(expected.items()):
+        if tuple(found[key].shape) != shape:
+            return f"tensor {key!r} has shape {tuple(found[key].shape)}, the base and the config's rank need {shape}"
+    return None

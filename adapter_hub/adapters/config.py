@@ -1,0 +1,127 @@
+"""`adapter_config.json`: which of PEFT's options an adapter may set, and what they mean for each module. No torch.
+
+The list is an allow-list. An option that the engine does not execute is refused by name: ignoring it would answer wrongly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from adapter_hub.errors import CorruptAdapter, UnsupportedOption
+
+
+class TaskType(StrEnum):
+    """PEFT's names for what an adapter does. A config without one gives embeddings on an encoder."""
+
+    SEQ_CLS = "SEQ_CLS"
+    TOKEN_CLS = "TOKEN_CLS"
+    CAUSAL_LM = "CAUSAL_LM"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS})
+
+# Options that only matter while training, and facts about the file itself.
+_INERT = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config", "lora_dropout"}
+    | {"lora_ga_config", "megatron_core", "peft_version", "revision", "runtime_config"}
+)
+_EXECUTED = frozenset(
+    {"exclude_modules", "fan_in_fan_out", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "alpha_pattern"}
+    | {"modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type", "use_dora", "use_rslora"}
+)
+# Initialisations that leave the base's own weights as they are.
+_HARMLESS_INITS = frozenset({"gaussian", "orthogonal", "eva"})
+_OFF: tuple[object, ...] = (None, False, 0, "", "none", [], {})
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The part of a LoRA config that changes what is computed. Names of modules are as the trained model called them."""
+
+    r: int                                         # rank, where rank_pattern says nothing else
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    target_modules: tuple[str, ...] | str | None   # endings of names; or a regular expression or "all-linear"
+    modules_to_save: tuple[str, ...]
+    task_type: TaskType | None
+    base_model_name_or_path: str | None
+    raw: Mapping[str, Any] = field(repr=False)     # the file as it stands
+
+    def rank(self, module: str) -> int:
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """α / r, or α / √r with rsLoRA (Kalajdzievski 2023), by this module's own α and r."""
+        rank = self.rank(module)
+        return float(_by_pattern(self.alpha_pattern, module, self.lora_alpha)) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def parse_config(config: Mapping[str, Any], source: object = "adapter_config.json") -> LoraSettings:
+    """Check every key of PEFT's config. Raises UnsupportedOption by name, CorruptAdapter for values of the wrong form."""
+    if not isinstance(config, Mapping):
+        raise CorruptAdapter(str(source), "it is not a JSON object")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedOption("peft_type", kind, "only LORA adapters are executed")
+    for key, value in config.items():
+        if key not in _EXECUTED and key not in _INERT and not _is_default(key, value):
+            raise UnsupportedOption(key, value)
+    init = config.get("init_lora_weights", True)
+    if not isinstance(init, bool) and init not in _HARMLESS_INITS:
+        raise UnsupportedOption(
+            "init_lora_weights", init, "it alters the base's weights; save with path_initial_model_for_weight_conversion to get a plain LoRA"
+        )
+    task = config.get("task_type")
+    if task is not None and task not in TaskType.__members__:
+        raise UnsupportedOption("task_type", task, f"known are {', '.join(TaskType)}")
+    targets = config.get("target_modules")
+    try:
+        settings = LoraSettings(
+            r=_whole(config["r"]),
+            lora_alpha=float(config["lora_alpha"]),
+            rank_pattern={str(k): _whole(v) for k, v in (config.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+            use_rslora=bool(config.get("use_rslora")),
+            use_dora=bool(config.get("use_dora")),
+            target_modules=targets if targets is None or isinstance(targets, str) else tuple(map(str, targets)),
+            modules_to_save=tuple(config.get("modules_to_save") or ()),
+            task_type=TaskType(task) if task else None,
+            base_model_name_or_path=config.get("base_model_name_or_path") or None,
+            raw=dict(config),
+        )
+        for pattern in (*settings.rank_pattern, *settings.alpha_pattern, *([targets] if isinstance(targets, str) else [])):
+            re.compile(pattern)
+    except KeyError as error:
+        raise CorruptAdapter(str(source), f"it has no {error.args[0]!r}") from error
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise CorruptAdapter(str(source), f"a value has the wrong form ({error})") from error
+    if not math.isfinite(settings.lora_alpha):
+        raise CorruptAdapter(str(source), "lora_alpha is not finite")
+    return settings
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The first pattern that matches the whole name or its end after a dot, as PEFT's get_pattern_key does."""
+    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{value!r} is not a rank")
+    return value
+
+
+def _is_default(key: str, value: object) -> bool:
+    from peft import LoraConfig
+
+    return value in _OFF or value == getattr(LoraConfig(), key, None)

@@ -1,0 +1,164 @@
+"""An adapter in tensors: the low-rank pair of each module it changes, and its head. Read and written as PEFT's two files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapter_hub.adapters.config import HEADED, LoraSettings, TaskType, parse_config
+from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from adapter_hub.errors import CorruptAdapter, DoesNotFit, LabelsRequired, NonFinite, UnsupportedOption
+
+# i inputs of a module, o its outputs, r rank
+KEY_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraDelta:
+    """What is added to one linear module: `scaling · B A x`; with a magnitude, DoRA's column norms (Liu et al. 2024, eq. 5)."""
+
+    a: Tensor                  # (r, i)
+    b: Tensor                  # (o, r)
+    scaling: float
+    magnitude: Tensor | None   # (o,), DoRA only
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """One adapter. Modules are named as in the model it was trained on: `FrozenBase.canonical` finds them in any form of the base."""
+
+    settings: LoraSettings
+    deltas: Mapping[str, LoraDelta]                # module name -> pair
+    head: Mapping[str, Tensor]                     # tensor name in the task's model -> tensor; empty without a head
+    labels: tuple[str, ...] | None                 # names of the head's outputs
+    prompt_template: str | None = None             # with one {text}
+    generation: Mapping[str, Any] = field(default_factory=dict)   # defaults for `generate`
+
+    @property
+    def task_type(self) -> TaskType | None:
+        return self.settings.task_type
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor under PEFT's key."""
+        found = {KEY_PREFIX + name: tensor for name, tensor in self.head.items()}
+        for module, delta in self.deltas.items():
+            found |= {f"{KEY_PREFIX}{module}.lora_A.weight": delta.a, f"{KEY_PREFIX}{module}.lora_B.weight": delta.b}
+            if delta.magnitude is not None:
+                found[f"{KEY_PREFIX}{module}.lora_magnitude_vector"] = delta.magnitude
+        return found
+
+
+def read_adapter(
+    folder: str | Path,
+    *,
+    labels: tuple[str, ...] | None = None,
+    prompt_template: str | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """Read PEFT's two files. Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired."""
+    folder = Path(folder)
+    settings = parse_config(_read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise DoesNotFit(f"tensor {key!r} is {tensor.dtype}, not floating point.", hint="Save the adapter in float32, bfloat16 or float16.")
+        if not torch.isfinite(tensor).all():
+            raise NonFinite(f"tensor {key!r} holds NaN or infinity.", hint="Training diverged: lower the learning rate and train again.")
+    deltas, head = _paired(settings, tensors)
+    _check_labels(settings, head, labels)
+    return Adapter(settings, deltas, head, labels, _checked_template(prompt_template), dict(generation or {}))
+
+
+def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
+    """Write PEFT's two files; `PeftModel.from_pretrained` loads them. Returns the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(dict(adapter.settings.raw), indent=2, sort_keys=True) + "\n")
+    save_file({key: tensor.contiguous() for key, tensor in adapter.tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def outputs_of(head: Mapping[str, Tensor]) -> int:
+    """How many outputs a head has: the rows of its last layer."""
+    weights = sorted((name for name, tensor in head.items() if tensor.ndim == 2), key=lambda name: ("out_proj" in name, name))
+    if not weights:
+        raise DoesNotFit("the adapter's head has no weight matrix.", hint="Save it with modules_to_save naming the head, as PEFT does for SEQ_CLS.")
+    return int(head[weights[-1]].shape[0])
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CorruptAdapter(path, f"it cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CorruptAdapter(path, f"it is not JSON ({error})") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        pickled = path.with_suffix(".bin").exists()
+        raise CorruptAdapter(path, "it does not exist" + ("; there are only pickled weights, and pickle is never read" if pickled else ""))
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptAdapter(path, f"it is not a whole safetensors file ({error})") from error
+
+
+def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LoraDelta], dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    head: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not key.startswith(KEY_PREFIX):
+            raise DoesNotFit(f"tensor {key!r} does not begin with {KEY_PREFIX!r}.", hint="Save the adapter with PEFT's save_pretrained.")
+        name = key.removeprefix(KEY_PREFIX)
+        module, dot, part = name.rpartition(".lora_")
+        part = part.removesuffix(".weight")
+        if not dot:
+            head[name] = tensor
+        elif part in ("A", "B", "magnitude_vector"):
+            parts.setdefault(module, {})[part] = tensor
+        else:
+            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is not a linear module's; only linear modules are adapted")
+    deltas = {}
+    for module, found in sorted(parts.items()):
+        wanted = ("A", "B", "magnitude_vector") if settings.use_dora else ("A", "B")
+        missing = [part for part in wanted if part not in found]
+        if missing or len(found) > len(wanted):
+            state = f"lacks lora_{missing[0]}" if missing else "has a magnitude vector, but use_dora is off"
+            raise DoesNotFit(f"module {module!r} {state}.", hint="Save the adapter again: its tensors and its config disagree.")
+        deltas[module] = LoraDelta(found["A"], found["B"], settings.scaling(module), found.get("magnitude_vector"))
+    if not deltas:
+        raise DoesNotFit("the adapter holds no LoRA tensors.", hint="Save it with PEFT's save_pretrained after training.")
+    return deltas, head
+
+
+def _check_labels(settings: LoraSettings, head: Mapping[str, Tensor], labels: tuple[str, ...] | None) -> None:
+    if settings.task_type not in HEADED:
+        if labels:
+            raise LabelsRequired(f"labels were given, but an adapter of task type {settings.task_type} has no head.", hint="Leave labels out.")
+        return
+    if not head:
+        raise DoesNotFit(f"a {settings.task_type} adapter needs its head, and the file has none.", hint="Train with modules_to_save naming the head.")
+    outputs = outputs_of(head)
+    if not labels:
+        raise LabelsRequired(f"the adapter's head has {outputs} outputs without names.", hint="Pass labels=[…], one for each output, in order.")
+    if len(labels) != outputs:
+        raise LabelsRequired(f"{len(labels)} labels were given for a head of {outputs} outputs.", hint="Name each output once, in order.")
+    if len(set(labels)) != len(labels) or not all(isinstance(label, str) and label for label in labels):
+        raise LabelsRequired("labels must be distinct texts that are not empty.", hint="Name each output once, in order.")
+
+
+def _checked_template(template: str | None) -> str | None:
+    if template is not None and template.count("{text}") != 1:
+        raise DoesNotFit(f"the prompt template {template!r} does not hold {{text}} exactly once.", hint='For example "Question: {text}\\nAnswer:".')
+    return template

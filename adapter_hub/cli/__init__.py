@@ -1,0 +1,5 @@
+"""The command line: `arguments` is what verbs take, `verbs` are the verbs, `console` is what people and programs see."""
+
+from adapter_hub.cli.verbs import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,101 @@
+"""What the verbs take: options that several share, inputs from the command line, files and stdin, and completion.
+
+Nothing here opens a registry: completion reads folder names, so that a press of Tab costs no import.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapter_hub.errors import InvalidInput
+
+JSON = Any
+
+# ---- completion: reads folder names, opens nothing ------------------------------------------------------------------
+
+
+def complete_ref(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of the registry; after an `@`, the versions of that name."""
+    after_verb, before_verb = ctx.params.get("registry"), ctx.find_root().params.get("registry")
+    adapters = Path(after_verb if after_verb not in (None, "registry") else before_verb or "registry") / "adapters"
+    name, at, _ = incomplete.partition("@")
+    try:
+        if at:
+            versions = sorted((int(entry.name) for entry in (adapters / name).iterdir() if entry.name.isdigit()), reverse=True)
+            found = [f"{name}@{tail}" for tail in ("production", *versions)] if versions else []
+        else:
+            found = sorted(entry.name for entry in adapters.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError:
+        return []
+    return [candidate for candidate in found if candidate.startswith(incomplete)]
+
+
+# ---- arguments that several verbs share -----------------------------------------------------------------------------
+
+Registry = Annotated[str, typer.Option("--registry", help="Registry folder, or database URL (or ADAPTER_HUB_REGISTRY).")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Ref = Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@alias.", autocompletion=complete_ref)]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.", autocompletion=complete_ref)]
+Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
+Rate = Annotated[
+    float | None,
+    typer.Option("--max-false-reject", metavar="RATE", min=0, max=1, help="Share of belonging inputs that may be turned away, 0-1."),
+]
+Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Inputs; without any, --file or one a line on stdin.")]
+File = Annotated[str, typer.Option("--file", help="JSONL, CSV or Parquet with `text`, or .txt with one input a line; - is stdin.")]
+Generation = Annotated[str, typer.Option(help='Generation settings as JSON, e.g. {"max_new_tokens": 64}.')]
+
+
+def read_texts(texts: Sequence[str] | None, file: str) -> list[str]:
+    """The inputs of route and predict: from the command line, a file, or stdin. Raises InvalidInput."""
+    if texts and file:
+        raise InvalidInput("both TEXT and --file were given.", hint="Give one of them.")
+    if file and file != "-" and not file.endswith(".txt"):
+        from adapter_hub.examples import read_examples
+
+        return [example.text for example in read_examples(Path(file))]
+    if not texts and not file and sys.stdin.isatty():
+        raise InvalidInput("there is no input.", hint="Give TEXT, --file FILE, or lines on stdin.")
+    try:
+        found = list(texts) if texts else _lines(sys.stdin.read() if file in ("", "-") else Path(file).read_text(encoding="utf-8"))
+        "".join(found).encode("utf-8")    # bytes of an argument that are not UTF-8 arrive as lone surrogates
+    except UnicodeError as error:
+        raise InvalidInput(f"{file or 'the input'} is not UTF-8: {error}.") from error
+    return found
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
+
+
+def json_object(option: str, text: str) -> dict[str, JSON] | None:
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{option} is not JSON: {error}.", hint="""Write '{"key": value}' in single quotes.""") from error
+    if not isinstance(value, dict):
+        raise InvalidInput(f"{option} is not a JSON object.", hint="""Write '{"key": value}'.""")
+    return value
+
+
+def label_names(text: str) -> list[str] | None:
+    """`a,b,c`, or a file that holds a JSON list or one name a line."""
+    if not text:
+        return None
+    if not Path(text).is_file():
+        return [label.strip() for label in text.split(",")]
+    content = Path(text).read_text(encoding="utf-8")
+    if not content.lstrip().startswith("["):
+        return [line.strip() for line in content.splitlines() if line.strip()]
+    try:
+        return [str(label) for label in json.loads(content)]
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"{text} is not a JSON list of label names: {error}.") from error

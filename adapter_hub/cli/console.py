@@ -1,0 +1,198 @@
+"""What people and programs see of a verb's result: JSON documents, tables, lines, a progress bar. Knows nothing of the hub.
+
+It draws plain JSON values, so a new field of a report appears without a change here. rich is imported when something is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JSON = Any
+CELL_CHARS_MAX = 60
+LIST_ITEMS_MAX = 6
+EMPTY: tuple[JSON, ...] = (None, "", [], {})
+
+
+def emit(value: object, as_json: bool, people: Callable[[Any], None]) -> None:
+    """Write a result to stdout: one JSON document for programs, else whatever `people` draws of the same document."""
+    document = plain(value)
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False))
+    else:
+        people(document)
+
+
+def plain(value: object) -> JSON:
+    """JSON values of a fact: what its `to_json` says, numbers that JSON lacks as null, everything else as its text."""
+    to_json = getattr(value, "to_json", None)
+    if callable(to_json):
+        value = to_json()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+# ---- lines and tables -----------------------------------------------------------------------------------------------
+
+
+def line(text: str) -> None:
+    print(shown(text, chars_max=10_000))
+
+
+def facts(document: Mapping[str, JSON]) -> None:
+    """One field a line, nested fields indented."""
+    width = max((len(key) for key in document), default=0)
+    for key, value in document.items():
+        if isinstance(value, Mapping) and value:
+            print(f"{key}:")
+            for name, item in value.items():
+                print(f"  {shown(name)}: {shown(item)}")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            print(f"{key}:")
+            rows(value)
+        else:
+            print(f"{key:{width}}  {shown(value, chars_max=400)}")
+
+
+def rows(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """A table with a column for each field that is filled anywhere."""
+    filled = (key for document in documents for key, value in document.items() if value not in EMPTY)
+    columns = list(dict.fromkeys(filled))
+    table(columns, [[document.get(column) for column in columns] for document in documents])
+
+
+def table(columns: Sequence[str], cells: Sequence[Sequence[JSON]]) -> None:
+    """A table with its numbers to the right. Piped, a row stays one line however long it is."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, show_edge=False, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        values = [row[index] for row in cells if row[index] is not None]
+        number = bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in cells:
+        # Text, not str: markup in a description or an input must stay text.
+        drawn.add_row(*(Text(shown(value)) for value in row))
+    _console().print(drawn)
+
+
+def shown(value: JSON, *, chars_max: int = CELL_CHARS_MAX) -> str:
+    """A value in a cell: short, on one line, and without bytes that a terminal would obey."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if isinstance(value, list):
+        items = [shown(item) for item in value[:LIST_ITEMS_MAX]]
+        return ", ".join(items) + (f", … ({len(value)})" if len(value) > LIST_ITEMS_MAX else "")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={shown(item)}" for key, item in value.items())
+    text = "".join(char if char.isprintable() else " " for char in str(value)).strip()
+    return text if len(text) <= chars_max else text[: chars_max - 1] + "…"
+
+
+# ---- the tables of single verbs -------------------------------------------------------------------------------------
+
+
+def versions(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """One line a version: what it is, where it stands, how to ask for it."""
+    if not documents:
+        line("nothing is registered here. `adapter-hub register` and `adapter-hub learn` add adapters.")
+        return
+    wanted = ("ref", "name", "version", "aliases", "state", "task_type", "labels", "tags", "created_at", "description")
+    kept = [{key: document[key] for key in wanted if key in document} for document in documents]
+    for document in kept:
+        if isinstance(document.get("labels"), list):
+            document["labels"] = len(document["labels"])
+        if "ref" in document:
+            document.pop("name", None)
+            document.pop("version", None)
+    rows(kept)
+
+
+def events(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """What happened to a name, oldest first."""
+    rows([{key: document.get(key) for key in ("at", "kind", "version", "alias", "previous", "reason")} for document in documents])
+
+
+def decisions(documents: Sequence[Mapping[str, JSON]]) -> None:
+    columns = ("text", "adapter", "score", "threshold", "margin", "reason")
+    table(columns, [[document.get(column) for column in columns] for document in documents])
+
+
+def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """Each decision in words: the score against its threshold, then the candidates, best first."""
+    for document in documents:
+        print(shown(document.get("text"), chars_max=200))
+        where = document.get("adapter") or "the base model (the router abstains)"
+        print(f"  goes to {shown(where)}: {shown(document.get('reason'))}")
+        print("  " + ", ".join(f"{key} {shown(document.get(key))}" for key in ("score", "threshold", "margin")))
+        for rank, candidate in enumerate(document.get("candidates") or (), 1):
+            print(f"  {rank}. {shown(candidate.get('adapter'))}  {shown(candidate.get('score'))}")
+        known = {"text", "adapter", "reason", "score", "threshold", "margin", "candidates"}
+        for key, value in document.items():
+            if key not in known and value not in EMPTY:
+                print(f"  {key}: {shown(value, chars_max=400)}")
+
+
+def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:
+    columns = ("text", "adapter", "answer", "score", "reason")
+    table(columns, [[_answer(document) if c == "answer" else document.get(c) for c in columns] for document in documents])
+
+
+def _answer(document: Mapping[str, JSON]) -> JSON:
+    output = document.get("output")
+    if isinstance(output, list) and output and isinstance(output[0], float):
+        return f"vector of {len(output)}"
+    return document.get("label") if output is None else output
+
+
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress_bar(title: str, visible: bool = True) -> Iterator[Callable[[int, float | None], None]]:
+    """A bar on stderr with rows/s and the time left. Yields `show(rows, share)`, share 0-1 or None where unknown."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    rate = TextColumn("{task.fields[rows]:>9,} rows  {task.fields[rate]:>7,.0f} rows/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True, disable=not visible) as bars:
+        task = bars.add_task(title, total=None, rows=0, rate=0.0)
+
+        def show(rows: int, share: float | None) -> None:
+            elapsed_s = bars.tasks[0].elapsed or 0.0
+            bars.update(task, total=None if share is None else 1.0, completed=share or 0.0, rows=rows, rate=rows / max(elapsed_s, 1e-9))
+
+        yield show
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError    # the border of the CLI ends it quietly
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Piped(file=stream, width=None if stream.isatty() else 1_000, highlight=False, soft_wrap=not stream.isatty())

@@ -1,0 +1,441 @@
+"""The command line: one verb a public method of Hub. Parses, prints, maps errors to exit codes; decides nothing.
+
+Help and completion stay quick: torch, SQLAlchemy and the hub itself are imported inside the verbs that need them.
+Exit codes: 0 done; 1 some rows failed, damage was found, or nothing was promoted; 2 bad use; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from adapter_hub.cli.arguments import (
+    AsJson,
+    File,
+    Generation,
+    Name,
+    Rate,
+    Reason,
+    Ref,
+    Registry,
+    Texts,
+    complete_ref,
+    json_object,
+    label_names,
+    read_texts,
+)
+from adapter_hub.cli.console import decisions, emit, events, explanations, facts, line, predictions, progress_bar, versions
+from adapter_hub.errors import HubError, InvalidInput
+
+if TYPE_CHECKING:
+    from adapter_hub.hub import Hub
+    from adapter_hub.training.config import TrainConfig
+
+JSON = Any
+# The libraries' own bars and notices would stand between a person and the answer.
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
+
+
+class _Verbs(TyperGroup):
+    """The border: a HubError becomes one line on stderr and exit code 2; a closed pipe or Ctrl-C ends quietly."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except HubError as error:
+            _fail(str(error))
+        except BrokenPipeError:
+            # `adapter-hub list | head`: point stdout at nothing, or the interpreter complains when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from None
+        except OSError as error:
+            _fail(f"{error.filename}: {error.strerror}." if error.filename else str(error))
+        except KeyboardInterrupt:
+            typer.echo("interrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(BAD_USE)
+
+
+app = typer.Typer(
+    cls=_Verbs, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="A registry of LoRA adapters on one frozen base model, and the router that picks one for each input.",
+)
+
+
+def main() -> None:
+    app(prog_name="adapter-hub")
+
+
+def _verb(name: str, example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a verb; its help ends with the example."""
+    return app.command(name, epilog=f"Example:\n\n\b\n  {example}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(sys.modules["adapter_hub"].__version__)    # imported already: this module is in it
+        raise typer.Exit()
+
+
+@app.callback()
+def _before_the_verb(
+    ctx: typer.Context,
+    registry: Annotated[str, typer.Option(help="Registry folder, or database URL.", envvar="ADAPTER_HUB_REGISTRY")] = "registry",
+    artifacts: Annotated[str, typer.Option(help="Folder of the files, where --registry is a URL.", envvar="ADAPTER_HUB_ARTIFACTS")] = "",
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1.", envvar="ADAPTER_HUB_DEVICE")] = "cpu",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    ctx.obj = {"artifacts": artifacts or None, "device": device}
+    # A --registry before the verb is the default of the one after it.
+    ctx.default_map = {verb: {"registry": registry} for verb in ctx.command.list_commands(ctx)}  # type: ignore[attr-defined]
+
+
+def _open(ctx: typer.Context, registry: str) -> Hub:
+    from adapter_hub.hub import Hub
+
+    return Hub.open(registry, **ctx.find_root().obj)
+
+
+# ---- verbs: make and fill a registry --------------------------------------------------------------------------------
+
+
+@_verb("init", "adapter-hub init registry --base-model sentence-transformers/all-MiniLM-L6-v2")
+def init(
+    ctx: typer.Context,
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder to make; by default the registry named otherwise.")] = "",
+    base_model: Annotated[str, typer.Option(help="Hub id or folder of the frozen base model; by default all-MiniLM-L6-v2.")] = "",
+    encoder: Annotated[str, typer.Option(help='Hub id or folder of the text encoder, or "hash"; by default all-MiniLM-L6-v2.')] = "",
+    max_tokens: Annotated[int | None, typer.Option(help="Longest input; by default the base model's.", min=1)] = None,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Make a registry for one base model and one encoder."""
+    from adapter_hub.hub import Hub
+
+    chosen = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
+    hub = Hub.create(path or registry, max_tokens=max_tokens, device=ctx.find_root().obj["device"], **chosen)
+    made = {"registry": path or registry, "base_model": hub.config.base_model, "base_fingerprint": hub.config.base_fingerprint}
+    emit(made | {"encoder": hub.config.encoder, "max_tokens": hub.config.max_tokens}, as_json, facts)
+
+
+@_verb("register", "adapter-hub register banking ./my-peft-folder --examples train.jsonl --labels labels.json")
+def register(
+    ctx: typer.Context,
+    name: Name,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help='PEFT folder, or hub repository id "org/name@revision".')],
+    examples: Annotated[str, typer.Option(help="Rows with `text` (and `label`) that tell the router what belongs to it.")] = "",
+    description: Annotated[str, typer.Option(help="What the adapter is for; routes to it where there are no examples.")] = "",
+    labels: Annotated[str, typer.Option(help="The head's outputs in order: a,b,c, or a file (JSON list, or one a line).")] = "",
+    tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    promote: Annotated[bool, typer.Option(help="Route to it at once, or keep it as a candidate.")] = True,
+    assume_base: Annotated[bool, typer.Option("--assume-base", help="Its config names another base with the same weights.")] = False,
+    license: Annotated[str | None, typer.Option(help="SPDX id or text.")] = None,
+    prompt_template: Annotated[str | None, typer.Option(help='Text with {text} in it, put around each input.')] = None,
+    generation: Generation = "",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Check an adapter, then store it as the next version of NAME."""
+    from adapter_hub.examples import read_examples
+
+    known = read_examples(Path(examples)) if examples else ()
+    settings = json_object("--generation", generation)
+    ref = _open(ctx, registry).register(
+        name, source, known, description, labels=label_names(labels), tags=tag or (), promote=promote, assume_base=assume_base,
+        license=license, prompt_template=prompt_template, generation=settings,
+    )
+    emit({"ref": ref, "production": promote, "examples": len(known)}, as_json, lambda _: line(f"registered {ref}"))
+
+
+@_verb("learn", "adapter-hub learn travel train.jsonl --validation held_out.jsonl")
+def learn(
+    ctx: typer.Context,
+    name: Name,
+    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet.")],
+    validation: Annotated[str, typer.Option(help="Rows to judge it on; by default some are held out of TRAIN.")] = "",
+    config: Annotated[str, typer.Option(help='Training settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
+    promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: where it is no worse than what is there.")] = "auto",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Train an adapter on labelled rows and register it.
+
+    It is promoted where it earns that; exit code 1 where it does not.
+    """
+    settings = _train_config(config)
+    report = _open(ctx, registry).learn(name, train=train, validation=validation or None, config=settings, promote=promote)
+    emit(report, as_json, facts)
+    if not report.promoted and promote != "never":
+        raise typer.Exit(SOME_FAILED)
+
+
+def _train_config(text: str) -> TrainConfig | None:
+    """Settings as JSON on the command line, or a .json or .toml file of them. Raises InvalidInput."""
+    if not text:
+        return None
+    from adapter_hub.training.config import TrainConfig
+
+    written = Path(text).read_text(encoding="utf-8") if text.endswith((".json", ".toml")) else text
+    if not text.endswith(".toml"):
+        return TrainConfig.from_dict(json_object("--config", written) or {})
+    try:
+        return TrainConfig.from_dict(tomllib.loads(written))
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{text} is not TOML: {error}.") from error
+
+
+@_verb("teach", "adapter-hub teach banking more.jsonl")
+def teach(
+    ctx: typer.Context,
+    ref: Ref,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows with `text` (and `label`) that belong to it.")],
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Show the router more inputs that belong to REF.
+
+    The result is a new version with the same weights.
+    """
+    from adapter_hub.examples import read_examples
+
+    known = read_examples(Path(file))
+    taught = _open(ctx, registry).teach(ref, known)
+    emit({"ref": taught, "examples": len(known)}, as_json, lambda _: line(f"{taught} knows {len(known)} more inputs"))
+
+
+# ---- verbs: look ----------------------------------------------------------------------------------------------------
+
+
+@_verb("list", "adapter-hub list --tag clinc150 --json")
+def list_versions(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Only versions of this name.", autocompletion=complete_ref)] = None,
+    base: Annotated[str | None, typer.Option(help="Only adapters of this base model.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only adapters with this tag.")] = None,
+    task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM, SEQ_2_SEQ_LM or FEATURE_EXTRACTION.")] = None,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """List the versions, newest of each name last."""
+    emit(_open(ctx, registry).list(name, base=base, tag=tag, task_type=task_type), as_json, versions)
+
+
+@_verb("show", "adapter-hub show banking@2")
+def show(ctx: typer.Context, ref: Ref, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Show the facts of one version."""
+    emit(_open(ctx, registry).show(ref), as_json, facts)
+
+
+@_verb("history", "adapter-hub history banking")
+def history(ctx: typer.Context, name: Name, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Show what happened to NAME: alias moves, retirements, purges."""
+    emit(_open(ctx, registry).history(name), as_json, events)
+
+
+# ---- verbs: aliases and lifetimes -----------------------------------------------------------------------------------
+
+
+@_verb("promote", "adapter-hub promote banking@3 --reason 'better on the June rows'")
+def promote(ctx: typer.Context, ref: Ref, reason: Reason = "", registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Make REF the version of its name that is routed."""
+    _moved("production", _open(ctx, registry).promote(ref, reason=reason), as_json)
+
+
+@_verb("rollback", "adapter-hub rollback banking --reason 'complaints since noon'")
+def rollback(ctx: typer.Context, name: Name, reason: Reason = "", registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Move production back to the version before."""
+    _moved("production", _open(ctx, registry).rollback(name, reason=reason), as_json)
+
+
+@_verb("alias", "adapter-hub alias banking staging 4")
+def alias(
+    ctx: typer.Context,
+    name: Name,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="E.g. staging; name@staging then means that version.")],
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="The version number.", min=1)],
+    reason: Reason = "",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Let ALIAS name one version."""
+    _moved(alias, _open(ctx, registry).set_alias(name, alias, version, reason=reason), as_json)
+
+
+def _moved(alias: str, ref: object, as_json: bool) -> None:
+    emit({"alias": alias, "ref": ref}, as_json, lambda _: line(f"{alias} is now {ref}"))
+
+
+@_verb("retire", "adapter-hub retire banking@1 --reason 'superseded'")
+def retire(ctx: typer.Context, ref: Ref, reason: Reason = "", registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Keep REF, but never route to it again."""
+    retired = _open(ctx, registry).retire(ref, reason=reason)
+    emit({"retired": retired}, as_json, lambda _: line(f"retired {retired}"))
+
+
+@_verb("purge", "adapter-hub purge banking@1 --yes --reason 'erasure request'")
+def purge(
+    ctx: typer.Context,
+    ref: Ref,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    reason: Reason = "",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Erase REF's weights, vectors and text; a tombstone stays."""
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InvalidInput(f"purging {ref} cannot be undone, and there is no terminal to ask on.", hint="Pass --yes.")
+        if not typer.confirm(f"Erase the weights, vectors and text of {ref}? This cannot be undone.", err=True):
+            raise InvalidInput("nothing was purged.")
+    purged = _open(ctx, registry).purge(ref, reason=reason)
+    emit({"purged": purged}, as_json, lambda _: line(f"purged {purged}"))
+
+
+@_verb("calibrate", "adapter-hub calibrate")
+def calibrate(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Fit the abstention thresholds anew.
+
+    They are fitted on the versions in production; the record gets the next number.
+    """
+    emit(_open(ctx, registry).calibrate(), as_json, facts)
+
+
+@_verb("export", "adapter-hub export banking@2 ./banking-peft")
+def export(
+    ctx: typer.Context,
+    ref: Ref,
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder to write: a plain PEFT adapter.")],
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Copy REF to a folder that PEFT reads."""
+    written = _open(ctx, registry).export(ref, folder)
+    emit({"folder": written}, as_json, lambda _: line(f"exported {ref} to {written}"))
+
+
+# ---- verbs: the daily work ------------------------------------------------------------------------------------------
+
+
+@_verb("route", "adapter-hub route --explain 'my card was declined abroad'")
+def route(
+    ctx: typer.Context,
+    texts: Texts = None,
+    file: File = "",
+    k: Annotated[int, typer.Option("--k", help="How many candidates to show.", min=1)] = 1,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why: the threshold and the five best candidates.")] = False,
+    max_false_reject: Rate = None,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Say which adapter each input belongs to, if any."""
+    inputs = read_texts(texts, file)
+    found = _open(ctx, registry).route(inputs, k=max(k, 5) if explain else k, max_false_reject=max_false_reject)
+    emit(_beside(inputs, found), as_json, explanations if explain or k > 1 else decisions)
+
+
+@_verb("predict", "adapter-hub predict 'my card was declined abroad' --json")
+def predict(
+    ctx: typer.Context,
+    texts: Texts = None,
+    file: File = "",
+    adapter: Annotated[str, typer.Option(metavar="REF", help="Answer with this one; do not route.", autocompletion=complete_ref)] = "",
+    generation: Generation = "",
+    max_false_reject: Rate = None,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Answer each input with the adapter it belongs to."""
+    inputs, settings = read_texts(texts, file), json_object("--generation", generation)
+    found = _open(ctx, registry).predict(inputs, adapters=adapter or None, max_false_reject=max_false_reject, generation=settings)
+    emit(_beside(inputs, found), as_json, predictions)
+
+
+def _beside(texts: Sequence[str], found: Iterable[Any]) -> list[dict[str, JSON]]:
+    return [{"text": text} | item.to_json() for text, item in zip(texts, found, strict=True)]
+
+
+@_verb("run", "adapter-hub run inbox.jsonl answers.jsonl --max-false-reject 0.05")
+def run(
+    ctx: typer.Context,
+    input: Annotated[str, typer.Argument(metavar="INPUT", help="Rows with `text`: .jsonl, .csv or .parquet.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the answered rows go; its suffix says the format.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUTPUT that exists.")] = False,
+    generation: Generation = "",
+    max_false_reject: Rate = None,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Answer every row of a file. Bad rows go to OUTPUT.errors.jsonl; exit code 1 where there are some."""
+    settings = json_object("--generation", generation)
+    hub = _open(ctx, registry)
+    with progress_bar("rows", visible=sys.stderr.isatty()) as show:
+        try:
+            summary = hub.run(
+                input, output, resume=resume, overwrite=overwrite, max_false_reject=max_false_reject, generation=settings,
+                progress=lambda at: show(at.rows, at.share),
+            )
+        except KeyboardInterrupt:
+            again = shlex.join(["adapter-hub", "--registry", registry, "run", input, output, "--resume"])
+            typer.echo(f"interrupted; what is done is kept. Go on with: {again}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+    emit(summary, as_json, facts)
+    if summary.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+@_verb("evaluate", "adapter-hub evaluate --data held_out.jsonl")
+def evaluate(
+    ctx: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only their rows.", autocompletion=complete_ref)] = None,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Rows with `text`, `label` and, where known, `adapter`.")] = "",
+    max_false_reject: Rate = 0.0,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Measure accuracy on labelled rows.
+
+    As routed and, for rows that name their adapter, with that one.
+    """
+    if not data:
+        raise InvalidInput("evaluation needs rows.", hint="Give --data FILE.")
+    emit(_open(ctx, registry).evaluate(data, names=names or None, max_false_reject=max_false_reject), as_json, facts)
+
+
+# ---- verbs: keep it sound -------------------------------------------------------------------------------------------
+
+
+@_verb("verify", "adapter-hub verify --registry registry")
+def verify(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Hash every stored file and the base model. Exit code 1 where something is damaged."""
+    report = _open(ctx, registry).verify()
+    emit(report, as_json, facts)
+    if not report.ok:
+        raise typer.Exit(SOME_FAILED)
+
+
+@_verb("gc", "adapter-hub gc")
+def gc(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Remove what interrupted registrations left behind."""
+    emit(_open(ctx, registry).gc(), as_json, facts)
+
+
+@_verb("adopt", "adapter-hub adopt")
+def adopt(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Take in version folders that came by git or copy.
+
+    Exit code 1 where two different folders claim one number.
+    """
+    report = _open(ctx, registry).adopt()
+    emit(report, as_json, facts)
+    if getattr(report, "conflicts", ()):
+        raise typer.Exit(SOME_FAILED)

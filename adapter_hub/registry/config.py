@@ -1,0 +1,132 @@
+"""What hub.toml may say: read strictly, written with comments for the people who edit it. Knows no catalogue."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from adapter_hub.errors import InvalidConfig, RegistryNotFound, storage_error
+
+MAX_TOKENS_MAX = 1_000_000
+KEEP = ("vectors", "text")
+POLICY = ("max_false_reject", "keep")    # keys of the [policy] table; the others stand at the top
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig:
+    """One base model, one encoder and the rules of this registry. Raises InvalidConfig for a value out of range."""
+
+    base_model: str                   # hub id or folder
+    encoder: str                      # hub id, folder or "hash"
+    max_tokens: int                   # longest input, in the base model's tokens; the rest is cut off
+    base_fingerprint: str = ""        # "sha256:…" of the base model's content; empty until known
+    encoder_fingerprint: str = ""
+    max_false_reject: float = 0.05    # share of belonging inputs that the router may turn away, 0-1
+    keep: str = "vectors"             # what is stored of the examples: "vectors", or "text" as well
+
+    def __post_init__(self) -> None:
+        for key, (allowed, test) in _RULES.items():
+            value = getattr(self, key)
+            if not test(value):
+                raise InvalidConfig(f"hub.toml: {_shown_key(key)} = {value!r} is not {allowed}.", hint=f"Set it to {allowed}.")
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
+    "base_model": ("the id or folder of a model", lambda value: _text(value) and value != ""),
+    "encoder": ("the id or folder of a text encoder", lambda value: _text(value) and value != ""),
+    "max_tokens": (
+        f"a whole number from 1 to {MAX_TOKENS_MAX}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_TOKENS_MAX,
+    ),
+    "base_fingerprint": ("a fingerprint, or empty", _text),
+    "encoder_fingerprint": ("a fingerprint, or empty", _text),
+    "max_false_reject": ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
+    "keep": ('"vectors" or "text"', lambda value: value in KEEP),
+}
+
+
+def _shown_key(key: str) -> str:
+    return f"policy.{key}" if key in POLICY else key
+
+
+def read_config(path: Path) -> RegistryConfig:
+    """The configuration in a hub.toml. Raises RegistryNotFound, InvalidConfig with the key, the value and what is allowed."""
+    try:
+        document = tomllib.loads(path.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "Name its folder with --registry, or make one with `adapter-hub init`."
+        raise RegistryNotFound(f"there is no registry at {path.parent}: {path.name} is missing.", hint=hint) from error
+    except OSError as error:
+        raise RegistryNotFound(f"{path} cannot be read: {error.strerror}.", hint="Ask its owner for read permission.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidConfig(f"{path} is not TOML: {error}.", hint="Correct that line.") from error
+    top, policy = set(_RULES) - set(POLICY), document.pop("policy", {})
+    if not isinstance(policy, dict):
+        raise InvalidConfig(f"hub.toml: policy = {policy!r} is not a table.", hint="Write a [policy] section.")
+    _refuse_unknown(document, top, "")
+    _refuse_unknown(policy, set(POLICY), "policy.")
+    values = document | policy
+    for field in fields(RegistryConfig):
+        if field.name in ("base_model", "encoder", "max_tokens") and field.name not in values:
+            raise InvalidConfig(f"hub.toml: {field.name} is missing.", hint=f"Set it to {_RULES[field.name][0]}.")
+    return RegistryConfig(**values)
+
+
+def _refuse_unknown(table: Mapping[str, object], known: set[str], prefix: str) -> None:
+    for key in table:
+        if key not in known:
+            closest = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"Did you mean {prefix}{closest[0]}?" if closest else f"Known keys: {', '.join(prefix + k for k in sorted(known))}."
+            raise InvalidConfig(f"hub.toml: {prefix}{key} is not a key.", hint=hint)
+
+
+def render_config(config: RegistryConfig) -> str:
+    """hub.toml as text: what `read_config` reads back to the same value."""
+    return f"""\
+# The settings of this adapter_hub registry. `adapter-hub init` wrote this file; people edit it.
+
+# The frozen base model that every adapter here was made for, and the text encoder of the router: hub ids or folders.
+# A fingerprint is a hash of the model's content. What was registered holds for these two models only: to change
+# one, make a new registry and register again.
+base_model = {_toml(config.base_model)}
+base_fingerprint = {_toml(config.base_fingerprint)}
+encoder = {_toml(config.encoder)}
+encoder_fingerprint = {_toml(config.encoder_fingerprint)}
+
+# Longest input in the base model's tokens; what is longer is cut, in training and in use alike.
+max_tokens = {config.max_tokens}
+
+[policy]
+# Share of the inputs that belong to an adapter which the router may leave to the base model, 0 to 1. 0 never abstains.
+max_false_reject = {config.max_false_reject!r}
+
+# What is stored of the examples given to `register`: "vectors", or "text" to keep the texts as well.
+keep = {_toml(config.keep)}
+"""
+
+
+def _toml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)    # printable text: JSON's escapes are TOML's
+
+
+def write_config(path: Path, config: RegistryConfig) -> None:
+    """Write a new hub.toml. Raises FileExistsError where there is one."""
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(render_config(config))
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise storage_error(error, path) from error

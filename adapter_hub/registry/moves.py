@@ -1,0 +1,124 @@
+"""What may happen to a version after it is registered: aliases move, it is retired, it is purged.
+
+Each function runs inside a writing transaction of its caller and records the event. `erase_files` follows a purge.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from sqlalchemy import Connection, RowMapping
+
+from adapter_hub.errors import InvalidInput, NotRoutable
+from adapter_hub.refs import PRODUCTION, AdapterRef
+from adapter_hub.registry import records
+from adapter_hub.registry.artifacts import check_folder, make_folder, storage_errors, sync_folder, write_atomic
+from adapter_hub.registry.events import EventKind, rollback_target
+from adapter_hub.registry.layout import MANIFEST, Layout
+from adapter_hub.registry.manifest import Manifest
+from adapter_hub.registry.schema import VersionState
+
+REASON_CHARS_MAX = 4_000
+
+
+def check_reason(reason: object) -> str:
+    """Raises InvalidInput for what a history line should not hold."""
+    if not isinstance(reason, str) or len(reason) > REASON_CHARS_MAX:
+        raise InvalidInput(f"a reason is a text of at most {REASON_CHARS_MAX} characters.")
+    try:
+        reason.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"the reason is not UTF-8: {error}.") from error
+    if "\0" in reason:
+        raise InvalidInput("the reason holds a NUL character.")
+    return reason
+
+
+def move_alias(connection: Connection, name: str, alias: str, version: int, *, at: str, reason: str) -> None:
+    """Let an alias name a version; no event where it does already."""
+    previous = records.aliases_of(connection, name).get(alias)
+    if previous == version:
+        return
+    records.write_alias(connection, name, alias, version)
+    records.record(connection, EventKind.MOVED, name, version, at=at, alias=alias, previous=previous, reason=reason)
+
+
+def set_alias(connection: Connection, ref: AdapterRef, alias: str, *, at: str, reason: str) -> None:
+    """Raises NotRoutable for a purged version, and for a retired one where the alias is `production`."""
+    records.check_usable(connection, ref, retired=alias != PRODUCTION)
+    move_alias(connection, ref.name, alias, ref.version or 0, at=at, reason=reason)
+
+
+def roll_back(connection: Connection, name: str, *, at: str, reason: str) -> int:
+    """The version that `production` names again. Raises NotRoutable where there is none to go back to."""
+    target = rollback_target(records.select_events(connection, name=name, alias=PRODUCTION))
+    if target is None:
+        hint = f"Promote a version: `adapter-hub list {name}` shows them."
+        raise NotRoutable(f"'{name}' has no earlier version in production to go back to.", hint=hint)
+    records.check_usable(connection, AdapterRef(name, target), retired=False)
+    previous = records.aliases_of(connection, name).get(PRODUCTION)
+    records.write_alias(connection, name, PRODUCTION, target)
+    records.record(connection, EventKind.ROLLED_BACK, name, target, at=at, alias=PRODUCTION, previous=previous, reason=reason)
+    return target
+
+
+def retire(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> None:
+    """Keep a version, and take `production` off it. Nothing happens to one that is retired already."""
+    records.check_usable(connection, ref, retired=True)
+    name, version = ref.name, ref.version or 0
+    if records.state_of(connection, name, version) is VersionState.RETIRED:
+        return
+    records.set_state(connection, name, version, VersionState.RETIRED)
+    records.record(connection, EventKind.RETIRED, name, version, at=at, reason=reason)
+    if records.aliases_of(connection, name).get(PRODUCTION) == version:
+        _remove_alias(connection, name, PRODUCTION, version, at=at, reason=reason)
+
+
+def purge(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> Manifest:
+    """Turn a version into its tombstone for every reader; returns that. Its files are still to be erased."""
+    name, version = ref.name, ref.version or 0
+    row = records.row_of(connection, name, version)
+    if row is not None and row["state"] in (VersionState.PURGING, VersionState.PURGED):
+        return records.manifest_of(row)
+    tombstone = _lost_tombstone(ref, row, at) if row is None or row["manifest"] is None else records.manifest_of(row).tombstone(at)
+    for alias, named in sorted(records.aliases_of(connection, name).items()):
+        if named == version:
+            _remove_alias(connection, name, alias, version, at=at, reason=reason)
+    records.store(connection, tombstone, VersionState.PURGING)
+    records.record(connection, EventKind.PURGED, name, version, at=at, reason=reason)
+    return tombstone
+
+
+def _lost_tombstone(ref: AdapterRef, row: RowMapping | None, at: str) -> Manifest:
+    """The tombstone of a version whose manifest was lost before."""
+    digest, created_at = (row["digest"], row["created_at"]) if row is not None else (None, None)
+    known = Manifest(
+        name=ref.name, version=ref.version or 0, created_at=created_at or at, digest=digest or "",
+        files={}, base_model="", base_fingerprint="", peft={},
+    )
+    return known.tombstone(at)
+
+
+def _remove_alias(connection: Connection, name: str, alias: str, version: int, *, at: str, reason: str) -> None:
+    records.write_alias(connection, name, alias, None)
+    records.record(connection, EventKind.REMOVED, name, version, at=at, alias=alias, previous=version, reason=reason)
+
+
+def erase_files(layout: Layout, tombstone: Manifest) -> None:
+    """Leave nothing but the tombstone in a version folder. Can be repeated after a crash.
+
+    Raises StorageFull, ReadOnlyRegistry, CorruptVersion where a link stands in its place.
+    """
+    folder = layout.version(tombstone.name, tombstone.version)
+    with storage_errors(folder):
+        make_folder(folder)
+        check_folder(folder)
+        # The data first: a full disk must not keep them from being erased.
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name != MANIFEST:
+                os.unlink(entry.path)
+        sync_folder(folder)
+        write_atomic(folder / MANIFEST, tombstone.to_bytes(), layout.staging)

@@ -1,0 +1,93 @@
+"""The tables of the catalogue: one schema for SQLite and PostgreSQL. Every column that a query asks for is indexed."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, Table, Text
+
+SCHEMA_VERSION = 1
+
+
+class VersionState(StrEnum):
+    RESERVED = "reserved"    # the number is taken; nothing is visible yet, or a crash left a gap
+    LIVE = "live"
+    RETIRED = "retired"
+    PURGING = "purging"      # purged for every reader; its files may still have to be erased
+    PURGED = "purged"
+
+
+metadata = MetaData()
+
+# Prefixed, because a team's database may hold other tables.
+schema_version = Table("hub_schema", metadata, Column("version", Integer, nullable=False))
+
+versions = Table(
+    "hub_versions",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("state", Text, nullable=False, index=True),
+    Column("digest", Text),
+    Column("base_model", Text, index=True),
+    Column("base_fingerprint", Text, index=True),
+    Column("task_type", Text, index=True),
+    Column("labels", Text),         # JSON
+    Column("tags", Text),           # JSON; hub_tags is what is searched
+    Column("description", Text),
+    Column("created_at", Text),
+    Column("manifest", Text),       # JSON; NULL where the folder was lost
+)
+
+tags = Table(
+    "hub_tags",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("tag", Text, primary_key=True, index=True),
+)
+
+files = Table(
+    "hub_files",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("file", Text, primary_key=True),
+    Column("sha256", Text, nullable=False),
+    Index("hub_files_by_content", "name", "sha256"),
+)
+
+aliases = Table(
+    "hub_aliases",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("alias", Text, primary_key=True, index=True),
+    Column("version", Integer, nullable=False),
+)
+
+calibrations = Table(
+    "hub_calibrations",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("state", Text, nullable=False, index=True),
+    Column("sha256", Text),
+)
+
+events = Table(
+    "hub_events",
+    metadata,
+    # Given out under the lock that all writers take, so events become visible in this order, without gaps.
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+    Column("at", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("name", Text),
+    Column("version", Integer, nullable=False),
+    Column("alias", Text),
+    Column("previous", Integer),
+    Column("reason", Text, nullable=False),
+    Column("detail", Text, nullable=False),         # JSON
+    Column("mirrored", Integer, nullable=False),    # 1 once the line in history.jsonl is durable
+    Index("hub_events_by_alias", "name", "alias", "seq"),
+    Index("hub_events_by_name", "name", "seq"),
+    Index("hub_events_to_mirror", "mirrored", "name", "seq"),
+)

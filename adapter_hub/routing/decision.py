@@ -1,0 +1,53 @@
+"""What the router answers: an adapter or abstention, and everything that led there. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from adapter_hub.refs import AdapterRef
+
+
+class Reason(StrEnum):
+    """Why an input went where it went."""
+
+    ACCEPTED = "accepted"                    # the best candidate's score reached the threshold
+    BELOW_THRESHOLD = "below_threshold"      # it did not: no adapter fits, the base answers
+    NO_CANDIDATES = "no_candidates"          # no adapter has examples or a description: only names reach them
+    NAMED = "named"                          # the caller named the adapter (or the base): nothing was routed
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where one input goes. `adapter is None` means the base answers: the router abstained, or the base was named."""
+
+    adapter: AdapterRef | None
+    score: float | None                              # acceptance score of the best candidate; higher belongs more; None: nothing was scored
+    threshold: float | None                          # the least score that is accepted; -inf never abstains
+    margin: float | None                             # best candidate minus runner-up, in candidate scores (nats); None without a runner-up
+    reason: Reason
+    candidates: tuple[tuple[AdapterRef, float], ...]  # (adapter, log-likelihood ratio to the background, nats), best first
+    calibration: int | None                          # number of the record behind metric and threshold; None: not stored
+
+    @classmethod
+    def named(cls, adapter: AdapterRef | None) -> Decision:
+        """The decision of a caller who named the adapter, or the base by None."""
+        return cls(adapter, None, None, None, Reason.NAMED, (), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: references as text, and null where there is no finite number."""
+        return {
+            "adapter": str(self.adapter) if self.adapter else None,
+            "score": _finite(self.score),
+            "threshold": _finite(self.threshold),
+            "margin": _finite(self.margin),
+            "reason": self.reason.value,
+            "candidates": [{"adapter": str(ref), "score": _finite(score)} for ref, score in self.candidates],
+            "calibration": self.calibration,
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

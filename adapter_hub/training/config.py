@@ -1,0 +1,85 @@
+"""How an adapter is trained: one frozen set of facts, checked when made. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from adapter_hub.errors import InvalidInput
+
+ALL_LINEAR = "all-linear"    # every linear layer of the transformer, the head excepted; PEFT's word
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """LoRA shape and optimiser settings. The defaults suit sentence encoders and 20 to 2,000 rows. Raises InvalidInput."""
+
+    r: int = 8                             # rank
+    alpha: int = 16                        # updates are scaled by alpha / r (alpha / √r with rsLoRA)
+    dropout: float = 0.05                  # share of the adapter's inputs dropped while training, 0 to below 1
+    target_modules: tuple[str, ...] | str = ALL_LINEAR    # endings of module names, a regular expression, or "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+    epochs: int = 10                       # passes over the training rows, at most epochs_max
+    steps_min: int = 100                   # small sets get more epochs, until the optimiser took this many steps
+    epochs_max: int = 40
+    learning_rate: float = 1e-3
+    batch_size: int = 16
+    warmup_ratio: float = 0.1              # share of the steps in which the rate rises from 0; then it falls to 0
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.05          # 0 to below 1; keeps the head from being surer than it is right
+    probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise
+    validation_share: float = 0.1          # held out of the training rows where no validation rows are given
+    seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
+    progress: bool = False                 # show the trainer's own bar and losses
+
+    def __post_init__(self) -> None:
+        for name, (fits, range_) in _RANGES.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not fits(value) or (name in _WHOLE and not isinstance(value, int)):
+                raise InvalidInput(f"{name}={value!r} is not {range_}.", hint="See adapter_hub.training.config.TrainConfig.")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInput(f"{name}={getattr(self, name)!r} is not true or false.", hint="See adapter_hub.training.config.TrainConfig.")
+        endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
+        if not endings or not all(isinstance(ending, str) and ending for ending in endings):
+            raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """The config of a JSON or TOML table. Raises InvalidInput for a name that does not exist."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise InvalidInput(f"{unknown[0]!r} is not a training setting.", hint=f"There are: {', '.join(known)}.")
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        return cls(**values)
+
+
+def _at_least(low: float) -> Callable[[float], bool]:
+    return lambda value: value >= low
+
+
+_COUNT = (_at_least(1), "a whole number of at least 1")
+_SHARE = (lambda value: 0 <= value < 1, "a share from 0 to below 1")
+_POSITIVE = (lambda value: 0 < value < float("inf"), "a number above 0")
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "r": _COUNT,
+    "alpha": _COUNT,
+    "dropout": _SHARE,
+    "epochs": _COUNT,
+    "steps_min": (_at_least(0), "a whole number of at least 0"),
+    "epochs_max": _COUNT,
+    "learning_rate": _POSITIVE,
+    "batch_size": _COUNT,
+    "warmup_ratio": _SHARE,
+    "weight_decay": (_at_least(0), "a number of at least 0"),
+    "label_smoothing": _SHARE,
+    "validation_share": (lambda value: 0 < value < 1, "a share above 0 and below 1"),
+    "seed": (_at_least(0), "a whole number of at least 0"),
+}
+_SWITCHES = ("use_rslora", "use_dora", "probe", "progress")
+_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed"})

@@ -1,0 +1,71 @@
+"""What a classifier is trained on: rows checked, labels named and ordered, validation held out. No torch, no files."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
+
+ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, if any other label can spare one
+
+
+def task_seed(seed: int, task: str, labels: Sequence[str]) -> int:
+    """The seed of one task, 0 to 2³¹ − 1. It knows the task, not the run: adding a task never changes another's weights."""
+    digest = hashlib.sha256("\x00".join([str(seed), task, *labels]).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def check_rows(rows: Sequence[Example], what: str = "training") -> tuple[str, ...]:
+    """The labels of the rows, sorted. Raises InvalidInput with the position (from 1) of the first row that will not do."""
+    if len(rows) < 2:
+        raise InvalidInput(f"{len(rows)} {what} rows are too few.", hint="Give at least two rows with different labels.")
+    labels: set[str] = set()
+    for position, row in enumerate(rows, 1):
+        if not row.text.strip():
+            raise InvalidInput(f"{what} row {position} has an empty text.", hint="Remove it or write its text.")
+        if row.label is None or not row.label.strip():
+            raise InvalidInput(f"{what} row {position} has no label.", hint='A row to learn from is {"text": …, "label": …}.')
+        labels.add(row.label)
+    return tuple(sorted(labels))
+
+
+def check_task(rows: Sequence[Example], validation: Sequence[Example] | None) -> tuple[str, ...]:
+    """The labels to learn, sorted. Raises InvalidInput: one class only, or a validation label that training lacks."""
+    labels = check_rows(rows)
+    if len(labels) < 2:
+        raise InvalidInput(f"all {len(rows)} training rows have the label {labels[0]!r}.", hint="A classifier needs two labels or more.")
+    if validation is not None:
+        if not validation:
+            raise InvalidInput("the validation rows are empty.", hint="Leave validation out: then some training rows are held out.")
+        for position, row in enumerate(validation, 1):
+            if not row.text.strip() or row.label not in labels:
+                fact = f"has the label {row.label!r}, which no training row has" if row.text.strip() else "has an empty text"
+                raise InvalidInput(f"validation row {position} {fact}.", hint=f"Labels to learn: {', '.join(labels[:10])}.")
+    return labels
+
+
+def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training, validation): of each label `share` of its rows, at least one, never all. Order is kept.
+
+    Raises InvalidInput when no label has a second row.
+    """
+    by_label: dict[str, list[int]] = {}
+    for position, row in enumerate(rows):
+        by_label.setdefault(row.label or "", []).append(position)
+    rows_max = max(len(positions) for positions in by_label.values())
+    if rows_max < 2:
+        raise InvalidInput("every label has one row, none can be held out.", hint="Give validation rows, or more training rows.")
+    chosen: set[int] = set()
+    for label in sorted(by_label):
+        positions = by_label[label]
+        if len(positions) < min(rows_max, ROWS_WORTH_SPLITTING):
+            continue
+        count = min(len(positions) - 1, max(1, math.floor(len(positions) * share + 0.5)))
+        # Each label draws from its own generator: a new label does not reshuffle the others.
+        chosen.update(random.Random(f"{seed}\x00{label}").sample(positions, count))
+    train = [row for position, row in enumerate(rows) if position not in chosen]
+    return train, [row for position, row in enumerate(rows) if position in chosen]

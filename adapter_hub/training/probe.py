@@ -1,0 +1,84 @@
+"""Start a head from a linear probe instead of from noise: logistic regression on what the frozen base feeds its last layer.
+
+Probe first, then fine-tune (Kumar et al. 2022, "Fine-tuning can distort pretrained features"): the adapter starts from a head that
+already separates what the base can separate, and spends its steps on the rest.
+"""
+
+# n rows, t tokens, h width of the head's input, c classes
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+PENALTY_INVERSE = 0.1    # sklearn's C, on standardised features
+ITERATIONS_MAX = 300
+DEVIATION_FLOOR = 1e-6
+
+
+def start_from_probe(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], targets: NDArray[np.int64]) -> bool:
+    """Set the model's output layer to a probe fitted on the batches, in the order of `targets` (n,).
+
+    False, and the layer as it was, where the head has no single linear output layer.
+    """
+    layer = output_layer(model)
+    if layer is None:
+        return False
+    features = _inputs_of(layer, model, batches)
+    centre, spread = features.mean(axis=0), features.std(axis=0) + DEVIATION_FLOOR
+    # A dimension that is constant on the training rows says nothing; dividing by its spread would make it shout elsewhere.
+    spread[spread < 1e-3 * np.median(spread)] = np.inf
+    probe = LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit((features - centre) / spread, targets)
+    weight, bias = _one_row_a_class(probe.coef_, probe.intercept_)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight / spread))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.from_numpy(bias - (weight / spread) @ centre))
+    return True
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear | None:
+    """The one linear layer outside the transformer with an output for each label; None if there is not exactly one."""
+    body = set(model.base_model.modules())
+    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in body and m.out_features == model.config.num_labels]
+    return found[0] if len(found) == 1 else None
+
+
+def _inputs_of(layer: nn.Linear, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> NDArray[np.float64]:
+    """What reaches `layer` for each row, (n, h)."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    was_training = model.training
+    model.train(False)
+    try:
+        rows = []
+        with torch.inference_mode():
+            for batch in batches:
+                model(**{key: tensor.to(model.device) for key, tensor in batch.items()})
+                rows.append(_one_a_row(seen.pop(), batch["attention_mask"].to(model.device)).double().cpu().numpy())
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return np.concatenate(rows)
+
+
+def _one_a_row(features: Tensor, mask: Tensor) -> Tensor:
+    """(n, h) as it is; of (n, t, h), which causal models score at every token, the last token that is not padding."""
+    if features.ndim == 2:
+        return features
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = (mask * positions).argmax(dim=1)
+    return features[torch.arange(len(features), device=features.device), last]
+
+
+def _one_row_a_class(weight: NDArray[np.float64], bias: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """sklearn keeps one row for two classes, the second's; a head has one for each."""
+    if len(weight) > 1:
+        return weight, bias
+    return np.concatenate([-weight / 2, weight / 2]), np.concatenate([-bias / 2, bias / 2])

@@ -1,0 +1,207 @@
+"""The command line before any model is loaded: help, parsing, completion, the border where errors become exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from adapter_hub.cli import app
+from adapter_hub.cli.console import plain, shown
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GROUP = typer.main.get_command(app)
+VERBS = sorted(GROUP.commands)    # type: ignore[attr-defined]
+HEAVY = ("torch", "transformers", "sentence_transformers", "faiss", "sqlalchemy", "pyarrow", "numpy", "adapter_hub.hub")
+
+
+def invoke(*args: str, **options: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, list(args), prog_name="adapter-hub", **options)    # type: ignore[arg-type]
+    return result.exit_code, result.stdout, result.stderr
+
+
+def as_process(*args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "adapter_hub.cli", *args]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)    # type: ignore[call-overload, no-any-return]
+
+
+def examples(text: str) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in re.findall(r"(?:^ +|`)(adapter-hub [^`\n]+)", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_is_in_the_readme_and_its_help_has_an_example_that_parses(verb: str) -> None:
+    row = re.search(rf"^\| `{verb}` \| `adapter-hub {verb}\b.*` \|$", README, re.MULTILINE)
+    assert row, f"README has no row for {verb}"
+    code, out, _ = invoke(verb, "--help")
+    assert code == 0
+    (example,) = [words for words in examples(out.split("Example:")[1]) if words[0] == verb]
+    for words in (example, *examples(row[0])):
+        GROUP.commands[words[0]].make_context(words[0], words[1:])    # type: ignore[attr-defined]
+
+
+def test_the_readme_names_no_verb_that_does_not_exist() -> None:
+    assert {name for name in re.findall(r"`adapter-hub ([a-z]+)", README)} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS])
+def test_every_verb_takes_a_registry_and_prints_json(verb: str) -> None:
+    options = {option for parameter in GROUP.commands[verb].params for option in parameter.opts}    # type: ignore[attr-defined]
+    assert {"--registry", "--json"} <= options
+
+
+@pytest.mark.parametrize("verb", ["route", "predict", "run"])
+def test_the_verbs_that_route_take_a_rate(verb: str) -> None:
+    code, _, err = invoke(verb, "a", "b", "--max-false-reject", "1.5")
+    assert code == 2 and "--max-false-reject" in err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["predict", "--help"], ["--version"], []])
+def test_help_imports_no_heavy_library(args: list[str]) -> None:
+    code = f"""
+import sys
+from adapter_hub.cli import app
+try:
+    app({args!r}, prog_name="adapter-hub")
+except SystemExit:
+    pass
+print([name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_takes_less_than_half_a_second_more_than_python_itself() -> None:
+    def best_s(*command: str) -> float:
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best_s("-m", "adapter_hub.cli", "--help") - best_s("-c", "pass") < 0.5
+
+
+# ---- the border -----------------------------------------------------------------------------------------------------
+
+
+def test_a_registry_that_is_not_there_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path) -> None:
+    done = as_process("list", "--registry", str(tmp_path / "nowhere"), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "nowhere" in line
+
+
+def test_the_registry_is_taken_from_after_the_verb_then_before_it_then_the_environment(tmp_path: Path) -> None:
+    environment = {"ADAPTER_HUB_REGISTRY": str(tmp_path / "from-env")}
+    for args, named in [
+        (["--registry", str(tmp_path / "before"), "list", "--registry", str(tmp_path / "after")], "after"),
+        (["--registry", str(tmp_path / "before"), "list"], "before"),
+        (["list"], "from-env"),
+    ]:
+        result = CliRunner(env=environment).invoke(app, args)
+        assert result.exit_code == 2 and str(tmp_path / named) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["predict", "hello", "--generation", "{oops"], "--generation is not JSON"),
+        (["predict", "hello", "--generation", "[1]"], "--generation is not a JSON object"),
+        (["route", "hello", "--file", "inputs.txt"], "both TEXT and --file"),
+        (["route", "--file", "absent.txt"], "absent.txt"),
+        (["evaluate"], "--data FILE"),
+        (["purge", "banking@1"], "Pass --yes"),
+        (["learn", "travel", "rows.jsonl", "--config", "{"], "--config is not JSON"),
+    ],
+)
+def test_bad_use_is_one_line_that_names_it(args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke(*args)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and said in line
+
+
+def test_an_unknown_verb_and_a_missing_argument_are_exit_code_2() -> None:
+    assert invoke("lsit")[0] == 2
+    code, _, err = invoke("show")
+    assert code == 2 and "REF" in err
+
+
+def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    code, _, err = invoke("route", "--file", str(tmp_path / "latin.txt"))
+    assert code == 2 and "latin.txt is not UTF-8" in err
+    done = subprocess.run(
+        [sys.executable, "-m", "adapter_hub.cli", "route", b"caf\xe9"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "is not UTF-8" in done.stderr
+
+
+# ---- completion -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    for version in ("banking/1", "banking/2", "banking/10", "travel/1"):
+        (tmp_path / "adapters" / version).mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("show ba", ["banking"]),
+        ("history ", ["banking", "travel"]),
+        ("show banking@", ["banking@production", "banking@10", "banking@2", "banking@1"]),
+        ("predict hello --adapter tr", ["travel"]),
+        ("promote nobody@", []),
+        ("ro", ["rollback", "route"]),
+    ],
+)
+def test_completion_offers_verbs_names_and_versions_without_opening_anything(words: str, offered: list[str], folders: Path) -> None:
+    for line, env in ((words, {"ADAPTER_HUB_REGISTRY": str(folders)}), (f"--registry {folders} {words}", {})):
+        count = len(shlex.split(line)) + (0 if line.endswith(" ") else -1) + 1
+        request = {"_ADAPTER_HUB_COMPLETE": "complete_bash", "COMP_WORDS": f"adapter-hub {line}", "COMP_CWORD": str(count)}
+        environment = {key: value for key, value in os.environ.items() if key != "ADAPTER_HUB_REGISTRY"} | env | request
+        done = subprocess.run([sys.executable, "-m", "adapter_hub.cli"], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.stdout.split() == offered
+
+
+def test_the_completion_script_can_be_shown() -> None:
+    # The shell is found by looking at the parent process; `; true` keeps bash from replacing itself.
+    command = f"{shlex.quote(sys.executable)} -m adapter_hub.cli --show-completion; true"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "_ADAPTER_HUB_COMPLETE=complete_bash" in done.stdout and done.stdout.rstrip().endswith("adapter-hub")
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def test_plain_turns_facts_into_json_values_and_numbers_that_json_lacks_into_null() -> None:
+    class Fact:
+        def to_json(self) -> dict[str, object]:
+            return {"score": float("-inf"), "path": Path("a"), "refs": ("x", 1)}
+
+    assert plain([Fact(), float("nan"), True]) == [{"score": None, "path": "a", "refs": ["x", 1]}, None, True]
+    json.dumps(plain(Fact()), allow_nan=False)
+
+
+def test_a_cell_is_one_short_line_that_a_terminal_does_not_obey() -> None:
+    assert shown("a\x1b[31m\nb\tc") == "a [31m b c"
+    assert shown("x" * 500) == "x" * 59 + "…"
+    assert shown(list("abcdefgh")) == "a, b, c, d, e, f, … (8)"
+    assert [shown(value) for value in (None, True, 0.123456, 12345.6, {"a": 1})] == ["-", "yes", "0.1235", "12,346", "a=1"]

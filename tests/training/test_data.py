@@ -1,0 +1,82 @@
+"""Rows are checked with their position; what is held out depends on the seed and the task alone."""
+
+from __future__ import annotations
+
+import pytest
+from adapter_hub.examples import Example
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter_hub.errors import InvalidInput
+from adapter_hub.training.data import check_task, hold_out, task_seed
+
+GOOD = [Example("a sharp saw", "tool"), Example("a ripe pear", "fruit")]
+
+
+def rows_of(counts: dict[str, int]) -> list[Example]:
+    return [Example(f"{label} number {i}", label) for label, count in counts.items() for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([], "0 training rows are too few"),
+        (GOOD[:1], "1 training rows are too few"),
+        ([*GOOD, Example("   ", "tool")], "training row 3 has an empty text"),
+        ([GOOD[0], Example("a ripe fig"), GOOD[1]], "training row 2 has no label"),
+        ([*GOOD, Example("a ripe fig", " ")], "training row 3 has no label"),
+        ([GOOD[0]] * 3, "all 3 training rows have the label 'tool'"),
+    ],
+)
+def test_rows_that_cannot_be_learned_from_are_refused_with_their_position(rows: list[Example], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        check_task(rows, None)
+
+
+@pytest.mark.parametrize(
+    ("validation", "says"),
+    [
+        ([], "the validation rows are empty"),
+        ([GOOD[0], Example("a red car", "vehicle")], "validation row 2 has the label 'vehicle', which no training row has"),
+        ([Example("a red car")], "validation row 1 has the label None"),
+        ([Example("", "tool")], "validation row 1 has an empty text"),
+    ],
+)
+def test_validation_rows_that_cannot_be_measured_are_refused_with_their_position(validation: list[Example], says: str) -> None:
+    with pytest.raises(InvalidInput, match=says):
+        check_task(GOOD, validation)
+
+
+def test_labels_are_in_one_order_whatever_the_order_of_the_rows() -> None:
+    assert check_task(GOOD, None) == check_task(GOOD[::-1], None) == ("fruit", "tool")
+
+
+def test_the_seed_knows_the_task_and_its_labels() -> None:
+    seeds = {task_seed(0, "a", ("x", "y")), task_seed(1, "a", ("x", "y")), task_seed(0, "b", ("x", "y")), task_seed(0, "a", ("x", "z"))}
+    assert len(seeds) == 4
+    assert task_seed(0, "a", ("x", "y")) == 1_093_911_414
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 40), min_size=2), st.floats(0.05, 0.5), st.integers(0, 2**31 - 1))
+def test_holding_out_splits_the_rows_and_leaves_every_label_to_train_on(counts: dict[str, int], share: float, seed: int) -> None:
+    rows = rows_of(counts)
+    if max(counts.values()) < 2:
+        with pytest.raises(InvalidInput, match="every label has one row"):
+            hold_out(rows, share, seed)
+        return
+    train, held_out = hold_out(rows, share, seed)
+    assert sorted(row.text for row in [*train, *held_out]) == sorted(row.text for row in rows)
+    assert {row.label for row in train} == set(counts)
+    assert held_out
+    assert (train, held_out) == hold_out(rows, share, seed)
+
+
+def test_a_new_label_does_not_reshuffle_what_is_held_out_of_the_others() -> None:
+    _, before = hold_out(rows_of({"a": 20, "b": 20}), 0.2, 5)
+    _, after = hold_out(rows_of({"a": 20, "b": 20, "c": 20}), 0.2, 5)
+    assert before == [row for row in after if row.label != "c"]
+
+
+def test_the_share_is_taken_of_each_label() -> None:
+    _, held_out = hold_out(rows_of({"a": 100, "b": 20, "c": 4}), 0.1, 0)
+    assert [sum(row.label == label for row in held_out) for label in "abc"] == [10, 2, 1]
