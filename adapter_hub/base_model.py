@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
@@ -60,16 +61,31 @@ class BaseKind(StrEnum):
     SEQ2SEQ = "seq2seq"      # reads one text, writes another
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One text as the model reads it."""
+
+    ids: Mapping[str, list[int]]              # input_ids, attention_mask, …: (t,) each
+    offsets: tuple[tuple[int, int], ...]      # characters of each token; (0, 0) for special tokens
+    truncated: bool                           # the text was longer
+
+    def __len__(self) -> int:
+        return len(self.ids["input_ids"])
+
+
 class FrozenBase:
     """A transformer whose weights never change: `AutoModel`, or with its language-model head where it has one. Make one with `load`."""
 
-    def __init__(self, id: str, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: BaseKind, max_tokens: int) -> None:
+    def __init__(
+        self, id: str, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: BaseKind, max_tokens: int, tokens_limit: int
+    ) -> None:
         self.id = id
         self.path = path
         self.kind = kind
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        self.max_tokens = max_tokens        # longer inputs are cut
+        self.tokens_limit = tokens_limit    # the model's own: prompt and answer together
         self._prefix = _prefix_of(model)
         self._pooling, self._normalise = _pooling_of(path, kind)
         self.modules: Mapping[str, nn.Module] = {self.canonical(name): module for name, module in model.named_modules() if name}
@@ -94,7 +110,7 @@ class FrozenBase:
             kind = _kind_of(config)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
-            with _without_bars():
+            with without_bars():
                 model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise ModelNotFound(
@@ -107,7 +123,7 @@ class FrozenBase:
         limit = _token_limit(path, config, tokenizer)
         if max_tokens is not None and not 1 <= max_tokens <= limit:
             raise InvalidInput(f"max_tokens={max_tokens} is not possible with {source!s}.", hint=f"Choose 1 to {limit}.")
-        return cls(str(source), path, model.to(device), tokenizer, kind, max_tokens or limit)
+        return cls(str(source), path, model.to(device), tokenizer, kind, max_tokens or limit, limit)
 
     @property
     def device(self) -> torch.device:
@@ -137,13 +153,28 @@ class FrozenBase:
 
     # ---- text in ------------------------------------------------------------------------------------------------
 
-    def tokenize(self, texts: Sequence[str], *, generation: bool = False) -> BatchEncoding:
-        """Token ids and mask (n, t), cut to max_tokens and padded to the longest; on the left where a causal model goes on writing."""
+    def encode(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[Encoded]:
+        """Token ids of each text, cut to `max_tokens` (by default the hub's)."""
+        limit = max_tokens or self.max_tokens
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=limit)
+        keys = [key for key in encoded if key in self.tokenizer.model_input_names]
+        found = []
+        for i in range(len(texts)):
+            ids = {key: encoded[key][i] for key in keys}
+            fast = encoded.encodings[i] if encoded.encodings else None
+            cut = bool(fast.overflowing) if fast else len(ids["input_ids"]) >= limit
+            found.append(Encoded(ids, tuple(fast.offsets) if fast else (), cut))
+        return found
+
+    def pad(self, rows: Sequence[Encoded], *, generation: bool = False) -> BatchEncoding:
+        """Ids and mask (n, t), padded to the longest; on the left where a causal model goes on writing."""
         side = "left" if generation and self.kind is BaseKind.CAUSAL else "right"
-        encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt", padding_side=side
-        )
-        return encoded.to(self.device)
+        padded = self.tokenizer.pad([dict(row.ids) for row in rows], padding=True, return_tensors="pt", padding_side=side)
+        return padded.to(self.device)
+
+    def tokenize(self, texts: Sequence[str], *, generation: bool = False) -> BatchEncoding:
+        """`encode`, then `pad`."""
+        return self.pad(self.encode(texts), generation=generation)
 
     def pool(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """One vector (n, d) a text from hidden states (n, t, d): the model's own sentence-transformers pooling where its folder has
@@ -229,8 +260,8 @@ def _packaged_default() -> Path | None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """The library does not print: transformers draws a bar for each load."""
+def without_bars() -> Iterator[None]:
+    """Load and save in silence: transformers draws a bar for each, and this library does not print."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

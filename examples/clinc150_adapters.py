@@ -24,7 +24,7 @@ from adapter_hub.training.train import train_classifier
 CREDIT = "Trained on CLINC150 (Larson et al. 2019, github.com/clinc/oos-eval), CC BY 3.0."
 LICENSE = "CC-BY-3.0"
 # Chosen on the validation split of one domain, credit_cards, the hardest.
-CONFIG = TrainConfig(epochs=5, steps_min=0, batch_size=32, learning_rate=1e-3, dropout=0.1)
+CONFIG = TrainConfig(r=8, alpha=16, epochs=6, steps_min=0, batch_size=16, learning_rate=1e-3, label_smoothing=0.05, dropout=0.05)
 
 DESCRIPTIONS = {
     "banking": "Bank accounts: balances, transfers, bills, frozen accounts, PINs, fraud.",

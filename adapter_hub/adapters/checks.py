@@ -69,10 +69,10 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
     """
     outputs = outputs_of(adapter.head) if adapter.head else 2
     found = {_canonical(base, key): tensor for key, tensor in adapter.tensors.items()}
-    faults = [_first_fault(_expected(adapter, base, model), found) for model in skeletons(base, adapter.task_type, outputs)]
+    inside = {base.canonical(name) for name in base.model.state_dict()}
+    faults = [_fault(adapter, base, model, found, inside) for model in skeletons(base, adapter.task_type, outputs)]
     if None not in faults:
         raise DoesNotFit(f"{faults[0]}.", hint="It was trained on another model, or its config and weights do not belong together.")
-    inside = {base.canonical(name) for name in base.model.state_dict()}
     for name in adapter.head:
         if base.canonical(name) in inside:
             raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole")
@@ -148,17 +148,24 @@ def _probe(base: FrozenBase) -> Tensor:
     return result.last_hidden_state if base.kind is BaseKind.ENCODER else result.logits  # type: ignore[no-any-return]
 
 
+def _fault(adapter: Adapter, base: FrozenBase, model: PreTrainedModel, found: dict[str, Tensor], inside: set[str]) -> str | None:
+    for name in model.state_dict():
+        if name not in adapter.head and base.canonical(name) not in inside:
+            return f"the head's tensor {name!r} is neither in the base nor in the adapter: name its module in modules_to_save"
+    try:
+        return _first_fault(_expected(adapter, base, model), found)
+    except (ValueError, TypeError, AttributeError) as error:
+        return f"PEFT cannot put this config on {base.id!r}: {str(error)[:300]}"
+
+
 def _expected(adapter: Adapter, base: FrozenBase, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Canonical key -> shape of every tensor that PEFT would save for this config on this model."""
     settings = {key: value for key, value in adapter.settings.raw.items() if key in LoraConfig.__dataclass_fields__}
     settings |= {"inference_mode": True, "init_lora_weights": False, "runtime_config": LoraConfig().runtime_config}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
-            tensors = get_peft_model_state_dict(peft, save_embedding_layers=False)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise DoesNotFit(f"PEFT cannot put this config on {base.id!r}: {error}", hint="It was trained on another model.") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
+        tensors = get_peft_model_state_dict(peft, save_embedding_layers=False)
     return {_canonical(base, key): tuple(tensor.shape) for key, tensor in tensors.items()}
 
 

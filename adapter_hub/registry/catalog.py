@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, inspect, insert, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, insert, inspect, make_url, select
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from adapter_hub.errors import InvalidInput, ReadOnlyRegistry, RegistryError, SchemaTooNew, StorageFull
@@ -40,6 +40,7 @@ class Catalog:
         self._file = file                   # of SQLite, where it is on disk
         self._identity: tuple[int, int] | None = None
         self._is_sqlite = engine.dialect.name == "sqlite"
+        self.shared = not self._is_sqlite   # a server's, not a file of the registry folder
         # SQLite: one transaction at a time in this process, so that `fork` can wait until no connection is open.
         self._gate = threading.RLock()
         _OPEN.add(self)

@@ -55,7 +55,7 @@ class Event:
         event = cls(
             seq=_whole(row.get("seq")),
             at=str(row.get("at", "")),
-            kind=EventKind(row.get("kind")),
+            kind=EventKind(str(row.get("kind"))),
             name=name,
             version=_whole(row.get("version")),
             alias=row.get("alias"),

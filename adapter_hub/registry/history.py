@@ -56,12 +56,12 @@ def mirror(catalog: Catalog, layout: Layout, name: str | None) -> None:
             missing = records.select_events(connection, name=name, mirrored=False, calibrations=name is None)
         if not missing:
             return
-        append(layout.history(name), missing, name)
+        append(layout.history(name), missing)
         with catalog.writing(durable=False) as connection:    # if this is lost, the lines are found in the file
             records.mark_mirrored(connection, missing)
 
 
-def append(path: Path, events: Sequence[Event], name: str | None) -> None:
+def append(path: Path, events: Sequence[Event]) -> None:
     """Append the events that are not among the last lines. The caller holds the lock of the histories."""
     make_folder(path.parent)
     new = not os.path.lexists(path)
@@ -72,13 +72,12 @@ def append(path: Path, events: Sequence[Event], name: str | None) -> None:
             raise CorruptVersion(f"{path} is a symbolic link.", hint="Replace it by the file that it names.") from error
         raise
     try:
-        lines = b"".join(event.to_line() for event in events)
-        tail = _mend(descriptor, max(TAIL_BYTES, 2 * len(lines)))
-        written = {event.content for event in parse_history(tail, name).events}
-        lines = b"".join(event.to_line() for event in events if event.content not in written)
+        lines = [event.to_line() for event in events]
+        tail = _mend(descriptor, max(TAIL_BYTES, 2 * sum(map(len, lines))))
+        written = set(tail.splitlines(keepends=True))
         start = os.fstat(descriptor).st_size
         try:
-            _write(descriptor, lines)
+            _write(descriptor, b"".join(line for line in lines if line not in written))
             os.fsync(descriptor)
         except OSError:
             os.ftruncate(descriptor, start)
@@ -101,9 +100,9 @@ def _mend(descriptor: int, tail_bytes: int) -> bytes:
         return tail
     if parse_history(torn, None).events or parse_history(torn, "a").events:
         _write(descriptor, b"\n")    # a whole line: an editor took its newline away
-        return tail
+        return tail + b"\n"
     os.ftruncate(descriptor, start + len(head) + len(newline))
-    return head
+    return head + newline
 
 
 def _write(descriptor: int, data: bytes) -> None:

@@ -15,7 +15,8 @@ HISTORY = "history.jsonl"
 IGNORED = ("catalog.sqlite", "catalog.sqlite-*", ".catalogue", "index/", ".staging/")    # derived, or of this machine
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
-_NUMBER = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+_NUMBER = re.compile(r"[1-9][0-9]{0,7}", re.ASCII)
+NUMBER_MAX = 99_999_999    # a folder with a higher number is not a version
 
 
 @dataclass(frozen=True, slots=True)

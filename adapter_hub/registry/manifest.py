@@ -104,6 +104,14 @@ class Manifest(VersionFacts):
             purged_at=purged_at,
         )
 
+    @classmethod
+    def lost(cls, name: str, version: int, *, digest: str, created_at: str, purged_at: str) -> Manifest:
+        """The tombstone of a version whose manifest is gone."""
+        return cls(
+            name=name, version=version, created_at=created_at, files={}, digest=digest,
+            base_model="", base_fingerprint="", peft={}, purged_at=purged_at,
+        )
+
     def to_json(self) -> dict[str, JSON]:
         row = {"schema": MANIFEST_SCHEMA, "name": self.name, "version": self.version, "digest": self.digest} | asdict(self)
         row["labels"] = None if self.labels is None else list(self.labels)
@@ -123,7 +131,8 @@ class Manifest(VersionFacts):
         values = dict(row)
         schema = values.pop("schema", None)
         if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
-            raise SchemaTooNew(f"{source} has manifest schema {schema}; this adapter_hub reads up to {MANIFEST_SCHEMA}.", hint="Upgrade it.")
+            known = f"this adapter_hub knows up to {MANIFEST_SCHEMA}"
+            raise SchemaTooNew(f"{source} has manifest schema {schema}; {known}.", hint="Upgrade adapter_hub.")
         try:
             manifest = cls(**values)
             valid = isinstance(manifest.version, int) and isinstance(manifest.digest, str) and isinstance(manifest.created_at, str)
@@ -179,7 +188,7 @@ def model_card(manifest: Manifest) -> str:
     header = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in front.items() if value)
     rows = [
         ("base model", f"`{_cell(manifest.base_model)}`"),
-        ("base fingerprint", f"`{manifest.base_fingerprint}`"),
+        ("base fingerprint", manifest.base_fingerprint and f"`{manifest.base_fingerprint}`"),
         ("task", _cell(manifest.task_type or "features")),
         ("labels", _cell(", ".join(manifest.labels or ()))),
         ("metrics", _cell(", ".join(f"{key} {_figure(value)}" for key, value in manifest.metrics.items()))),

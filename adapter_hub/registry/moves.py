@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 
-from sqlalchemy import Connection, RowMapping
+from sqlalchemy import Connection
 
 from adapter_hub.errors import InvalidInput, NotRoutable
 from adapter_hub.refs import PRODUCTION, AdapterRef
@@ -81,23 +81,25 @@ def purge(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> M
     row = records.row_of(connection, name, version)
     if row is not None and row["state"] in (VersionState.PURGING, VersionState.PURGED):
         return records.manifest_of(row)
-    tombstone = _lost_tombstone(ref, row, at) if row is None or row["manifest"] is None else records.manifest_of(row).tombstone(at)
     for alias, named in sorted(records.aliases_of(connection, name).items()):
         if named == version:
             _remove_alias(connection, name, alias, version, at=at, reason=reason)
-    records.store(connection, tombstone, VersionState.PURGING)
+    tombstone = bury(connection, ref, at=at)
     records.record(connection, EventKind.PURGED, name, version, at=at, reason=reason)
     return tombstone
 
 
-def _lost_tombstone(ref: AdapterRef, row: RowMapping | None, at: str) -> Manifest:
-    """The tombstone of a version whose manifest was lost before."""
-    digest, created_at = (row["digest"], row["created_at"]) if row is not None else (None, None)
-    known = Manifest(
-        name=ref.name, version=ref.version or 0, created_at=created_at or at, digest=digest or "",
-        files={}, base_model="", base_fingerprint="", peft={},
-    )
-    return known.tombstone(at)
+def bury(connection: Connection, ref: AdapterRef, *, at: str) -> Manifest:
+    """Put the tombstone of a version into its row, without an event."""
+    name, version = ref.name, ref.version or 0
+    row = records.row_of(connection, name, version)
+    if row is None or row["manifest"] is None:
+        digest, created_at = ("", at) if row is None else (row["digest"] or "", row["created_at"] or at)
+        tombstone = Manifest.lost(name, version, digest=digest, created_at=created_at, purged_at=at)
+    else:
+        tombstone = records.manifest_of(row).tombstone(at)
+    records.store(connection, tombstone, VersionState.PURGING)
+    return tombstone
 
 
 def _remove_alias(connection: Connection, name: str, alias: str, version: int, *, at: str, reason: str) -> None:

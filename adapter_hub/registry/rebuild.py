@@ -20,7 +20,7 @@ from adapter_hub.registry.artifacts import check_folder, read_regular
 from adapter_hub.registry.catalog import Catalog
 from adapter_hub.registry.events import Event, NameState, replay
 from adapter_hub.registry.history import read_history
-from adapter_hub.registry.layout import MANIFEST, Layout, as_number
+from adapter_hub.registry.layout import MANIFEST, NUMBER_MAX, Layout, as_number
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.schema import VersionState
 
@@ -113,12 +113,12 @@ def rebuild_version(layout: Layout, name: str, version: int, state: NameState) -
 
 
 def _purged_row(layout: Layout, name: str, version: int, state: NameState, manifest: Manifest | None) -> dict[str, object]:
+    purged_at = state.purged[version]
     if manifest is None:
-        known = {"base_model": "", "base_fingerprint": "", "peft": {}, "files": {}}
-        created_at = state.registered_at[version]
-        manifest = Manifest(name=name, version=version, created_at=created_at, digest=state.versions[version] or "", **known)
-    if manifest.purged_at is None:
-        manifest = manifest.tombstone(state.purged[version])
+        digest, created_at = state.versions[version] or "", state.registered_at[version]
+        manifest = Manifest.lost(name, version, digest=digest, created_at=created_at, purged_at=purged_at)
+    elif manifest.purged_at is None:
+        manifest = manifest.tombstone(purged_at)
     # PURGING: opening the registry erases what may still lie in the folder.
     status = VersionState.PURGED if is_tombstone(layout, manifest) else VersionState.PURGING
     return records.row_values(manifest, status)
@@ -164,9 +164,14 @@ def version_folders(layout: Layout, name: str) -> list[int]:
     return sorted(number for number in numbers if number is not None)
 
 
-def calibration_files(layout: Layout) -> list[int]:
-    numbers = (as_number(Path(entry.name).stem) for entry in _entries(layout.calibrations))
-    return sorted(number for number in numbers if number is not None)
+def highest_number(folder: Path, suffix: str = "") -> int:
+    """The highest number that names something in a folder; 0 for none. Quick, because every `add` asks."""
+    try:
+        entries = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    stems = [entry.removesuffix(suffix) for entry in entries] if suffix else entries
+    return max((number for number in map(int, filter(str.isdecimal, stems)) if number <= NUMBER_MAX), default=0)
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -18,6 +18,7 @@ from adapter_hub.registry.schema import VersionState
 
 JSON = Any
 _LISTED = [column for column in schema.versions.c if column.name != "manifest"]
+SEQS_MAX = 1_000    # in one statement: databases bound the number of parameters
 _GONE = (VersionState.PURGING, VersionState.PURGED)
 
 
@@ -342,8 +343,9 @@ def names_to_mirror(connection: Connection) -> list[str | None]:
 
 
 def mark_mirrored(connection: Connection, events: Sequence[Event]) -> None:
-    seqs = [event.seq for event in events]
-    connection.execute(update(schema.events).where(schema.events.c.seq.in_(seqs)).values(mirrored=1))
+    for start in range(0, len(events), SEQS_MAX):
+        seqs = [event.seq for event in events[start : start + SEQS_MAX]]
+        connection.execute(update(schema.events).where(schema.events.c.seq.in_(seqs)).values(mirrored=1))
 
 
 # ---- calibrations ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from adapter_hub.registry.events import EventKind
 from adapter_hub.registry.layout import CARD, MANIFEST, Layout, check_file_name
 from adapter_hub.registry.manifest import Manifest, VersionFacts, model_card
 from adapter_hub.registry.moves import check_reason, move_alias
-from adapter_hub.registry.rebuild import calibration_files, version_folders
+from adapter_hub.registry.rebuild import highest_number
 from adapter_hub.registry.schema import VersionState
 
 
@@ -63,6 +63,7 @@ def add_version(
             manifest = _describe(name, version, facts, hashes, folder, own_card=own_card)
             sync_files(folder)
             try:
+                make_folder(layout.adapters)
                 make_folder(layout.name(name))
                 if move_folder(folder, layout.version(name, version)):
                     break
@@ -78,8 +79,6 @@ def check_sources(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
     sources: dict[str, Path | bytes] = {}
     for file, source in files.items():
         check_file_name(file)
-        if isinstance(source, bytearray | memoryview):
-            source = bytes(source)
         if not isinstance(source, Path | bytes):
             raise InvalidInput(f"{file} is given as {type(source).__name__}.", hint="Give bytes or a Path.")
         sources[file] = source
@@ -100,7 +99,7 @@ def _stage(catalog: Catalog, layout: Layout, name: str, sources: Mapping[str, Pa
         if any(link_file(candidate, hashes[file], folder / file) for candidate in candidates):
             continue
         if write_file(folder / file, source) != hashes[file]:
-            raise RegistryError(f"{source} changed while it was copied.", hint="Register again when nobody writes it.")
+            raise RegistryError(f"the source of {file} changed while it was copied.", hint="Register again when nobody writes it.")
     return hashes
 
 
@@ -108,25 +107,23 @@ def _hash(source: Path | bytes) -> str:
     try:
         return hash_source(source)
     except OSError as error:
-        raise InvalidInput(f"{source!s} cannot be read: {error.strerror}.") from error
+        raise InvalidInput(f"{error.filename} cannot be read: {error.strerror}.") from error
 
 
 def _reserve(catalog: Catalog, layout: Layout, name: str) -> int:
-    taken = max(version_folders(layout, name), default=0)
+    taken = highest_number(layout.name(name))
     with catalog.writing(durable=False) as connection:
         return records.reserve(connection, name, taken)
 
 
-def _describe(
-    name: str, version: int, facts: VersionFacts, hashes: Mapping[str, str], folder: Path, *, own_card: bool
-) -> Manifest:
+def _describe(name: str, version: int, facts: VersionFacts, hashes: Mapping[str, str], folder: Path, *, own_card: bool) -> Manifest:
     """Write model card and manifest, the manifest last."""
     known = {item.name: getattr(facts, item.name) for item in fields(VersionFacts)}
-    manifest = Manifest(name=name, version=version, created_at=now(), files=dict(hashes), **known)
+    manifest = Manifest(name=name, version=version, created_at=now(), files=dict(sorted(hashes.items())), **known)
     if not own_card:
         (folder / CARD).unlink(missing_ok=True)
         card = write_file(folder / CARD, model_card(manifest).encode())
-        manifest = Manifest(name=name, version=version, created_at=manifest.created_at, files=dict(sorted({**hashes, CARD: card}.items())), **known)
+        manifest = replace(manifest, files=dict(sorted({**hashes, CARD: card}.items())))
     manifest = manifest.sealed()
     (folder / MANIFEST).unlink(missing_ok=True)
     write_file(folder / MANIFEST, manifest.to_bytes())
@@ -137,9 +134,11 @@ def _commit(catalog: Catalog, layout: Layout, manifest: Manifest, folder: Path, 
     try:
         with catalog.writing() as connection:
             _insert(connection, manifest, promote=promote, reason=reason)
-    except BaseException:
-        if not _was_committed(catalog, manifest):
+    except BaseException as error:
+        committed = _was_committed(catalog, manifest)
+        if committed is False:
             _take_back(layout, manifest, folder)
+        if not committed or not isinstance(error, HubError):
             raise
 
 
@@ -152,13 +151,16 @@ def _insert(connection: Connection, manifest: Manifest, *, promote: bool, reason
         move_alias(connection, manifest.name, PRODUCTION, manifest.version, at=at, reason=reason)
 
 
-def _was_committed(catalog: Catalog, manifest: Manifest) -> bool:
-    """Whether a commit that failed, e.g. because the connection broke, took effect all the same."""
+def _was_committed(catalog: Catalog, manifest: Manifest) -> bool | None:
+    """Whether a commit that failed, e.g. because the connection broke, took effect all the same.
+
+    None where that cannot be found out: the folder then stays, and `adopt` can take it in if it is not registered.
+    """
     try:
         with catalog.reading() as connection:
             return records.state_of(connection, manifest.name, manifest.version) is not None
     except HubError:
-        return True    # unknown: the folder must stay; if it is not registered, `adopt` can take it in
+        return None
 
 
 def _take_back(layout: Layout, manifest: Manifest, folder: Path) -> None:
@@ -182,7 +184,7 @@ def add_calibration(catalog: Catalog, layout: Layout, data: bytes, members: list
         make_folder(layout.calibrations)
         number = 0
         while not number or not move_folder(folder / "calibration", layout.calibration(number)):
-            taken = max(calibration_files(layout), default=0)
+            taken = highest_number(layout.calibrations, ".safetensors")
             with catalog.writing(durable=False) as connection:
                 number = records.reserve_calibration(connection, taken)
         try:
@@ -190,16 +192,18 @@ def add_calibration(catalog: Catalog, layout: Layout, data: bytes, members: list
                 records.commit_calibration(connection, number, sha256)
                 detail = {"digest": sha256, "members": [str(ref) for ref in members]}
                 records.record(connection, EventKind.CALIBRATED, None, number, at=now(), reason=reason, detail=detail)
-        except BaseException:
-            if not _calibration_committed(catalog, number):
+        except BaseException as error:
+            committed = _calibration_committed(catalog, number)
+            if committed is False:
                 layout.calibration(number).unlink(missing_ok=True)
+            if not committed or not isinstance(error, HubError):
                 raise
     return number
 
 
-def _calibration_committed(catalog: Catalog, number: int) -> bool:
+def _calibration_committed(catalog: Catalog, number: int) -> bool | None:
     try:
         with catalog.reading() as connection:
             return number in records.live_calibrations(connection)
     except HubError:
-        return True
+        return None

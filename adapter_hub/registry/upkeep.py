@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy import Connection
 
 from adapter_hub.errors import HubError
 from adapter_hub.refs import AdapterRef
@@ -16,11 +17,13 @@ from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import check_file, is_held, locked, storage_errors
 from adapter_hub.registry.catalog import Catalog
 from adapter_hub.registry.config import RegistryConfig
-from adapter_hub.registry.events import Event, EventKind, replay
+from adapter_hub.registry.events import Event, EventKind, NameState, replay
 from adapter_hub.registry.history import read_history
-from adapter_hub.registry.layout import MANIFEST, Layout
+from adapter_hub.registry.layout import Layout
 from adapter_hub.registry.manifest import Manifest
-from adapter_hub.registry.rebuild import in_one_sequence, name_folders, read_manifest, version_folders
+from adapter_hub.registry.moves import bury
+from adapter_hub.registry.rebuild import name_folders, read_manifest, version_folders
+from adapter_hub.registry.records import VersionRow
 from adapter_hub.registry.registration import now
 from adapter_hub.registry.schema import VersionState
 from adapter_hub.registry.verify import Problem, foreign_events
@@ -104,105 +107,121 @@ def adopt(catalog: Catalog, layout: Layout, config: RegistryConfig) -> AdoptRepo
     refused: list[Problem] = []
     events = 0
     for name in name_folders(layout):
-        candidates = _Candidates(catalog, layout, config, name)
-        conflicts += candidates.conflicts
-        refused += candidates.refused
-        events += _adopt_events(catalog, layout, candidates, refused)
-        adopted += _adopt_folders(catalog, candidates)
+        found = _look(catalog, layout, config, name)
+        conflicts += found.conflicts
+        refused += found.refused
+        if found.conflicts:
+            continue    # which of two folders is meant is for people to say
+        problem = _unusable_history(found)
+        if problem is not None:
+            refused.append(problem)
+            continue
+        adopted += _take_in(catalog, found)
+        events += len(found.foreign)
     return AdoptReport(tuple(adopted), events, tuple(conflicts), tuple(refused))
 
 
-class _Candidates:
-    """The folders of one name that the catalogue does not have, sorted into whole ones, conflicts and refusals."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the folder of one name holds that the catalogue does not know."""
 
-    def __init__(self, catalog: Catalog, layout: Layout, config: RegistryConfig, name: str) -> None:
-        self.name = name
-        self.whole: dict[int, Manifest] = {}
-        self.conflicts: list[Problem] = []
-        self.refused: list[Problem] = []
-        with catalog.reading() as connection:
-            known = {row.ref.version: row for row in records.list_rows(connection, name)}
-        for number in version_folders(layout, name):
-            where, folder = f"{name}@{number}", layout.version(name, number)
-            row = known.get(number)
-            if row is not None and row.state is VersionState.PURGED and os.listdir(folder) == [MANIFEST]:
-                continue
-            if row is None and is_held(folder):
-                continue    # a living process is just registering it
-            try:
-                manifest = read_manifest(layout, name, number)
-                if row is not None:
-                    self._compare(where, manifest, row)
-                    continue
-                _check_whole(folder, manifest, config)
-            except HubError as error:
-                if row is None:    # what is wrong with a registered version is for `verify` to say
-                    self.refused.append(Problem(where, error.fact))
-                continue
-            self.whole[number] = manifest
-
-    def _compare(self, where: str, manifest: Manifest, row: records.VersionRow) -> None:
-        if row.state is VersionState.PURGED and manifest.purged_at is None:
-            self.conflicts.append(Problem(where, "it was purged here, and its data are back in the folder."))
-        elif manifest.digest != row.digest:
-            fact = f"the folder has digest {manifest.digest[:19]}…, the registered version {row.digest[:19]}…."
-            self.conflicts.append(Problem(where, fact))
+    name: str
+    known: frozenset[int]               # versions that the catalogue has
+    whole: dict[int, Manifest]          # folders that can be taken in
+    lines: tuple[Event, ...]            # the history file as a whole
+    foreign: tuple[Event, ...]          # those of its lines that the catalogue does not know
+    conflicts: tuple[Problem, ...]
+    refused: tuple[Problem, ...]
 
 
-def _check_whole(folder: Path, manifest: Manifest, config: RegistryConfig) -> None:
+def _look(catalog: Catalog, layout: Layout, config: RegistryConfig, name: str) -> _Found:
+    whole: dict[int, Manifest] = {}
+    conflicts, refused = [], []
+    lines: tuple[Event, ...] = ()
+    try:
+        lines = read_history(layout.history(name), name).events
+    except HubError as error:
+        refused.append(Problem(str(layout.history(name)), error.fact))
+    foreign = tuple(foreign_events(catalog, name, lines))
+    with catalog.reading() as connection:
+        known = {row.ref.version or 0: row for row in records.list_rows(connection, name)}
+    for number in version_folders(layout, name):
+        where, row = f"{name}@{number}", known.get(number)
+        if row is None and is_held(layout.version(name, number)):
+            continue    # a living process is just registering it
+        try:
+            manifest = read_manifest(layout, name, number)
+            if row is None:
+                _check_whole(layout, manifest, config, {event.version for event in foreign})
+                whole[number] = manifest
+        except (HubError, OSError) as error:
+            if row is None:    # what is wrong with a registered version is for `verify` to say
+                refused.append(Problem(where, error.fact if isinstance(error, HubError) else str(error)))
+            continue
+        if row is not None and (fact := _conflict(manifest, row)):
+            conflicts.append(Problem(where, fact))
+    for event in foreign:
+        row, digest = known.get(event.version), event.detail.get("digest")
+        if row is not None and digest and digest != row.digest:
+            fact = f"the history that came has digest {str(digest)[:19]}…, the registered version {row.digest[:19]}…."
+            conflicts.append(Problem(f"{name}@{event.version}", fact))
+    return _Found(name, frozenset(known), whole, lines, foreign, tuple(conflicts), tuple(refused))
+
+
+def _conflict(manifest: Manifest, row: VersionRow) -> str:
+    if manifest.digest != row.digest:
+        return f"the folder has digest {manifest.digest[:19]}…, the registered version {row.digest[:19]}…."
+    if row.state is VersionState.PURGED and manifest.purged_at is None:
+        return "it was purged here, and its manifest is back in the folder."
+    return ""
+
+
+def _check_whole(layout: Layout, manifest: Manifest, config: RegistryConfig, in_history: set[int]) -> None:
     """Raises HubError where the folder is not a whole version made for this registry's base."""
-    if config.base_fingerprint and manifest.purged_at is None and manifest.base_fingerprint != config.base_fingerprint:
+    if manifest.purged_at is not None and manifest.version not in in_history:
+        raise HubError("it is a tombstone without a history.")
+    if manifest.purged_at is None and config.base_fingerprint not in ("", manifest.base_fingerprint):
         raise HubError(f"it was made for another base model ({manifest.base_model}).")
     for file, sha256 in manifest.files.items():
-        check_file(folder / file, sha256)
+        check_file(layout.version(manifest.name, manifest.version) / file, sha256)
 
 
-def _adopt_events(catalog: Catalog, layout: Layout, candidates: _Candidates, refused: list[Problem]) -> int:
-    """Take in the lines of a history that came from another clone; what the file says as a whole then holds."""
-    name = candidates.name
-    path = layout.history(name)
-    try:
-        history = read_history(path, name)
-    except HubError as error:
-        refused.append(Problem(str(path), error.fact))
-        return 0
-    foreign = foreign_events(catalog, name, history.events)
-    if not foreign:
-        return 0
-    if candidates.conflicts:
-        return 0    # which of two folders the lines speak of is for people to say
-    state = replay(history.events)
-    with catalog.reading() as connection:
-        known = {row.ref.version for row in records.list_rows(connection, name)}
-    lost = [v for v in state.versions if v not in known and v not in candidates.whole and v not in state.purged]
-    if lost:
-        refused.append(Problem(str(path), f"it names version {lost[0]}, which has no whole folder here."))
-        return 0
-    _store_history(catalog, candidates, foreign, history.events)
-    return len(foreign)
+def _unusable_history(found: _Found) -> Problem | None:
+    """Lines of another clone can be taken in only with the folders that they speak of."""
+    state = replay(found.lines)
+    lost = [version for version in state.versions if version not in found.known | found.whole.keys() | state.purged.keys()]
+    if found.foreign and lost:
+        return Problem(found.name, f"its history came with version {lost[0]}, which has no whole folder here.")
+    return None
 
 
-def _store_history(catalog: Catalog, candidates: _Candidates, foreign: Sequence[Event], lines: Sequence[Event]) -> None:
-    name, state = candidates.name, replay(lines)
+def _take_in(catalog: Catalog, found: _Found) -> list[AdapterRef]:
+    """Everything of one name in one transaction."""
+    if not found.whole and not found.foreign:
+        return []
+    state = replay(found.lines)
     with catalog.writing() as connection:
-        for version, manifest in candidates.whole.items():
-            if version in state.versions and records.state_of(connection, name, version) is None:
-                records.store(connection, manifest, VersionState.LIVE)
-        for version in state.versions:
-            current = records.state_of(connection, name, version)
-            if version in state.purged:
-                row = records.row_of(connection, name, version)
-                if current not in (VersionState.PURGING, VersionState.PURGED):
-                    records.store(connection, _tombstone(row, name, version, state.purged[version]), VersionState.PURGING)
-            elif version in state.retired:
-                records.set_state(connection, name, version, VersionState.RETIRED)
-        for alias in set(records.aliases_of(connection, name)) | set(state.aliases):
-            records.write_alias(connection, name, alias, state.aliases.get(alias))
-        last = records.last_seq(connection)
-        numbered = in_one_sequence([foreign])
-        shifted = [_renumbered(event, last + position) for position, event in enumerate(numbered, 1)]
-        records.insert_events(connection, shifted, mirrored=True)
+        for manifest in found.whole.values():
+            records.store(connection, manifest, VersionState.PURGED if manifest.purged_at else VersionState.LIVE)
+        if found.foreign:
+            _hold_to_history(connection, found.name, state)
+            last = records.last_seq(connection)
+            numbered = [replace(event, seq=last + position) for position, event in enumerate(found.foreign, 1)]
+            records.insert_events(connection, numbered, mirrored=True)
+        for version, manifest in sorted(found.whole.items()):
+            if version not in state.versions:
+                detail = {"digest": manifest.digest}
+                records.record(connection, EventKind.ADOPTED, found.name, version, at=now(), detail=detail)
+    return [manifest.ref for _, manifest in sorted(found.whole.items())]
 
 
-def _adopt_folders(catalog: Catalog, candidates: _Candidates) -> list[AdapterRef]:
-    return []
+def _hold_to_history(connection: Connection, name: str, state: NameState) -> None:
+    """Make rows and aliases what the history file, with the lines of both clones, comes to: a rebuild gives the same."""
+    for version in state.versions:
+        current = records.state_of(connection, name, version)
+        if version in state.purged and current not in (VersionState.PURGING, VersionState.PURGED):
+            bury(connection, AdapterRef(name, version), at=state.purged[version])
+        elif version in state.retired and current is VersionState.LIVE:
+            records.set_state(connection, name, version, VersionState.RETIRED)
+    for alias in sorted(set(records.aliases_of(connection, name)) | set(state.aliases)):
+        records.write_alias(connection, name, alias, state.aliases.get(alias))

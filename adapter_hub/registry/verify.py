@@ -161,13 +161,15 @@ def _check_histories(catalog: Catalog, layout: Layout, events: list[Event]) -> l
         problems += [Problem(f"{path}:{number}", "this line is not an event.") for number in history.unreadable]
         written = Counter(event.content for event in history.events)
         lost = Counter(event.content for event in mirrored) - written
-        problems += [Problem(str(path), f"event {e.seq} ({e.kind} {e.name}@{e.version}) is missing.") for e in mirrored if e.content in lost]
-        problems += [Problem(str(path), f"{said}: the catalogue does not know it; see `adapter-hub adopt`.") for said in _foreign(catalog, name, history.events)]
+        missing = [event for event in mirrored if event.content in lost]
+        foreign = foreign_events(catalog, name, history.events)
+        problems += [Problem(str(path), f"{_said(event)} is missing.") for event in missing]
+        problems += [Problem(str(path), f"{_said(event)} is not in the catalogue; see `adapter-hub adopt`.") for event in foreign]
     return problems
 
 
-def _foreign(catalog: Catalog, name: str | None, lines: Iterable[Event]) -> Iterator[str]:
-    return (f"event {event.seq} ({event.kind} of version {event.version})" for event in foreign_events(catalog, name, lines))
+def _said(event: Event) -> str:
+    return f"event {event.seq} ({event.kind}, version {event.version})"
 
 
 def foreign_events(catalog: Catalog, name: str | None, lines: Iterable[Event]) -> list[Event]:
@@ -194,6 +196,7 @@ def find_unregistered(catalog: Catalog, layout: Layout) -> Iterator[str]:
             if number in known or is_held(folder):
                 continue
             with catalog.reading() as connection:    # it may have been committed since the listing
-                if records.state_of(connection, name, number) is None and os.path.lexists(folder):
-                    yield f"{name}@{number}"
+                registered = records.state_of(connection, name, number) is not None
+            if not registered and os.path.lexists(folder):
+                yield f"{name}@{number}"
 

@@ -62,7 +62,7 @@ class Member:
     @classmethod
     def of(cls, exemplars: Exemplars, metric: Metric) -> Member:
         means = exemplars.means
-        return cls(exemplars, Prototypes.fit(metric, means, exemplars.counts), unit(means.sum(axis=0)))
+        return cls(exemplars, Prototypes.fit(metric, means, exemplars.known), unit(means.sum(axis=0)))
 
     def rows(self) -> tuple[F64, F64]:
         """((c, 2d), (c,)): what an index over [x, q²] holds, and the biases."""

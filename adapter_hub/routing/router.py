@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from adapter_hub.errors import InvalidInput, ModelChanged
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import Calibration, calibrate, check_encoder, check_rate
+from adapter_hub.routing.calibration import Calibration, Normal, calibrate, check_encoder, check_rate
 from adapter_hub.routing.decision import Decision, Reason
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.routing.index import FaissIndex, Index
@@ -35,7 +35,7 @@ class _Entry:
 
     rows: F64          # (c, 2d)
     biases: F64        # (c,)
-    centre: float      # its own inputs' usual score, nats
+    normal: Normal
 
 
 class Router:
@@ -59,7 +59,8 @@ class Router:
         self._rows = np.concatenate([part.rows for part in parts])
         self._biases = np.concatenate([part.biases for part in parts])
         self._owner = np.repeat(np.arange(len(parts)), [len(part.biases) for part in parts])
-        self._centres = np.array([part.centre for part in parts])
+        self._centres = np.array([part.normal.centre for part in parts])
+        self._scales = np.array([part.normal.scale for part in parts])
         self._index = index(self._rows.shape[1] + 1)
         self._index.add(np.hstack([self._rows, self._biases[:, None]]).astype(np.float32))
 
@@ -133,7 +134,7 @@ class Router:
     def _decide(self, vectors: F64, k: int, threshold: float) -> list[Decision]:
         assert self.calibration is not None
         adapters, scores = self._candidates(vectors, min(max(k, 2), len(self._refs)))
-        acceptance = np.round((scores[:, 0] - self._centres[adapters[:, 0]]) / self.calibration.scale, SCORE_DECIMALS)
+        acceptance = np.round((scores[:, 0] - self._centres[adapters[:, 0]]) / self._scales[adapters[:, 0]], SCORE_DECIMALS)
         scores = np.round(scores, SCORE_DECIMALS)
         decisions = []
         for row, row_scores, score in zip(adapters.tolist(), scores.tolist(), acceptance.tolist(), strict=True):
@@ -187,7 +188,7 @@ def _compiled(ref: AdapterRef, state: RoutingState, calibration: Calibration | N
         return None
     check_encoder(str(ref), state, calibration.encoder_fingerprint, calibration.encoder)
     member = Member.of(Exemplars.of(state), calibration.metric)
-    return _Entry(*member.rows(), calibration.centre_of(ref, member))
+    return _Entry(*member.rows(), calibration.normal_of(ref, member))
 
 
 def _distinct(owners: I64) -> I64:

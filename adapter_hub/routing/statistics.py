@@ -27,6 +27,7 @@ I64 = NDArray[np.int64]
 
 SCHEMA = 1
 PROTOTYPES_MAX = 32
+SINGLE_WORTH = 0.1             # exemplars; with 1, a description loses every input to adapters with real examples
 EXEMPLARS_PER_PROTOTYPE = 8    # of an adapter without labels, until PROTOTYPES_MAX
 
 
@@ -132,7 +133,8 @@ class Exemplars:
     counts: F64                     # (c,), distinct exemplars of each class
     sums: F64                       # (c, d)
     labelled: NDArray[np.bool_]     # (c,), False for a k-means prototype
-    described: bool                 # the one exemplar is a description, which says little about how real inputs score
+    known: F64                      # (c,), what the counts are worth; below 1 where one text stands for a whole adapter
+    single: bool                    # a description, or one unlabelled example: nothing says how wide the adapter is
 
     @classmethod
     def of(cls, state: RoutingState) -> Exemplars:
@@ -143,7 +145,8 @@ class Exemplars:
         labelled = np.array([name is not None for name in state.class_names], bool)
         counts = np.bincount(classes, minlength=len(labelled)).astype(np.float64)
         sums = np.array([vectors[classes == c].sum(axis=0) for c in range(len(labelled))])
-        return cls(vectors, classes, counts, sums, labelled, state.from_description)
+        single = state.from_description or (len(vectors) == 1 and not labelled.any())
+        return cls(vectors, classes, counts, sums, labelled, np.full(len(counts), SINGLE_WORTH) if single else counts, single)
 
     @property
     def means(self) -> F64:
@@ -151,7 +154,7 @@ class Exemplars:
 
     def testable(self) -> I64:
         """The exemplars that can be left out: something of their adapter, and of their label, stays behind."""
-        if self.described or len(self.vectors) < 2:
+        if self.single:
             return np.empty(0, np.int64)
         lonely = (self.counts[self.classes] < 2) & self.labelled[self.classes]
         return np.flatnonzero(~lonely)
@@ -165,8 +168,15 @@ def build_state(encoder: Encoder, examples: Sequence[Example], description: str 
     described = not examples and bool(description.strip())
     texts = [description] if described else [example.text for example in examples]
     labels: list[str | None] = [None] if described else [example.label for example in examples]
-    codes, scales = quantise(encoder.encode(texts) if texts else np.empty((0, encoder.dim), np.float32))
-    return _classified(encoder, codes, scales, labels, from_description=described)
+    vectors = encoder.encode(texts) if texts else np.empty((0, encoder.dim), np.float32)
+    return state_of(encoder, vectors, labels, from_description=described)
+
+
+def state_of(
+    encoder: Encoder, vectors: NDArray[np.float32], labels: Sequence[str | None], *, from_description: bool = False
+) -> RoutingState:
+    """The state of exemplars that are encoded already, aligned with their labels. Raises InvalidInput for a zero or NaN row."""
+    return _classified(encoder, *quantise(vectors), labels, from_description=from_description)
 
 
 def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

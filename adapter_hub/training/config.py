@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from adapter_hub.errors import InvalidInput
 
+_SEE = "See adapter_hub.training.config.TrainConfig."
 ALL_LINEAR = "all-linear"    # every linear layer of the transformer, the head excepted; PEFT's word
 
 
@@ -40,10 +41,10 @@ class TrainConfig:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not fits(value) or (name in _WHOLE and not isinstance(value, int)):
-                raise InvalidInput(f"{name}={value!r} is not {range_}.", hint="See adapter_hub.training.config.TrainConfig.")
+                raise InvalidInput(f"{name}={value!r} is not {range_}.", hint=_SEE)
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise InvalidInput(f"{name}={getattr(self, name)!r} is not true or false.", hint="See adapter_hub.training.config.TrainConfig.")
+                raise InvalidInput(f"{name}={getattr(self, name)!r} is not true or false.", hint=_SEE)
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
         if not endings or not all(isinstance(ending, str) and ending for ending in endings):
             raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")

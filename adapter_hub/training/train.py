@@ -43,6 +43,8 @@ from adapter_hub.training.evaluate import classifier_metrics
 from adapter_hub.training.probe import start_from_probe
 
 EVAL_BATCH_ROWS = 64
+# One text has one segment: GPT-2 would add an embedding for token_type_ids that no other input of it gets.
+MODEL_INPUTS = ("input_ids", "attention_mask")
 
 Features = dict[str, Any]    # a tokenizer's fields for one row, and "labels", its class number
 
@@ -183,8 +185,7 @@ def _features(tokenizer: PreTrainedTokenizerBase, max_tokens: int, labels: Seque
     """Token ids and the class number of each row, not padded."""
     numbers = {label: number for number, label in enumerate(labels)}
     encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_tokens)
-    keys = [key for key in encoded if key in tokenizer.model_input_names]
-    return [{key: encoded[key][i] for key in keys} | {"labels": numbers[row.label or ""]} for i, row in enumerate(rows)]
+    return [{key: encoded[key][i] for key in MODEL_INPUTS} | {"labels": numbers[row.label or ""]} for i, row in enumerate(rows)]
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Features]) -> Iterator[dict[str, torch.Tensor]]:

@@ -1,0 +1,246 @@
+"""The batch job: every row of a file answered into another, in order, with constant memory, and resumable after a crash.
+
+It knows rows and an `answer` function, nothing of models. Chunk boundaries follow from the position in the input alone, so a job
+that was killed and resumed writes the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, UnreadableFile, storage_error
+from adapter_hub.examples import BadRow, RowReader, fault, format_of
+
+JSON = Any
+Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON]]]
+CHUNK_ROWS = 256
+HEAD_BYTES = 1 << 20    # of the input, hashed to know it again
+
+# Faults of single rows: an input that cannot be read, or an adapter whose files are damaged. Anything else stops the job.
+ROW_FAULTS = (InvalidInput, CorruptVersion)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is."""
+
+    rows: int              # of the input, good and bad
+    failed: int
+    share: float | None    # of the input's bytes, 0-1; None where not known
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a job did, the part before a resume included."""
+
+    rows: int                       # of the input, good and bad
+    answered: int
+    abstained: int                  # answered by the base model
+    failed: int                     # in `errors`, with line number and reason
+    adapters: Mapping[str, int]     # rows by version, most first
+    seconds: float                  # of this process
+    rows_per_s: float               # of this process
+    output: str
+    errors: str | None              # None without a failed row
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "adapters": dict(self.adapters), "seconds": round(self.seconds, 3), "rows_per_s": round(self.rows_per_s, 1)}
+
+
+@dataclass(slots=True)
+class _State:
+    """What survives a crash: how far input, output and errors had come when the last chunk was whole."""
+
+    settings: str
+    input: str
+    rows: int = 0
+    output_bytes: int = 0
+    errors_bytes: int = 0
+    failed: int = 0
+    abstained: int = 0
+    adapters: dict[str, int] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        write_durably(path, (json.dumps(asdict(self), ensure_ascii=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path) -> _State:
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InvalidInput(f"{path} is not a job's progress ({error}).", hint="Begin again with overwrite=True (`--overwrite`).") from error
+
+
+def run_job(
+    input: str | Path,
+    output: str | Path,
+    answer: Answer,
+    *,
+    settings: Mapping[str, JSON],
+    resume: bool = False,
+    overwrite: bool = False,
+    chunk_rows: int = CHUNK_ROWS,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Answer every row of `input` into `output`; the suffixes say the formats (JSONL, CSV, TSV, Parquet).
+
+    A row out is the row in plus what `answer` gives for its text. An input's `label` is kept as `target`, any other field whose
+    name the answer needs as `input_<name>`. Bad rows go to OUTPUT.errors.jsonl. `settings` is everything the answers depend on.
+    Raises UnreadableFile, InvalidInput (output exists, or the job cannot be resumed with this input and settings), RegistryError.
+    """
+    source, files = Path(input), JobFiles(Path(output))
+    format_of(files.output)
+    if files.output.suffix.lower() == ".gz":
+        raise InvalidInput(f"{str(output)!r}: packed output is not written.", hint="Leave .gz out, and pack it afterwards.")
+    if not files.output.parent.is_dir():
+        raise InvalidInput(f"there is no folder {str(files.output.parent)!r}.", hint="Make it first.")
+    reader = RowReader(source)
+    if files.output.exists() and files.output.samefile(source):
+        raise InvalidInput("input and output are one file.", hint="Choose another output.")
+    settings = {**settings, "chunk_rows": chunk_rows}
+    fresh = _State(hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(), _identity(source))
+    with files.locked():
+        try:
+            state = _begin(files, fresh, resume, overwrite)
+            started, rows_before = time.perf_counter(), state.rows
+            _answer_all(reader, files, answer, state, chunk_rows, started, progress)
+            finish(files)
+        except OSError as error:
+            raise storage_error(error, files.output) from error
+    seconds = time.perf_counter() - started
+    return Summary(
+        rows=state.rows,
+        answered=state.rows - state.failed,
+        abstained=state.abstained,
+        failed=state.failed,
+        adapters=dict(sorted(state.adapters.items(), key=lambda item: (-item[1], item[0]))),
+        seconds=seconds,
+        rows_per_s=(state.rows - rows_before) / max(seconds, 1e-9),
+        output=str(files.output),
+        errors=str(files.errors) if state.failed else None,
+    )
+
+
+def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _State:
+    """The state to go on from, with the partial files cut back to it. Nothing is removed that was not asked for."""
+    if resume and overwrite:
+        raise InvalidInput("resume and overwrite exclude each other.", hint="Choose one.")
+    started = files.progress.exists()
+    if files.output.exists() and not overwrite and not (resume and started):
+        done = " It is complete." if resume else ""
+        raise InvalidInput(f"{str(files.output)!r} exists.{done}", hint="Choose another output, or pass overwrite=True (`--overwrite`).")
+    if started and not resume and not overwrite:
+        raise InvalidInput(
+            f"a job for {str(files.output)!r} was interrupted.",
+            hint="Go on with resume=True (`--resume`), or begin again with overwrite=True (`--overwrite`).",
+        )
+    state = fresh
+    if resume and started:
+        state = _State.load(files.progress)
+        for what, ours, theirs in (("input", fresh.input, state.input), ("settings", fresh.settings, state.settings)):
+            if ours != theirs:
+                why = "the file has changed" if what == "input" else "the registry or an option has changed"
+                raise InvalidInput(f"the interrupted job had another {what}: {why}.", hint="Begin again with overwrite=True (`--overwrite`).")
+        if state.errors_bytes and not files.errors_partial.exists() and files.errors.exists():
+            files.errors.replace(files.errors_partial)    # the crash came while finishing
+    for path, size in ((files.partial, state.output_bytes), (files.errors_partial, state.errors_bytes)):
+        with path.open("ab") as file:
+            if file.tell() < size:
+                raise InvalidInput(f"{path} is shorter than the job's progress says.", hint="Begin again with overwrite=True (`--overwrite`).")
+            file.truncate(size)
+    state.save(files.progress)
+    return state
+
+
+def _answer_all(
+    reader: RowReader, files: JobFiles, answer: Answer, state: _State, chunk_rows: int, started: float, progress: Callable[[Progress], None] | None
+) -> None:
+    rows = iter(reader)
+    if sum(1 for _ in itertools.islice(rows, state.rows)) < state.rows:
+        raise UnreadableFile(f"{str(reader.path)!r} has fewer rows than were answered before.", hint="Begin again with overwrite=True (`--overwrite`).")
+    with files.partial.open("ab") as out, files.errors_partial.open("ab") as bad:
+        for chunk in _chunks(rows, chunk_rows):
+            _answer_chunk(chunk, answer, state, out, bad)
+            for file in (out, bad):
+                file.flush()
+                os.fsync(file.fileno())
+            state.rows += len(chunk)
+            state.output_bytes, state.errors_bytes = out.tell(), bad.tell()
+            state.save(files.progress)
+            if progress:
+                progress(Progress(state.rows, state.failed, reader.share, time.perf_counter() - started))
+
+
+def _answer_chunk(chunk: Sequence[tuple[int, Any]], answer: Answer, state: _State, out: IO[bytes], bad: IO[bytes]) -> None:
+    faults: dict[int, str] = {}
+    good: list[tuple[int, dict[str, JSON]]] = []
+    for line, row in chunk:
+        reason = row.reason if isinstance(row, BadRow) else fault(row)
+        if reason:
+            faults[line] = reason
+        else:
+            good.append((line, row))
+    answers = dict(_answered(good, answer))
+    counts = Counter(state.adapters)
+    for line, row in chunk:
+        answered = answers.get(line)
+        if answered is None or isinstance(answered, HubError):
+            reason = f"the row {faults[line]}" if answered is None else str(answered)
+            raw = row.raw if isinstance(row, BadRow) else json.dumps(row, ensure_ascii=False, default=str)[:200]
+            bad.write(line_of({"line": line, "reason": reason, "row": raw}))
+            state.failed += 1
+            continue
+        out.write(line_of(merged(row, answered)))
+        if answered.get("adapter") is None:
+            state.abstained += 1
+        else:
+            counts[answered["adapter"]] += 1
+    state.adapters = dict(counts)
+
+
+def _answered(rows: Sequence[tuple[int, dict[str, JSON]]], answer: Answer) -> Iterator[tuple[int, Mapping[str, JSON] | HubError]]:
+    """(line, answer or the error of that row). A fault in the midst is found by halving, so that it fails its own row only."""
+    if not rows:
+        return
+    try:
+        found = answer([row["text"] for _, row in rows])
+    except ROW_FAULTS as error:
+        if len(rows) == 1:
+            yield rows[0][0], error
+            return
+        middle = len(rows) // 2
+        yield from _answered(rows[:middle], answer)
+        yield from _answered(rows[middle:], answer)
+        return
+    yield from zip((line for line, _ in rows), found, strict=True)
+
+
+def merged(row: Mapping[str, JSON], answer: Mapping[str, JSON]) -> dict[str, JSON]:
+    """The input's fields in their order, then the answer's. The answer's names win: the input's are kept under another."""
+    kept = {}
+    for key, value in row.items():
+        name = "target" if key == "label" else f"input_{key}" if key in answer else key
+        kept[name if name not in row or name == key else f"input_{name}"] = value
+    return kept | dict(answer)
+
+
+def _chunks(rows: Iterator[tuple[int, Any]], size: int) -> Iterator[list[tuple[int, Any]]]:
+    while chunk := list(itertools.islice(rows, size)):
+        yield chunk
+
+
+def _identity(path: Path) -> str:
+    """Size and beginning of the input: enough to know that a resumed job reads the same file."""
+    with path.open("rb") as file:
+        return f"{path.stat().st_size} {hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()}"

@@ -1,0 +1,1 @@
+"""Run many adapters on one frozen base: plan a request, keep adapters resident, one forward for a mixed batch."""

@@ -1,0 +1,200 @@
+"""Run requests on the frozen base: one forward for rows of many adapters and of the base itself.
+
+The engine is told which adapter; it never chooses one. plan -> hold adapters -> forward -> outputs, in the request's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import GenerationConfig
+
+from adapter_hub.adapters.config import HEADED, TaskType
+from adapter_hub.adapters.weights import Adapter
+from adapter_hub.base_model import BaseKind, Encoded, FrozenBase
+from adapter_hub.engine.generation import check_generation, merged
+from adapter_hub.engine.heads import probabilities
+from adapter_hub.engine.lora_layers import MixedLayers
+from adapter_hub.engine.plan import Batch, Row, plan_batches
+from adapter_hub.engine.slots import Facts, Resident, Slots
+from adapter_hub.errors import InvalidInput
+from adapter_hub.refs import AdapterRef
+
+# n rows, t tokens, d hidden width, c labels
+HIDDEN = "hidden"    # the kind of rows that need hidden states only
+_BASE = Facts(None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One input and the version that answers it; None is the base model."""
+
+    text: str
+    adapter: AdapterRef | None    # resolved
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLabel:
+    """One token's label. `text[start:end]` is the token."""
+
+    start: int
+    end: int
+    label: str
+    score: float    # probability
+
+    def to_json(self) -> dict[str, Any]:
+        return {"start": self.start, "end": self.end, "label": self.label, "score": round(self.score, 6)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """What one row got. Which fields are filled follows from the adapter's task type."""
+
+    label: str | None = None                       # SEQ_CLS: the most probable label
+    scores: Mapping[str, float] = field(default_factory=dict)    # SEQ_CLS: label -> probability
+    tokens: tuple[TokenLabel, ...] | None = None   # TOKEN_CLS
+    vector: NDArray[np.float32] | None = None      # embeddings, and the base's rows on an encoder: (d,)
+    text: str | None = None                        # generation: what was added to the prompt
+    truncated: bool = False                        # the input was longer than the base's max_tokens
+
+
+class Engine:
+    """Runs adapters on one base. `load` gives the adapter of a resolved reference. Safe between threads."""
+
+    def __init__(self, base: FrozenBase, load: Callable[[AdapterRef], Adapter], *, slots_max: int = 64) -> None:
+        self.base = base
+        self._layers = MixedLayers(base)
+        self.slots = Slots(base, self._layers, load, slots_max)
+
+    def evict(self, ref: AdapterRef) -> None:
+        self.slots.evict(ref)
+
+    def predict(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output]:
+        """One output for each request, in order. `generation` overrides the adapters' own settings.
+
+        A row's result depends on its neighbours by no more than rounding (1e-5); the same request gives the same bytes.
+        Raises InvalidInput for an empty text (with its position) or an unknown generation setting, and what `load` raises.
+        """
+        call = check_generation(generation or {})
+        for position, request in enumerate(requests, 1):
+            if not isinstance(request.text, str) or not request.text.strip():
+                what = "is empty" if isinstance(request.text, str) else f"is {type(request.text).__name__}, not text"
+                raise InvalidInput(f"text {position} of {len(requests)} {what}.", hint="Remove it or write its text.")
+        facts = [_BASE if request.adapter is None else self.slots.facts(request.adapter) for request in requests]
+        kinds = [self._kind(fact, call) for fact in facts]
+        texts = [_prompt(fact, request.text) for fact, request in zip(facts, requests, strict=True)]
+        encoded = self._encode(texts, kinds)
+        rows = [Row(request.adapter, kind, len(ids)) for request, kind, ids in zip(requests, kinds, encoded, strict=True)]
+        outputs: dict[int, Output] = {}
+        for batch in plan_batches(rows, slots_max=self.slots.slots_max).batches:
+            run = self._hidden if batch.kind == HIDDEN else self._generate
+            with self.slots.hold(batch.adapters) as held, torch.inference_mode():
+                outputs |= run(batch, held, facts, encoded)
+        return [outputs[i] for i in range(len(requests))]
+
+    def _kind(self, facts: Facts, call: Mapping[str, Any]) -> Hashable:
+        """HIDDEN, or the generation settings of this row."""
+        generates = facts.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+        if facts is _BASE:
+            generates = self.base.kind is not BaseKind.ENCODER
+        return merged(facts.generation, call) if generates else HIDDEN
+
+    def _encode(self, texts: Sequence[str], kinds: Sequence[Hashable]) -> list[Encoded]:
+        """Cut to what the model can take, with room for what a causal model will write."""
+        found: list[Encoded | None] = [None] * len(texts)
+        for kind in dict.fromkeys(kinds):
+            rows = [i for i, other in enumerate(kinds) if other == kind]
+            limit = self.base.max_tokens
+            if kind != HIDDEN and self.base.kind is BaseKind.CAUSAL:
+                new = int(dict(cast(Any, kind))["max_new_tokens"])
+                limit = min(limit, self.base.tokens_limit - new)
+                if limit < 1:
+                    raise InvalidInput(
+                        f"max_new_tokens={new} leaves no room for a prompt: the model takes {self.base.tokens_limit} tokens in all.",
+                        hint="Ask for fewer new tokens.",
+                    )
+            for i, ids in zip(rows, self.base.encode([texts[i] for i in rows], max_tokens=limit), strict=True):
+                found[i] = ids
+        return cast(list[Encoded], found)
+
+    def _open(self, batch: Batch, held: Sequence[Resident]) -> Any:
+        places = {ref: place for place, ref in enumerate(batch.adapters, 1)}
+        slots = [places[s.adapter] if s.adapter is not None else 0 for s in batch.segments for _ in s.rows]
+        stacks = self.slots.stacks(batch.adapters, held) if held else {}
+        return self._layers.open(torch.tensor(slots, device=self.base.device), stacks)
+
+    # ---- classification and embeddings --------------------------------------------------------------------------
+
+    def _hidden(self, batch: Batch, held: Sequence[Resident], facts: Sequence[Facts], encoded: Sequence[Encoded]) -> dict[int, Output]:
+        inputs = self.base.pad([encoded[i] for i in batch.rows])
+        with self._open(batch, held):
+            body = self.base.body(**inputs)
+        residents = dict(zip(batch.adapters, held, strict=True))
+        outputs: dict[int, Output] = {}
+        start = 0
+        for segment in batch.segments:
+            places = torch.arange(start, start + len(segment.rows), device=self.base.device)
+            start += len(segment.rows)
+            fact, ids = facts[segment.rows[0]], [encoded[i] for i in segment.rows]
+            if fact.task_type in HEADED:
+                head = residents[cast(AdapterRef, segment.adapter)].head
+                assert head is not None and fact.labels is not None
+                scores = probabilities(head.logits(body, inputs, places)).cpu().numpy()
+                classify = _token_labels if fact.task_type is TaskType.TOKEN_CLS else _label
+                made = [classify(fact.labels, row, one) for row, one in zip(scores, ids, strict=True)]
+            else:
+                pooled = self.base.pool(body.last_hidden_state[places], inputs["attention_mask"][places]).float().cpu().numpy()
+                made = [Output(vector=vector, truncated=one.truncated) for vector, one in zip(pooled, ids, strict=True)]
+            outputs |= zip(segment.rows, made, strict=True)
+        return outputs
+
+    # ---- generation ---------------------------------------------------------------------------------------------
+
+    def _generate(self, batch: Batch, held: Sequence[Resident], _: Sequence[Facts], encoded: Sequence[Encoded]) -> dict[int, Output]:
+        settings = dict(cast(Any, batch.kind))
+        seed = settings.pop("seed", None)
+        stop = settings.pop("stop_strings", None)
+        tokenizer, model = self.base.tokenizer, cast(Any, self.base.model)
+        inputs = self.base.pad([encoded[i] for i in batch.rows], generation=True)
+        inputs.pop("token_type_ids", None)
+        config = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(model, tokenizer))
+        if stop:
+            config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
+        with self._open(batch, held), torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            written: Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
+        if self.base.kind is BaseKind.CAUSAL:
+            written = written[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return {i: Output(text=text, truncated=encoded[i].truncated) for i, text in zip(batch.rows, texts, strict=True)}
+
+
+def _prompt(facts: Facts, text: str) -> str:
+    return text if facts.prompt_template is None else facts.prompt_template.replace("{text}", text)
+
+
+def _label(labels: tuple[str, ...], scores: NDArray[np.float32], ids: Encoded) -> Output:
+    found = {label: float(score) for label, score in zip(labels, scores, strict=True)}
+    return Output(label=labels[int(scores.argmax())], scores=found, truncated=ids.truncated)
+
+
+def _token_labels(labels: tuple[str, ...], scores: NDArray[np.float32], ids: Encoded) -> Output:
+    """`scores` (t, c) of a padded row; special tokens and padding have no characters and no label."""
+    best = scores.argmax(axis=1)
+    tokens = tuple(
+        TokenLabel(start, end, labels[int(best[t])], float(scores[t, best[t]])) for t, (start, end) in enumerate(ids.offsets) if end > start
+    )
+    return Output(tokens=tokens, truncated=ids.truncated)
+
+
+def _stops(model: Any, tokenizer: Any) -> Any:
+    """The model's own end tokens; the tokenizer's where the model names none."""
+    own = model.generation_config.eos_token_id
+    return tokenizer.eos_token_id if own is None else own

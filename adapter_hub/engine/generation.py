@@ -1,0 +1,52 @@
+"""Which generation settings may be given, and what they are when nobody says. No model here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from adapter_hub.errors import InvalidInput
+
+DEFAULTS: Mapping[str, Any] = {"max_new_tokens": 64, "do_sample": False, "num_beams": 1}
+
+# transformers' own names. Each with what it must be.
+_ALLOWED: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+    "max_new_tokens": (int, "a whole number of at least 1"),
+    "min_new_tokens": (int, "a whole number"),
+    "do_sample": (bool, "true or false"),
+    "temperature": ((int, float), "a number above 0"),
+    "top_k": (int, "a whole number"),
+    "top_p": ((int, float), "a share above 0"),
+    "min_p": ((int, float), "a share"),
+    "num_beams": (int, "a whole number of at least 1"),
+    "length_penalty": ((int, float), "a number"),
+    "early_stopping": (bool, "true or false"),
+    "repetition_penalty": ((int, float), "a number above 0"),
+    "no_repeat_ngram_size": (int, "a whole number"),
+    "stop_strings": ((list, tuple, str), "texts"),
+    "seed": (int, "a whole number, for do_sample"),
+}
+_AT_LEAST_ONE = ("max_new_tokens", "num_beams")
+_ABOVE_ZERO = ("temperature", "top_p", "repetition_penalty")
+
+
+def check_generation(settings: Mapping[str, Any], source: str = "generation") -> dict[str, Any]:
+    """The settings, checked by name and type. Raises InvalidInput."""
+    for key, value in settings.items():
+        if key not in _ALLOWED:
+            closest = difflib.get_close_matches(str(key), _ALLOWED, n=1)
+            hint = f"Closest: {closest[0]!r}." if closest else f"There are: {', '.join(_ALLOWED)}."
+            raise InvalidInput(f"{source}: {key!r} is not a generation setting.", hint=hint)
+        kind, wanted = _ALLOWED[key]
+        number = not isinstance(value, bool) or kind is bool
+        low = (key in _AT_LEAST_ONE and value < 1) or (key in _ABOVE_ZERO and value <= 0) if isinstance(value, int | float) else False
+        if not isinstance(value, kind) or not number or low or (isinstance(value, int | float) and value < 0 and key != "length_penalty"):
+            raise InvalidInput(f"{source}: {key}={value!r} is not {wanted}.")
+    return dict(settings)
+
+
+def merged(adapter: Mapping[str, Any], call: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
+    """Defaults, then the adapter's own, then the call's; as sorted pairs, so that equal settings can share a batch."""
+    settings = {**DEFAULTS, **adapter, **(call or {})}
+    return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items()))

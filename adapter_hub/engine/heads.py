@@ -1,0 +1,60 @@
+"""Classification heads: the architecture's own code, run on hidden states that the batch already has.
+
+The task's model is built without weights; a `Replay` that returns the given body output stands where its transformer would be,
+and only the adapter's head tensors are loaded. So BERT's pooler, RoBERTa's two layers and GPT-2's last token all run as upstream.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from adapter_hub.adapters.checks import skeletons
+from adapter_hub.adapters.weights import Adapter, outputs_of
+from adapter_hub.base_model import FrozenBase
+
+# n rows, t tokens, c labels
+
+
+class Replay(nn.Module):
+    """Answers a call with the output it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output: ModelOutput | None = None
+
+    def forward(self, *_: Any, **__: Any) -> ModelOutput:
+        assert self.output is not None
+        return self.output
+
+
+class Head:
+    """The head of one adapter. Safe between threads: one call at a time."""
+
+    def __init__(self, base: FrozenBase, adapter: Adapter) -> None:
+        self._model: PreTrainedModel = next(iter(skeletons(base, adapter.task_type, outputs_of(adapter.head))))
+        self._replay = Replay()
+        setattr(self._model, self._model.base_model_prefix, self._replay)
+        tensors = {name: tensor.to(base.device, base.dtype) for name, tensor in adapter.head.items()}
+        self._model.load_state_dict(tensors, strict=True, assign=True)
+        self._model.eval().requires_grad_(False)
+        self._lock = threading.Lock()
+
+    def logits(self, body: ModelOutput, inputs: BatchEncoding, rows: Tensor) -> Tensor:
+        """(n, c), or (n, t, c) for token classification, of these rows of the batch."""
+        chosen = {key: value[rows] for key, value in body.items() if isinstance(value, Tensor)}
+        with self._lock:
+            self._replay.output = type(body)(**chosen)
+            logits: Tensor = self._model(input_ids=inputs["input_ids"][rows], attention_mask=inputs["attention_mask"][rows]).logits
+            self._replay.output = None
+        return logits
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax over labels, in float32."""
+    return torch.softmax(logits.float(), dim=-1)

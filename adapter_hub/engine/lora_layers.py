@@ -1,0 +1,131 @@
+"""One forward, many adapters: each row of a batch gets its own low-rank update in every linear layer.
+
+    y = x W + s_a · B_a A_a x                      LoRA, for a row of adapter a
+    y = y₀ + (g_a − 1)(y₀ − b) + g_a s_a B_a A_a x  DoRA, with g_a = m_a / ‖W + s_a B_a A_a‖ and bias b
+
+The base's modules carry a hook that does nothing unless this thread has a batch open: weights and modules stay the base's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapter_hub.adapters.checks import dora_gain
+from adapter_hub.adapters.weights import Adapter
+from adapter_hub.base_model import FrozenBase
+
+# n rows, t tokens, s adapters of the batch (0 is the base), i inputs of a module, o outputs, r rank (padded with zeros)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bound:
+    """One adapter's update of one module, on the base's device and in its type."""
+
+    a: Tensor              # (r, i)
+    b: Tensor              # (o, r), the scaling multiplied in
+    gain: Tensor | None    # (o,), DoRA only
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The updates of one module by every adapter of a batch."""
+
+    a: Tensor              # (s, i, r)
+    b: Tensor              # (s, r, o)
+    gain: Tensor | None    # (s, 1, o), where any adapter is a DoRA; 1 for the others
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Open:
+    slots: Tensor                        # (n,), the place of each row's adapter in the stacks
+    stacks: Mapping[nn.Module, Stack]
+
+
+class MixedLayers:
+    """The hooks on one base. `open` a batch, run the base, and each row is adapted."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        self._base = base
+        self._hooked: set[nn.Module] = set()
+        self._lock = threading.Lock()
+        self._thread = threading.local()
+
+    def bind(self, adapter: Adapter) -> dict[nn.Module, Bound]:
+        """The adapter's updates by module of the base, ready to be stacked."""
+        bound = {}
+        for name, delta in adapter.deltas.items():
+            module = self._base.modules[self._base.canonical(name)]
+            a, b = (part.to(self._base.device, self._base.dtype) for part in (delta.a, delta.b))
+            gain = None
+            if delta.magnitude is not None:
+                gain = dora_gain(_weight(module).float(), delta).to(self._base.device, self._base.dtype)
+            bound[module] = Bound(a, delta.scaling * b, gain)
+            self._hook(module)
+        return bound
+
+    def _hook(self, module: nn.Module) -> None:
+        with self._lock:
+            if module not in self._hooked:
+                module.register_forward_hook(self._adapt)
+                self._hooked.add(module)
+
+    @contextmanager
+    def open(self, slots: Tensor, stacks: Mapping[nn.Module, Stack]) -> Iterator[None]:
+        """While open, this thread's forwards adapt row i by place `slots[i]` of the stacks; 0 leaves it to the base."""
+        self._thread.open = _Open(slots, stacks)
+        try:
+            yield
+        finally:
+            self._thread.open = None
+
+    def _adapt(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        batch: _Open | None = getattr(self._thread, "open", None)
+        if batch is None or (stack := batch.stacks.get(module)) is None:
+            return None
+        x = inputs[0]
+        # Beams repeat each row in place, and some models flatten rows and tokens: either way a row's parts stay together.
+        slots = batch.slots.repeat_interleave(x.shape[0] // len(batch.slots))
+        x = x.reshape(len(slots), -1, x.shape[-1])
+        update = torch.bmm(torch.bmm(x, stack.a[slots]), stack.b[slots])
+        y = output.reshape(len(slots), -1, output.shape[-1])
+        if stack.gain is None:
+            return (y + update).reshape(output.shape)
+        gain = stack.gain[slots]
+        plain = y if module.bias is None else y - module.bias  # type: ignore[operator]
+        return (y + (gain - 1) * plain + gain * update).reshape(output.shape)
+
+
+def stack_bound(adapters: Sequence[Mapping[nn.Module, Bound]]) -> dict[nn.Module, Stack]:
+    """The stacks of these adapters by module; place 0 is the base (zeros), then the adapters in this order."""
+    modules = dict.fromkeys(module for adapter in adapters for module in adapter)
+    return {module: _stack([adapter.get(module) for adapter in adapters]) for module in modules}
+
+
+def _stack(bound: Sequence[Bound | None]) -> Stack:
+    some = next(part for part in bound if part is not None)
+    r = max(part.a.shape[0] for part in bound if part is not None)
+    a = some.a.new_zeros(len(bound) + 1, some.a.shape[1], r)
+    b = some.b.new_zeros(len(bound) + 1, r, some.b.shape[0])
+    gains = [part.gain for part in bound if part is not None and part.gain is not None]
+    gain = some.b.new_ones(len(bound) + 1, 1, some.b.shape[0]) if gains else None
+    for place, part in enumerate(bound, 1):
+        if part is None:
+            continue
+        a[place, :, : part.a.shape[0]] = part.a.T
+        b[place, : part.b.shape[1]] = part.b.T
+        if gain is not None and part.gain is not None:
+            gain[place, 0] = part.gain
+    return Stack(a, b, gain)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """(o, i)"""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight

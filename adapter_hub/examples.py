@@ -1,0 +1,257 @@
+"""Rows of text: one `Example`, and reading and writing JSONL, CSV and Parquet as streams. Standard library only.
+
+A row that cannot be used is a `BadRow` with its line and reason, never a silent gap: what to do about it is the caller's choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from adapter_hub.errors import InvalidInput, UnreadableFile
+
+JSON = Any
+LINE_BYTES_MAX = 64 << 20    # a longer line is a fault in the file, not a text
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+csv.field_size_limit(LINE_BYTES_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One input, with its target in training and evaluation. Other fields travel along."""
+
+    text: str
+    label: str | None = None
+    id: str | int | None = None
+    extra: Mapping[str, JSON] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    reason: str
+    raw: str = ""    # its beginning, as it stands in the file
+
+
+def to_example(row: str | Mapping[str, Any] | Example) -> Example:
+    """A text, or an object with `text`, as an Example. Raises InvalidInput with the reason."""
+    if isinstance(row, Example):
+        return row
+    fields = {"text": row} if isinstance(row, str) else row
+    reason = fault(fields)
+    if reason:
+        raise InvalidInput(f"a row {reason}.", hint='A row is a text, or {"text": …, "label": …}.')
+    label = fields.get("label")
+    known = ("text", "label", "id")
+    return Example(
+        text=fields["text"],
+        label=None if label is None else str(label),
+        id=fields.get("id"),
+        extra={key: value for key, value in fields.items() if key not in known},
+    )
+
+
+def as_examples(rows: Iterable[str | Mapping[str, Any] | Example]) -> list[Example]:
+    """Every row as an Example. Raises InvalidInput with the position (from 1) of the first that will not do."""
+    if isinstance(rows, str | Mapping):
+        raise InvalidInput(f"the rows are one {type(rows).__name__}.", hint="Give a list of texts or objects.")
+    found = []
+    for position, row in enumerate(rows, 1):
+        try:
+            found.append(to_example(row))
+        except InvalidInput as error:
+            raise InvalidInput(f"row {position}: {error.fact}", hint=error.hint) from None
+    return found
+
+
+def fault(row: object) -> str | None:
+    """Why this row cannot be answered, to be read after "the row"; None if it can."""
+    if not isinstance(row, Mapping):
+        return f"is {_kind(row)}, not an object with a text"
+    if "text" not in row:
+        return "has no 'text'" + (f", only {', '.join(map(repr, list(row)[:5]))}" if row else "")
+    text = row["text"]
+    if not isinstance(text, str):
+        return f"has a 'text' that is {_kind(text)}, not a string"
+    if not text.strip():
+        return "has an empty 'text'"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has a 'text' with half of a surrogate pair, which is not Unicode"
+    return None
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Every row of a file. Raises InvalidInput with file and line at the first that will not do, UnreadableFile."""
+    found = []
+    for line, row in read_rows(path):
+        reason = row.reason if isinstance(row, BadRow) else fault(row)
+        if reason:
+            raise InvalidInput(f"{path}, line {line}: the row {reason}.", hint="Mend or remove the row.")
+        found.append(to_example(row))  # type: ignore[arg-type]
+    return found
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
+    """Stream (line number from 1, row) of JSONL, CSV, TSV or Parquet, by suffix; `.gz` is unpacked. Blank lines are passed over.
+
+    A Parquet row's number is its position; a CSV row's is that of its first line. Raises UnreadableFile.
+    """
+    return iter(RowReader(path))
+
+
+class RowReader:
+    """`read_rows` that can say how far it is."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._suffix = format_of(self.path)
+        if not self.path.is_file():
+            raise UnreadableFile(f"there is no file {str(path)!r}.", hint="Check the path.")
+        self._size = self.path.stat().st_size
+        self._file: IO[bytes] | None = None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the file has been read, 0-1; None where that is not known."""
+        return None if self._file is None or self._file.closed or not self._size else self._file.tell() / self._size
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
+        if self._suffix == ".parquet":
+            yield from _parquet_rows(self.path)
+            return
+        try:
+            with self.path.open("rb") as self._file:
+                unpacked = gzip.GzipFile(fileobj=self._file) if self.path.suffix.lower() == ".gz" else self._file
+                delimiter = {".csv": ",", ".tsv": "\t"}.get(self._suffix)
+                yield from _json_rows(unpacked) if delimiter is None else _csv_rows(self.path, unpacked, delimiter)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UnreadableFile(f"{str(self.path)!r} cannot be read to its end ({error}).", hint="Copy the file again.") from error
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says how the file is written. Raises UnreadableFile for one that is not known."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in SUFFIXES:
+        raise UnreadableFile(f"{str(path)!r} ends with none of {', '.join(SUFFIXES)}.", hint="Name the format by the file's suffix.")
+    return suffix
+
+
+def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
+    number = 0
+    while line := file.readline(LINE_BYTES_MAX + 1):
+        number += 1
+        if len(line) > LINE_BYTES_MAX:
+            start = line[:200]
+            while line and not line.endswith(b"\n"):
+                line = file.readline(LINE_BYTES_MAX)
+            yield number, BadRow(f"is longer than {LINE_BYTES_MAX >> 20} MiB", start.decode("utf-8", "replace"))
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, _json_row(line)
+
+
+def _json_row(line: bytes) -> dict[str, JSON] | BadRow:
+    raw = line[:200].decode("utf-8", "replace").rstrip()
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return BadRow(f"is not UTF-8 (byte {error.start + 1})", raw)
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"is not JSON ({error})", raw)
+    return row if isinstance(row, dict) else BadRow(f"is {_kind(row)}, not an object with a text", raw)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _decoded(file: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(file):
+        if number == 0:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        # A byte that is not UTF-8 becomes a lone surrogate, which no proper file holds: the row is then found to be bad.
+        yield line.decode("utf-8", "surrogateescape")
+
+
+def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
+    reader = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise UnreadableFile(f"{str(path)!r}: the header is not CSV ({error}).", hint="Save it as UTF-8 CSV.") from error
+    if not header:
+        return
+    if "text" not in header or len(set(header)) != len(header):
+        what = "has no column 'text'" if "text" not in header else "has a column name twice"
+        shown = ", ".join(repr(name[:40]) for name in header[:8])
+        raise UnreadableFile(f"{str(path)!r} {what}; its first line is {shown}.", hint="The first line must name the columns, one of them 'text'.")
+    while True:
+        line = reader.line_num + 1
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, BadRow(f"is not CSV ({error})")
+            continue
+        if values:
+            yield line, _csv_row(header, values)
+
+
+def _csv_row(header: Sequence[str], values: Sequence[str]) -> dict[str, JSON] | BadRow:
+    raw = ",".join(values)[:200]
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return BadRow("is not UTF-8", raw.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    if len(values) != len(header):
+        return BadRow(f"has {len(values)} values for {len(header)} columns", raw)
+    return dict(zip(header, values, strict=True))
+
+
+def _parquet_file(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UnreadableFile(f"{str(path)!r} is not a Parquet file ({error}).", hint="Write it again.") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
+    import pyarrow as pa
+
+    file = _parquet_file(path)
+    names = file.schema_arrow.names
+    if "text" not in names:
+        raise UnreadableFile(f"{str(path)!r} has no column 'text', only {', '.join(map(repr, names[:8]))}.", hint="Name the column of inputs 'text'.")
+    number = 0
+    try:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {str(key): value for key, value in row.items()}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UnreadableFile(f"{str(path)!r} cannot be read after row {number} ({error}).", hint="Write it again.") from error
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

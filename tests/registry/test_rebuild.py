@@ -1,0 +1,248 @@
+"""The catalogue is derived: lost, it comes back from manifests and histories. Folders from elsewhere are adopted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from adapter_hub.errors import CorruptVersion, NotRoutable, SchemaTooNew
+from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.registry import Registry
+
+
+def everything(registry: Registry) -> dict[str, object]:
+    names = registry.names()
+    return {
+        "versions": registry.versions(),
+        "manifests": [registry.manifest(row.ref) for row in registry.versions()],
+        "aliases": {name: registry.aliases(name) for name in names},
+        "events": registry.events(),
+        "calibrations": registry.latest_calibration(),
+    }
+
+
+def busy(registry: Registry, facts, files) -> None:
+    """A registry in which everything has happened once."""
+    for word in range(4):
+        registry.add("banking", facts, files(str(word)), reason="grows")
+    registry.add("travel", facts, files("t"), promote=False)
+    registry.add_calibration(b"metric", [AdapterRef("banking", 4)], "first")
+    registry.set_alias("travel", "staging", 1)
+    registry.rollback("banking", reason="warum nicht – ünïcode")
+    registry.retire("banking@1")
+    registry.purge("banking@2", reason="asked to")
+    registry.add("travel", facts, files("t2"))
+    registry.retire("travel@2")
+
+
+def test_a_lost_catalogue_comes_back_the_same(place, facts, files):
+    registry = place.create()
+    busy(registry, facts, files)
+    before = everything(registry)
+    place.forget()
+    registry = place.open()
+    assert everything(registry) == before
+    assert registry.verify().to_json()["problems"] == []
+    with pytest.raises(NotRoutable, match="banking@2 was purged"):    # what production named before is remembered too
+        registry.rollback("banking")
+    assert registry.add("banking", facts, files("new")).version == 5
+
+
+def test_a_catalogue_moves_to_a_server_with_everything_in_it(sqlite_place, postgres_schema, facts, files):
+    busy(registry := sqlite_place.create(), facts, files)
+    before = everything(registry)
+    sqlite_place.close()
+    sqlite_place.url = postgres_schema()
+    assert everything(sqlite_place.open()) == before
+
+
+def test_a_torn_last_line_is_written_again(place, facts, files):
+    registry = place.create()
+    registry.add("banking", facts, files("1"))
+    registry.add("banking", facts, files("2"))
+    history = place.folder / "adapters/banking/history.jsonl"
+    whole = history.read_bytes()
+    for cut in (1, 30):    # the newline alone, and part of the last line, as a crash between write and mark leaves them
+        place.run("UPDATE hub_events SET mirrored = 0 WHERE seq = 4")
+        place.close()
+        history.write_bytes(whole[:-cut])
+        registry = place.open()
+        assert history.read_bytes() == whole and registry.verify().ok
+
+
+def test_a_line_that_was_written_but_not_marked_is_not_written_twice(place, facts, files):
+    place.create().add("banking", facts, files())
+    whole = (place.folder / "adapters/banking/history.jsonl").read_bytes()
+    place.run("UPDATE hub_events SET mirrored = 0")
+    place.close()
+    place.open()
+    assert (place.folder / "adapters/banking/history.jsonl").read_bytes() == whole
+
+
+def test_a_rebuild_reads_past_a_torn_last_line_and_a_bad_one(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files("1"))
+    history = sqlite_place.folder / "adapters/banking/history.jsonl"
+    lines = history.read_bytes().splitlines(keepends=True)
+    history.write_bytes(lines[0] + b"<<<<<<< HEAD\n" + lines[1] + b'{"seq": 3, "kind": "ad')
+    sqlite_place.forget()
+    registry = sqlite_place.open()
+    assert registry.resolve("banking") == AdapterRef("banking", 1)
+    assert [problem.where.rsplit(":")[-1] for problem in registry.verify().problems] == ["2"]
+    registry.add("banking", facts, files("2"))
+    assert len(history.read_bytes().splitlines()) == 5
+
+
+def test_a_version_whose_folder_is_lost_keeps_its_number(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files("1"))
+    registry.add("banking", facts, files("2"))
+    shutil.rmtree(sqlite_place.folder / "adapters/banking/2")
+    sqlite_place.forget()
+    registry = sqlite_place.open()
+    with pytest.raises(CorruptVersion, match="the folder of banking@2 is lost"):
+        registry.manifest("banking@2")
+    assert not registry.verify().ok
+    assert registry.add("banking", facts, files("3")).version == 3
+    assert registry.purge("banking@2") == AdapterRef("banking", 2)
+    assert registry.verify().ok
+
+
+def test_an_interrupted_purge_is_finished_at_the_next_open(place, facts, files):
+    registry = place.create()
+    registry.add("banking", facts, files())
+    kept = place.folder / "kept"
+    shutil.copytree(place.folder / "adapters/banking/1", kept)
+    registry.purge("banking@1")
+    for forget in (False, True):    # as a crash between commit and erasure leaves it, with and without its catalogue
+        place.run("UPDATE hub_versions SET state = 'purging'")
+        place.close()
+        shutil.copytree(kept, place.folder / "adapters/banking/1", dirs_exist_ok=True)
+        if forget:
+            place.forget()
+        registry = place.open()
+        assert [path.name for path in (place.folder / "adapters/banking/1").iterdir()] == ["manifest.json"]
+        with pytest.raises(NotRoutable):
+            registry.resolve("banking@1")
+
+
+@pytest.mark.parametrize("catalogue", [True, False], ids=["catalogue", "rebuilt"])
+def test_a_complete_folder_that_no_history_names_is_seen_only_after_adopt(place, facts, files, tmp_path, catalogue):
+    registry = place.create()
+    registry.add("banking", facts, files("1"))
+    registry.add("banking", facts, files("2"))
+    other = Registry.create(tmp_path / "other", config=registry.config)
+    other.add("travel", facts, files("t"))
+    other.close()
+    shutil.copytree(tmp_path / "other/adapters/travel/1", place.folder / "adapters/travel/1")
+    if not catalogue:
+        place.forget()
+        registry = place.open()
+    assert registry.names() == ["banking"] and registry.verify().unregistered == ("travel@1",) and registry.verify().ok
+    assert registry.adopt().to_json() == {"adopted": ["travel@1"], "events": 0, "conflicts": [], "refused": []}
+    assert registry.names() == ["banking", "travel"] and registry.aliases("travel") == {}
+    assert registry.promote("travel@1") and registry.add("travel", facts, files("t2")).version == 2
+    assert registry.verify().ok
+    before = everything(registry)
+    place.forget()
+    assert everything(place.open()) == before
+
+
+def test_adopt_takes_in_what_a_pull_brought_with_its_history(sqlite_place, facts, files, tmp_path):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files("1"))
+    sqlite_place.close()
+    shutil.copytree(sqlite_place.folder, tmp_path / "clone", ignore=shutil.ignore_patterns("catalog.sqlite*", ".staging"))
+    clone = Registry.open(tmp_path / "clone")
+    clone.add("banking", facts, files("2"), reason="over there")
+    clone.add("banking", facts, files("3"))
+    clone.retire("banking@1")
+    clone.purge("banking@2")
+    wanted = (clone.versions(), clone.aliases("banking"))
+    clone.close()
+    shutil.copytree(tmp_path / "clone/adapters", sqlite_place.folder / "adapters", dirs_exist_ok=True)
+    registry = sqlite_place.open()
+    assert registry.resolve("banking").version == 1 and not registry.verify().ok
+    report = registry.adopt()
+    assert (report.conflicts, report.refused) == ((), ())
+    assert (registry.versions(), registry.aliases("banking")) == wanted
+    assert registry.verify().ok and registry.adopt().to_json() == {"adopted": [], "events": 0, "conflicts": [], "refused": []}
+    before = everything(registry)
+    sqlite_place.forget()
+    assert everything(sqlite_place.open()) == before
+
+
+def test_two_different_folders_with_one_number_are_a_conflict(place, facts, files, tmp_path):
+    registry = place.create()
+    registry.add("banking", facts, files("mine"))
+    other = Registry.create(tmp_path / "other", config=registry.config)
+    other.add("banking", facts, files("theirs"))
+    other.close()
+    shutil.copytree(tmp_path / "other/adapters/banking/1", place.folder / "adapters/banking/1", dirs_exist_ok=True)
+    report = registry.adopt()
+    assert [conflict.where for conflict in report.conflicts] == ["banking@1"] and report.adopted == ()
+    with pytest.raises(CorruptVersion, match="is not the manifest that was registered"):
+        registry.open_version("banking@1")
+
+
+def test_folders_that_are_not_whole_versions_of_this_registry_are_refused(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files())
+    adapters = sqlite_place.folder / "adapters"
+    shutil.copytree(adapters / "banking/1", adapters / "renamed/1")
+    (adapters / "empty/1").mkdir(parents=True)
+    (adapters / "linked").mkdir()
+    (adapters / "linked/1").symlink_to(adapters / "banking/1")
+    shutil.copytree(adapters / "banking/1", adapters / "banking/7")
+    refused = {problem.where: problem.fact for problem in registry.adopt().refused}
+    assert set(refused) == {"renamed@1", "empty@1", "linked@1", "banking@7"}
+    assert "it was copied or renamed" in refused["renamed@1"] and "symbolic link" in refused["linked@1"]
+    assert registry.names() == ["banking"]
+    assert registry.add("banking", facts, files("2")).version == 8    # above every number that a folder has
+
+
+def test_an_adapter_of_another_base_is_not_adopted(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files())
+    folder = sqlite_place.folder / "adapters/banking/1"
+    shutil.move(folder, sqlite_place.folder / "aside")
+    sqlite_place.close()
+    (sqlite_place.folder / "adapters/banking/history.jsonl").unlink()
+    sqlite_place.forget()
+    toml = sqlite_place.folder / "hub.toml"
+    toml.write_text(toml.read_text().replace("sha256:base", "sha256:another"))
+    shutil.move(sqlite_place.folder / "aside", folder)
+    assert [problem.fact for problem in sqlite_place.open().adopt().refused] == ["it was made for another base model (tiny)."]
+
+
+def test_a_catalogue_of_a_newer_schema_is_refused_and_left_alone(place, facts, files, tree):
+    place.create().add("banking", facts, files())
+    place.run("UPDATE hub_schema SET version = 99")
+    place.close()
+    before = tree(place.folder)
+    with pytest.raises(SchemaTooNew, match=r"has schema 99; this adapter_hub knows up to 1\. Upgrade adapter_hub\."):
+        place.open()
+    assert tree(place.folder) == before
+    place.run("UPDATE hub_schema SET version = 1")
+    assert place.open().verify().ok
+
+
+def test_a_manifest_of_a_newer_schema_is_refused(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files())
+    path = sqlite_place.folder / "adapters/banking/1/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
+    with pytest.raises(SchemaTooNew, match="has manifest schema 2"):
+        registry.open_version("banking")
+
+
+def test_a_catalogue_that_is_removed_under_an_open_registry_is_noticed(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files())
+    (sqlite_place.folder / "catalog.sqlite").unlink()
+    with pytest.raises(Exception, match=r"catalog\.sqlite was removed or replaced while it was open. Open the registry again"):
+        registry.add("banking", facts, files())
+    registry = sqlite_place.open()
+    assert registry.versions("banking")[0].ref.version == 1 and registry.verify().ok

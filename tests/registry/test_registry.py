@@ -1,0 +1,304 @@
+"""What a registry promises its callers, on both catalogues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from adapter_hub.errors import (
+    AdapterNotFound,
+    InvalidInput,
+    InvalidName,
+    NotRoutable,
+    RegistryError,
+    RegistryExists,
+    RegistryNotFound,
+)
+from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.config import RegistryConfig
+from adapter_hub.registry.events import EventKind
+from adapter_hub.registry.manifest import VersionFacts
+from adapter_hub.registry.registry import Registry
+from adapter_hub.registry.schema import VersionState
+
+
+def test_a_version_is_read_back_byte_for_byte_with_its_facts(place, facts, files):
+    registry = place.create()
+    ref = registry.add("banking", facts, files())
+    assert ref == AdapterRef("banking", 1)
+    assert {file: registry.read(ref, file) for file in files()} == files()
+    manifest = registry.manifest("banking")
+    assert manifest.facts() == facts
+    assert {file: manifest.files[file] for file in files()} == {f: hashlib.sha256(data).hexdigest() for f, data in files().items()}
+    on_disk = json.loads((registry.folder(ref) / "manifest.json").read_bytes())
+    assert on_disk["digest"] == manifest.digest == manifest.computed_digest()
+
+
+def test_files_may_be_given_as_paths_and_links(place, facts, files, tmp_path):
+    real, link = tmp_path / "weights", tmp_path / "link"
+    real.write_bytes(b"weights")
+    link.symlink_to(real)    # a model hub's cache is made of links
+    registry = place.create()
+    ref = registry.add("banking", facts, files() | {"adapter_model.safetensors": link})
+    stored = registry.folder(ref) / "adapter_model.safetensors"
+    assert stored.read_bytes() == b"weights" and not stored.is_symlink()
+
+
+def test_every_registration_makes_the_next_version_and_moves_production(place, facts, files):
+    registry = place.create()
+    refs = [registry.add("banking", facts, files(str(word))) for word in range(3)]
+    candidate = registry.add("banking", facts, files("candidate"), promote=False)
+    assert [*refs, candidate] == [AdapterRef("banking", n) for n in (1, 2, 3, 4)]
+    assert registry.production() == [AdapterRef("banking", 3)]
+    assert registry.resolve("banking") == registry.resolve("banking@production") == AdapterRef("banking", 3)
+    assert registry.resolve("banking@4") == candidate
+
+
+def test_equal_files_of_one_name_are_stored_once(place, facts, files):
+    registry = place.create()
+    first, second = registry.add("banking", facts, files("same")), registry.add("banking", facts, files("same"))
+    other = registry.add("travel", facts, files("same"))
+    inodes = [(registry.folder(ref) / "adapter_model.safetensors").stat().st_ino for ref in (first, second, other)]
+    assert inodes[0] == inodes[1] != inodes[2]
+    assert (registry.folder(first) / "README.md").stat().st_ino != (registry.folder(second) / "README.md").stat().st_ino
+
+
+def test_a_damaged_file_is_not_linked_into_a_new_version(place, facts, files):
+    registry = place.create()
+    first = registry.add("banking", facts, files("same"))
+    (registry.folder(first) / "adapter_model.safetensors").write_bytes(b"damaged")
+    second = registry.add("banking", facts, files("same"))
+    assert registry.read(second, "adapter_model.safetensors") == files("same")["adapter_model.safetensors"]
+
+
+def test_search_by_name_base_tag_and_task_type(place, facts, files):
+    registry = place.create()
+    registry.add("banking", facts, files())
+    registry.add("stories", VersionFacts(base_model="other", base_fingerprint="sha256:other", peft={}, task_type="CAUSAL_LM"), files())
+    found = {
+        "all": registry.versions(),
+        "name": registry.versions("stories"),
+        "base": registry.versions(base="other"),
+        "fingerprint": registry.versions(base="sha256:base"),
+        "tag": registry.versions(tag="bank"),
+        "part of a tag": registry.versions(tag="ban"),
+        "task": registry.versions(task_type="CAUSAL_LM"),
+        "both": registry.versions(tag="bank", task_type="CAUSAL_LM"),
+    }
+    assert {key: [row.ref.name for row in rows] for key, rows in found.items()} == {
+        "all": ["banking", "stories"], "name": ["stories"], "base": ["stories"], "fingerprint": ["banking"],
+        "tag": ["banking"], "part of a tag": [], "task": ["stories"], "both": [],
+    }    # fmt: skip
+    row = found["tag"][0]
+    assert (row.aliases, row.state, row.labels, row.tags) == (("production",), VersionState.LIVE, ("no", "yes"), ("bank", "english"))
+    assert registry.names() == ["banking", "stories"]
+
+
+def test_rollback_walks_back_through_what_was_in_production(place, facts, files):
+    registry = place.create()
+    for word in range(4):
+        registry.add("banking", facts, files(str(word)))
+    registry.promote("banking@2")
+    assert [registry.rollback("banking").version for _ in range(2)] == [4, 3]
+    registry.promote("banking@1")    # what was rolled back from is forgotten
+    assert [registry.rollback("banking").version for _ in range(3)] == [3, 2, 1]
+    with pytest.raises(NotRoutable, match="'banking' has no earlier version in production"):
+        registry.rollback("banking")
+    assert registry.resolve("banking").version == 1
+
+
+def test_rollback_refuses_a_retired_target(place, facts, files):
+    registry = place.create()
+    for word in range(3):
+        registry.add("banking", facts, files(str(word)))
+    registry.retire("banking@2")
+    with pytest.raises(NotRoutable, match="banking@2 is retired"):
+        registry.rollback("banking")
+    assert registry.resolve("banking").version == 3
+
+
+def test_a_retired_version_leaves_production_and_can_still_be_read(place, facts, files):
+    registry = place.create()
+    first, second = registry.add("banking", facts, files("1")), registry.add("banking", facts, files("2"))
+    registry.set_alias("banking", "old", 2)
+    assert registry.retire("banking", reason="worse") == second
+    with pytest.raises(NotRoutable, match=r"no version of 'banking' is in production\. Promote one: `adapter-hub promote banking@1`"):
+        registry.resolve("banking")
+    with pytest.raises(NotRoutable, match="banking@2 is retired"):
+        registry.promote("banking@2")
+    assert registry.read("banking@2", "routing.safetensors") == files("2")["routing.safetensors"]
+    assert registry.aliases("banking") == {"old": 2} and registry.production() == []
+    assert registry.rollback("banking") == first
+
+
+def test_purge_erases_the_data_and_keeps_a_tombstone(place, facts, files):
+    registry = place.create()
+    first, second = registry.add("banking", facts, files("same")), registry.add("banking", facts, files("same"))
+    digest = registry.manifest(second).digest
+    assert registry.purge("banking@2", reason="asked to") == second
+    folder = place.folder / "adapters/banking/2"
+    assert os.listdir(folder) == ["manifest.json"]
+    assert b"cards" not in (folder / "manifest.json").read_bytes()
+    with pytest.raises(NotRoutable, match="banking@2 was purged"):
+        registry.resolve("banking@2")
+    tombstone = registry.manifest("banking@2")
+    assert (tombstone.digest, tombstone.files, tombstone.labels, tombstone.description) == (digest, {}, None, "")
+    assert tombstone.purged_at is not None
+    assert registry.open_version(first) and registry.verify().ok    # the linked sibling keeps its bytes
+    assert registry.purge("banking@2") == second and registry.versions("banking")[1].state is VersionState.PURGED
+    assert registry.add("banking", facts, files("3")).version == 3
+    assert [event.kind for event in registry.history("banking") if event.version == 2][-2:] == [EventKind.REMOVED, EventKind.PURGED]
+
+
+def test_numbers_are_not_reused_after_purging_the_newest(place, facts, files):
+    registry = place.create()
+    registry.add("banking", facts, files())
+    registry.purge("banking@1")
+    place.forget()
+    assert place.open().add("banking", facts, files()).version == 2
+
+
+def test_history_tells_each_move_with_time_reason_and_the_version_it_left(place, facts, files):
+    registry = place.create()
+    registry.add("banking", facts, files("1"), reason="first")
+    registry.add("banking", facts, files("2"), promote=False)
+    registry.promote("banking@2", reason="better")
+    registry.promote("banking@2", reason="again")    # nothing moves
+    registry.rollback("banking", reason="worse")
+    told = [(e.seq, e.kind.value, e.version, e.alias, e.previous, e.reason) for e in registry.history("banking")]
+    assert told == [
+        (1, "added", 1, None, None, "first"),
+        (2, "moved", 1, "production", None, "first"),
+        (3, "added", 2, None, None, ""),
+        (4, "moved", 2, "production", 1, "better"),
+        (5, "rolled_back", 1, "production", 2, "worse"),
+    ]
+    assert registry.events(after=3) == registry.history("banking")[3:] and registry.last_event() == 5
+    lines = [json.loads(line) for line in (place.folder / "adapters/banking/history.jsonl").read_text().splitlines()]
+    assert [line["seq"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_an_unknown_reference_is_an_error_that_shows_the_closest(place, facts, files):
+    registry = place.create()
+    registry.add("sentiment", facts, files())
+    with pytest.raises(AdapterNotFound, match=r"adapter 'sentment' is not registered\. Closest: 'sentiment'"):
+        registry.versions("sentment")
+    with pytest.raises(AdapterNotFound, match=r"adapter 'sentment@3' is not registered\. Closest: 'sentiment'"):
+        registry.resolve("sentment@3")
+    with pytest.raises(AdapterNotFound, match="Closest: 'sentiment@1'"):
+        registry.resolve("sentiment@2")
+    for call in (registry.manifest, registry.folder, registry.promote, registry.retire, registry.purge, registry.open_version):
+        with pytest.raises(AdapterNotFound):
+            call("nobody@1")
+    for call in (registry.aliases, registry.history, registry.rollback):
+        with pytest.raises(AdapterNotFound):
+            call("nobody")
+    with pytest.raises(AdapterNotFound):
+        registry.set_alias("sentiment", "staging", 7)
+
+
+BAD_NAMES = ["../x", "a/b/c", "con", "", "x" * 300, "b\u0430nking", "Banking", ".hidden", "a\n", 3]    # U+0430 looks like an a
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_name_that_could_leave_the_registry_is_refused_before_anything_is_written(sqlite_place, facts, files, tree, name):
+    registry = sqlite_place.create()
+    before = tree(sqlite_place.folder)
+    calls = (registry.versions, registry.rollback, registry.history, lambda name: registry.set_alias("banking", name, 1))
+    for call in (*calls, lambda name: registry.add(name, facts, files())):
+        with pytest.raises(InvalidName):
+            call(name)
+    assert tree(sqlite_place.folder) == before
+
+
+@pytest.mark.parametrize("file", ["../x", "a/b", "", ".hidden", "manifest.json", "x" * 200, "a\0"])
+def test_a_file_name_that_could_leave_the_version_is_refused(sqlite_place, facts, tree, file):
+    registry = sqlite_place.create()
+    before = tree(sqlite_place.folder)
+    with pytest.raises(InvalidInput, match="cannot be a file of a version"):
+        registry.add("banking", facts, {file: b"x"})
+    assert tree(sqlite_place.folder) == before
+
+
+def test_facts_that_json_cannot_hold_are_refused():
+    for changes in ({"metrics": {"loss": float("nan")}}, {"peft": {"target_modules": {"q"}}}, {"description": "\ud800"}, {"labels": "abc"}):
+        with pytest.raises(InvalidInput):
+            VersionFacts(**{"base_model": "b", "base_fingerprint": "f", "peft": {}} | changes)
+
+
+def test_a_source_that_cannot_be_read_stores_nothing(sqlite_place, facts, files, tree, tmp_path):
+    registry = sqlite_place.create()
+    before = tree(sqlite_place.folder)
+    with pytest.raises(InvalidInput, match="absent cannot be read: No such file"):
+        registry.add("banking", facts, files() | {"exemplars.jsonl": tmp_path / "absent"})
+    with pytest.raises(InvalidInput, match="given as str"):
+        registry.add("banking", facts, {"adapter_config.json": "text"})
+    with pytest.raises(InvalidInput, match="at least one file"):
+        registry.add("banking", facts, {})
+    assert tree(sqlite_place.folder) == before and registry.names() == []
+
+
+def test_export_is_a_plain_peft_folder(place, facts, files, tmp_path):
+    registry = place.create()
+    ref = registry.add("banking", facts, files() | {"exemplars.jsonl": b"private"})
+    target = registry.export(ref, tmp_path / "out")
+    assert sorted(os.listdir(target)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert (target / "adapter_model.safetensors").read_bytes() == files()["adapter_model.safetensors"]
+    with pytest.raises(InvalidInput, match="not an empty folder"):
+        registry.export(ref, target)
+
+
+def test_the_model_card_says_what_it_is_and_how_to_load_it(place, facts, files):
+    registry = place.create()
+    card = registry.read(registry.add("banking", facts, files()), "README.md").decode()
+    for part in ("# banking@1", "Questions about cards.", "`tiny`", "SEQ_CLS", "no, yes", "CC-BY-3.0", "PeftModel.from_pretrained"):
+        assert part in card
+    assert registry.read(registry.add("banking", facts, files() | {"README.md": b"mine"}), "README.md") == b"mine"
+
+
+def test_calibrations_are_numbered_and_immutable(place, facts, files):
+    registry = place.create()
+    ref = registry.add("banking", facts, files())
+    assert registry.latest_calibration() is None
+    assert [registry.add_calibration(data, [ref], "why") for data in (b"first", b"second")] == [1, 2]
+    assert (registry.latest_calibration(), registry.calibration(1), registry.calibration(2)) == (2, b"first", b"second")
+    event = registry.events()[-1]
+    assert (event.kind, event.name, event.version, event.reason) == (EventKind.CALIBRATED, None, 2, "why")
+    assert event.detail["members"] == ["banking@1"]
+    with pytest.raises(InvalidInput, match=r"no calibration 3\. Known: 1, 2"):
+        registry.calibration(3)
+
+
+def test_create_refuses_a_registry_and_open_refuses_what_is_none(place, tmp_path):
+    place.create()
+    with pytest.raises(RegistryExists):
+        Registry.create(place.folder, config=RegistryConfig("tiny", "hash", 8))
+    for nothing in (tmp_path / "nothing", Path(__file__)):
+        with pytest.raises(RegistryNotFound, match="there is no registry at"):
+            Registry.open(nothing)
+
+
+def test_a_folder_whose_catalogue_is_on_a_server_is_not_opened_without_it(postgres_schema, place):
+    place.url = place.url or postgres_schema()
+    place.create()
+    with pytest.raises(RegistryError, match=r"the catalogue of .* is in database") as caught:
+        Registry.open(place.folder)
+    assert "@" not in str(caught.value).split("is in database")[1].split("Open its URL")[0]
+
+
+def test_a_database_that_is_none_is_refused_with_a_reason(sqlite_place):
+    sqlite_place.create()
+    cases = {
+        "mysql://host/db": (InvalidInput, "cannot be kept in mysql"),
+        "://": (InvalidInput, "not one"),
+        "postgresql+psycopg://nobody@127.0.0.1:1/none": (RegistryError, "cannot be reached"),
+    }
+    for url, (error, message) in cases.items():
+        with pytest.raises(error, match=message):
+            Registry.open(url, artifacts=sqlite_place.folder)
+    with pytest.raises(InvalidInput, match="does not say where the files are"):
+        Registry.open("postgresql://127.0.0.1/db")

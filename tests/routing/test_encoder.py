@@ -1,0 +1,101 @@
+"""Encoders: unit rows, the same for the same text in any company, and a clear word about what cannot be encoded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adapter_hub.base_model import DEFAULT_MODEL
+from adapter_hub.errors import InvalidInput, ModelNotFound
+from adapter_hub.routing.encoder import HashEncoder, SentenceEncoder, load_encoder
+
+TEXTS = ["what is my balance?", "Überweisung nach 東京", "?!", "a " * 3000, "\x00\x07 control", "🙂", "what is my balance?"]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> SentenceEncoder:
+    try:
+        return SentenceEncoder(DEFAULT_MODEL)
+    except ModelNotFound as error:
+        pytest.skip(f"the default model is not here: {error}")
+
+
+def test_hash_rows_are_unit_and_do_not_depend_on_company() -> None:
+    encoder = load_encoder("hash")
+    together = encoder.encode(TEXTS)
+    assert together.dtype == np.float32 and together.shape == (len(TEXTS), encoder.dim)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
+    for text, row in zip(TEXTS, together, strict=True):
+        assert (encoder.encode([text])[0] == row).all()
+
+
+def test_hash_ids_name_the_width_and_the_fingerprint_follows_it() -> None:
+    assert load_encoder("hash:512").dim == 512 and load_encoder("hash:512").id == "hash:512"
+    assert load_encoder("hash:256").id == "hash"
+    assert load_encoder("hash:512").fingerprint != load_encoder("hash").fingerprint == HashEncoder().fingerprint
+
+
+def test_hash_is_the_same_function_for_ever() -> None:
+    """Stored exemplars would be worthless otherwise: this row was computed when the encoder was made."""
+    row = HashEncoder(8).encode(["freeze my card"])[0]
+    np.testing.assert_allclose(row, GOLDEN, atol=1e-6)
+
+
+def test_likeness_of_form_is_likeness_of_hash_vectors() -> None:
+    a, b, c = HashEncoder(512).encode(["freeze my credit card", "please freeze my card", "weather in Paris tomorrow"])
+    assert a @ b > 0.4 > 0.15 > a @ c
+
+
+@pytest.mark.parametrize("id", ["hash:", "hash:x", "hash:0", "hash:-5", "hash:1000000"])
+def test_an_impossible_width_is_refused(id: str) -> None:
+    with pytest.raises(InvalidInput):
+        load_encoder(id)
+
+
+@pytest.mark.parametrize("empty", ["", "   ", "\n\t"])
+def test_an_empty_text_is_refused_by_position(empty: str) -> None:
+    with pytest.raises(InvalidInput, match="text 2 of 3 is empty"):
+        HashEncoder().encode(["a word", empty, "another"])
+
+
+def test_one_string_is_not_a_list_of_texts() -> None:
+    with pytest.raises(InvalidInput, match="list"):
+        HashEncoder().encode("word")
+
+
+def test_a_folder_that_is_no_model_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        load_encoder(str(tmp_path))
+
+
+def test_sentence_rows_are_unit_and_agree_alone_and_together(minilm: SentenceEncoder) -> None:
+    together = minilm.encode(TEXTS)
+    assert together.dtype == np.float32 and together.shape == (len(TEXTS), minilm.dim) and minilm.dim == 384
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.vstack([minilm.encode([text]) for text in TEXTS]), together, atol=1e-5)
+    assert (minilm.encode(TEXTS) == together).all()
+
+
+def test_sentence_rows_are_what_sentence_transformers_gives(minilm: SentenceEncoder) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(str(minilm.path), device="cpu").encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(minilm.encode(TEXTS), expected, atol=1e-5)
+
+
+def test_meaning_counts_not_form(minilm: SentenceEncoder) -> None:
+    a, b, c = minilm.encode(["how much money is in my account", "what is my balance", "how much snow is in my garden"])
+    assert a @ b > a @ c
+
+
+def test_the_fingerprint_is_of_the_content_not_the_place(minilm: SentenceEncoder, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(minilm.path, copy)
+    (copy / "README.md").write_text("another model card")
+    assert SentenceEncoder(copy).fingerprint == minilm.fingerprint
+    pooling = copy / "1_Pooling" / "config.json"
+    pooling.write_text(pooling.read_text().replace("true", "TRUE", 1).replace("TRUE", "false", 1))
+    assert SentenceEncoder(copy).fingerprint != minilm.fingerprint

@@ -1,0 +1,190 @@
+"""Training learns, is the same bytes each time, leaves the base alone, and writes what PEFT itself reads back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adapter_hub.adapters.checks import check_acts, check_fits
+from adapter_hub.adapters.weights import read_adapter
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
+from adapter_hub.testing import load_peft, tiny_model
+from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.train import TrainResult, train_classifier
+
+WORDS = {
+    "fruit": ("apple", "pear", "plum", "fig"),
+    "tool": ("hammer", "saw", "drill", "pliers"),
+    "animal": ("horse", "goat", "zebra", "yak"),
+}
+FRAMES = ("i see a {}", "{} on the table", "who has the {} now", "my {} is gone", "two of them: {}", "{}")
+ROWS = [Example(frame.format(word), label) for frame in FRAMES for label, words in WORDS.items() for word in words]
+CONFIG = TrainConfig(r=4, epochs=4, steps_min=0, batch_size=8, learning_rate=5e-3)
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def trained(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return train_classifier(base, ROWS, task="things", config=CONFIG, folder=tmp_path_factory.mktemp("things"))
+
+
+def digests(folder: Path) -> list[str]:
+    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in FILES]
+
+
+def test_it_learns_a_task_that_can_be_learned(trained: TrainResult) -> None:
+    assert trained.labels == ("animal", "fruit", "tool")
+    assert trained.metrics["accuracy"] == 1.0
+    assert {row.label for row in trained.validation} == set(WORDS)
+
+
+def test_peft_itself_reads_the_folder_and_measures_the_same(base: FrozenBase, trained: TrainResult) -> None:
+    model = load_peft(base, trained.folder, "SEQ_CLS", outputs=3)
+    encoded = base.tokenize([row.text for row in trained.validation])
+    with torch.no_grad():
+        logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
+    targets = torch.tensor([trained.labels.index(row.label or "") for row in trained.validation])
+    assert trained.metrics["accuracy"] == (logits.argmax(dim=1) == targets).double().mean().item()
+    assert trained.metrics["log_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, targets).item(), abs=1e-5)
+
+
+def test_the_adapter_fits_the_base_and_acts_on_it(base: FrozenBase, trained: TrainResult) -> None:
+    adapter = read_adapter(trained.folder, labels=trained.labels)
+    check_fits(adapter, base)
+    assert check_acts(adapter, base) > 0
+    assert adapter.settings.base_model_name_or_path == base.id
+
+
+def test_the_folder_holds_pefts_two_files_and_nothing_of_this_machine_but_the_bases_id(base: FrozenBase, trained: TrainResult) -> None:
+    assert sorted(path.name for path in trained.folder.iterdir()) == sorted(FILES)
+    config = json.loads((trained.folder / FILES[0]).read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == base.id
+
+
+def test_training_leaves_the_base_untouched(base: FrozenBase, tmp_path: Path) -> None:
+    before = base.compute_fingerprint()
+    train_classifier(base, ROWS, config=CONFIG, folder=tmp_path)
+    assert base.compute_fingerprint() == before
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_the_same_task_gives_the_same_bytes_whatever_ran_before(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
+    train_classifier(base, ROWS[:24], task="another", config=CONFIG, folder=tmp_path / "another")
+    torch.manual_seed(99)
+    random.seed(99)
+    again = train_classifier(base, ROWS, task="things", config=CONFIG, folder=tmp_path / "again")
+    assert digests(again.folder) == digests(trained.folder)
+    assert again.metrics == trained.metrics
+    other = train_classifier(base, ROWS, task="other name", config=CONFIG, folder=tmp_path / "other")
+    assert digests(other.folder) != digests(trained.folder)
+
+
+def test_another_process_gives_the_same_bytes(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
+    """With another hash seed, too: PEFT keeps module names in sets."""
+    program = f"""
+import json, sys, torch
+from pathlib import Path
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.examples import Example
+from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.train import train_classifier
+torch.set_num_threads({torch.get_num_threads()})
+rows = [Example(text, label) for text, label in json.loads(sys.stdin.read())]
+config = TrainConfig.from_dict(json.loads(sys.argv[3]))
+train_classifier(FrozenBase.load(sys.argv[1]), rows, task="things", config=config, folder=Path(sys.argv[2]))
+"""
+    settings = {name: getattr(CONFIG, name) for name in ("r", "epochs", "steps_min", "batch_size", "learning_rate")}
+    run = subprocess.run(
+        [sys.executable, "-c", program, base.id, str(tmp_path), json.dumps(settings)],
+        input=json.dumps([(row.text, row.label) for row in ROWS]),
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert digests(tmp_path) == digests(trained.folder)
+    assert run.stdout == ""
+
+
+def test_training_leaves_the_callers_random_generators_as_they_were(base: FrozenBase, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    expected = torch.rand(1).item(), random.random(), np.random.rand()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    train_classifier(base, ROWS[:24], config=CONFIG, folder=tmp_path)
+    assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
+
+
+def test_training_prints_nothing(base: FrozenBase, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    train_classifier(base, ROWS[:24], config=CONFIG, folder=tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_given_validation_rows_are_measured_and_no_training_row_is_held_out(base: FrozenBase, tmp_path: Path) -> None:
+    validation = [Example("the apple fell", "fruit"), Example("a hammer fell", "tool")]
+    result = train_classifier(base, ROWS, validation=validation, config=CONFIG, folder=tmp_path)
+    assert result.validation == tuple(validation)
+
+
+def test_the_epoch_that_is_kept_is_the_best_on_validation(base: FrozenBase, tmp_path: Path) -> None:
+    """At a rate that destroys the head within an epoch or two, an early epoch wins."""
+    wild = TrainConfig(r=4, epochs=8, steps_min=0, batch_size=8, learning_rate=1.0, warmup_ratio=0.5)
+    result = train_classifier(base, ROWS, task="things", config=wild, folder=tmp_path)
+    assert result.metrics["epoch"] < 8
+    encoded = base.tokenize([row.text for row in result.validation])
+    with torch.no_grad():
+        logits = load_peft(base, tmp_path, "SEQ_CLS", outputs=3)(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits
+    answers = [result.labels[number] for number in logits.argmax(dim=1).tolist()]
+    right = sum(answer == row.label for answer, row in zip(answers, result.validation, strict=True))
+    assert result.metrics["accuracy"] == right / len(answers)
+
+
+@pytest.mark.parametrize(
+    "form", [{"use_rslora": True}, {"use_dora": True}, {"target_modules": ("query", "value")}], ids=lambda form: next(iter(form))
+)
+def test_each_adapter_form_trains_into_one_that_fits(base: FrozenBase, tmp_path: Path, form: dict[str, object]) -> None:
+    config = TrainConfig.from_dict({"r": 4, "epochs": 1, "steps_min": 0} | form)
+    result = train_classifier(base, ROWS, config=config, folder=tmp_path)
+    adapter = read_adapter(tmp_path, labels=result.labels)
+    check_fits(adapter, base)
+    assert (adapter.settings.use_rslora, adapter.settings.use_dora) == (config.use_rslora, config.use_dora)
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_a_causal_base_learns_to_classify_by_its_last_token(tmp_path: Path, shape: str) -> None:
+    base = FrozenBase.load(tiny_model(tmp_path / shape, shape))
+    result = train_classifier(base, ROWS, config=CONFIG, folder=tmp_path / "adapter")
+    assert result.metrics["accuracy"] >= 0.75
+    check_fits(read_adapter(result.folder, labels=result.labels), base)
+
+
+def test_a_sequence_to_sequence_base_is_refused(tmp_path: Path) -> None:
+    base = FrozenBase.load(tiny_model(tmp_path / "t5", "t5"))
+    with pytest.raises(InvalidInput, match="sequence-to-sequence"):
+        train_classifier(base, ROWS, config=CONFIG, folder=tmp_path / "adapter")
+
+
+def test_bad_rows_write_nothing(base: FrozenBase, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="training row 3 has an empty text"):
+        train_classifier(base, [*ROWS[:2], Example(" ", "fruit")], config=CONFIG, folder=tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
