@@ -43,7 +43,8 @@ class Catalog:
         self.shared = not self._is_sqlite   # a server's, not a file of the registry folder
         # SQLite: one transaction at a time in this process, so that `fork` can wait until no connection is open.
         self._gate = threading.RLock()
-        _OPEN.add(self)
+        with _fork_turn:
+            _OPEN.add(self)
 
     # ---- open -------------------------------------------------------------------------------------------------------
 

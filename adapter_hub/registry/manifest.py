@@ -42,6 +42,8 @@ class VersionFacts:
             _check(isinstance(getattr(self, key), str), key, getattr(self, key), "text")
         for key in ("encoder_fingerprint", "task_type", "prompt_template", "training_data_digest", "parent", "license"):
             _check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, getattr(self, key), "text or None")
+        texts = [value for item in fields(VersionFacts) if isinstance(value := getattr(self, item.name), str)]
+        _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
         for key in ("peft", "generation", "metrics"):
             _check(isinstance(getattr(self, key), Mapping), key, getattr(self, key), "a mapping")
         for key in ("labels", "tags"):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from adapter_hub.errors import HubError, InvalidInput, RegistryError
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, RegistryError
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import (
@@ -31,7 +31,7 @@ from adapter_hub.registry.events import EventKind
 from adapter_hub.registry.layout import CARD, MANIFEST, Layout, check_file_name
 from adapter_hub.registry.manifest import Manifest, VersionFacts, model_card
 from adapter_hub.registry.moves import check_reason, move_alias
-from adapter_hub.registry.rebuild import highest_number
+from adapter_hub.registry.rebuild import checked_folder, highest_number
 from adapter_hub.registry.schema import VersionState
 
 
@@ -95,12 +95,18 @@ def _stage(catalog: Catalog, layout: Layout, name: str, sources: Mapping[str, Pa
     with catalog.reading() as connection:
         stored = {sha256: records.same_content(connection, name, sha256) for sha256 in hashes.values()}
     for file, source in sources.items():
-        candidates = (layout.version(name, version) / known for version, known in stored[hashes[file]])
-        if any(link_file(candidate, hashes[file], folder / file) for candidate in candidates):
+        if any(_link(layout, name, version, known, hashes[file], folder / file) for version, known in stored[hashes[file]]):
             continue
         if write_file(folder / file, source) != hashes[file]:
             raise RegistryError(f"the source of {file} changed while it was copied.", hint="Register again when nobody writes it.")
     return hashes
+
+
+def _link(layout: Layout, name: str, version: int, file: str, sha256: str, target: Path) -> bool:
+    try:
+        return link_file(checked_folder(layout, name, version) / file, sha256, target)
+    except CorruptVersion:
+        return False    # for `verify` to report; the bytes are written anew
 
 
 def _hash(source: Path | bytes) -> str:

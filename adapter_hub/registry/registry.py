@@ -332,8 +332,13 @@ class Registry:
             if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
                 raise InvalidInput(f"{target} exists and is not an empty folder.", hint="Name a new one.")
             target.mkdir(parents=True, exist_ok=True)
-            for file, data in contents.items():
-                (target / file).write_bytes(data)
+            try:
+                for file, data in contents.items():
+                    (target / file).write_bytes(data)
+            except OSError:
+                for file in contents:
+                    (target / file).unlink(missing_ok=True)
+                raise
         return target
 
     # ---- move -------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def verify(catalog: Catalog, layout: Layout, ref: AdapterRef | None = None) -> V
     if ref is None:
         problems += _check_aliases(rows, aliases)
         problems += _check_histories(catalog, layout, events)
-        unregistered = list(find_unregistered(catalog, layout))
+        problems += _reported(str(layout.adapters), lambda: unregistered.extend(find_unregistered(catalog, layout)))
     return VerifyReport(len(rows), tally.files, tally.bytes, tuple(problems), tuple(unregistered))
 
 
@@ -119,8 +119,14 @@ def _check_version(layout: Layout, row: RowMapping, tally: _Tally) -> list[Probl
     folder = layout.version(manifest.name, manifest.version)
     for file, sha256 in manifest.files.items():
         problems += _reported(where, lambda f=file, s=sha256: tally.hash(folder / f, s))    # type: ignore[misc]
-    extra = sorted(set(os.listdir(folder)) - {MANIFEST, *manifest.files})
-    return problems + [Problem(where, f"{folder / name} is not a file of this version.") for name in extra]
+    return problems + _reported(where, lambda: _check_nothing_else(folder, {MANIFEST, *manifest.files}))
+
+
+def _check_nothing_else(folder: Path, known: set[str]) -> None:
+    extra = sorted(set(os.listdir(folder)) - known)
+    if extra:
+        hint = "Remove it, if nobody needs it: programs that read PEFT folders may take it for the adapter's."
+        raise CorruptVersion(f"{', '.join(str(folder / name) for name in extra)} is not a file of this version.", hint=hint)
 
 
 def _check_manifest(layout: Layout, row: RowMapping) -> None:

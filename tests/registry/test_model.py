@@ -182,7 +182,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert report.problems == () and report.unregistered == ()
 
 
-SMALL = settings(max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
+SMALL = settings(max_examples=20, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 class TestOnSqlite(RegistryMachine.TestCase):

@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -78,7 +79,7 @@ def work(folder: Path, url: str | None, seed: int, told: int) -> None:
         tell(did="open")
         while True:
             name, act = choose.choice(NAMES), choose.choice(("add",) * 8 + ("promote", "rollback", "retire", "purge", "calibrate"))
-            target = name if act in ("add", "rollback", "calibrate") else _target(registry, name, choose)
+            target = name if act in ("add", "calibrate") else _target(registry, name, choose)
             if target is None:
                 continue
             tell(starts=act, ref=target)
@@ -89,8 +90,8 @@ def work(folder: Path, url: str | None, seed: int, told: int) -> None:
             elif act == "calibrate":
                 number = registry.add_calibration(weights, registry.production(), "soak")
             else:
-                with suppress(NotRoutable):    # nothing to roll back to, or retired meanwhile
-                    getattr(registry, act)(target)
+                with suppress(NotRoutable):    # nothing to roll back to
+                    getattr(registry, act)(name if act == "rollback" else target)
             production = {ref.name: ref.version for ref in registry.production()}
             tell(did=act, ref=target, weights=weights[:16].hex(), number=number, production=production)
 
@@ -118,6 +119,7 @@ class Soak:
         self.calibrations = 0
         self.interrupted: dict[str, int] = {}   # act -> how often a child died in it
         self.faults: list[str] = []
+        self.last_error = ""
 
     def kill_one(self) -> None:
         read_end, write_end = os.pipe()
@@ -126,6 +128,8 @@ class Soak:
             try:
                 os.close(read_end)
                 work(self.folder, self.url, self.choose.randrange(2**32), write_end)
+            except BaseException:
+                os.write(write_end, json.dumps({"error": traceback.format_exc()}).encode() + b"\n")
             finally:
                 os._exit(1)
         os.close(write_end)
@@ -137,13 +141,14 @@ class Soak:
         with lines:
             self._note([json.loads(line) for line in [first, *lines.readlines()] if line.endswith(b"\n")])
         if not os.WIFSIGNALED(status):
-            self.faults.append(f"a child ended by itself with status {status}")
+            self.faults.append(f"a child ended by itself: {self.last_error}")
 
     def _note(self, facts: list[dict[str, Any]]) -> None:
         for fact in facts:
             if "production" in fact:
                 self.production = fact["production"]
                 self.unsure.clear()
+            self.last_error = fact.get("error", "")
             if fact.get("did") == "add":
                 self.added[fact["ref"]] = fact["weights"]
             elif fact.get("did") == "purge":
