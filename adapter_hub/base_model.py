@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,8 @@ class FrozenBase:
         self.id = id
         self.path = path
         self.kind = kind
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        model.train(False).requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens        # longer inputs are cut
         self.tokens_limit = tokens_limit    # the model's own: prompt and answer together
@@ -127,11 +128,12 @@ class FrozenBase:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def hidden_size(self) -> int:
@@ -141,8 +143,8 @@ class FrozenBase:
     def body(self) -> nn.Module:
         """The bare transformer: no language-model head. For a seq2seq model that is its encoder."""
         if self.kind is BaseKind.SEQ2SEQ:
-            return self.model.get_encoder()  # type: ignore[no-any-return]
-        return getattr(self.model, self._prefix) if self._prefix else self.model
+            return cast(nn.Module, self.model.get_encoder())
+        return cast(nn.Module, getattr(self.model, self._prefix)) if self._prefix else self.model
 
     def canonical(self, key: str) -> str:
         """A module or tensor name as the bare transformer calls it: the architecture's own prefix (`bert.`, `model.`, …) is taken off."""
@@ -223,7 +225,7 @@ def resolve_model(source: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder.resolve()
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
@@ -263,12 +265,12 @@ def _packaged_default() -> Path | None:
 def without_bars() -> Iterator[None]:
     """Load and save in silence: transformers draws a bar for each, and this library does not print."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    cast(Any, logging).disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            cast(Any, logging).enable_progress_bar()
 
 
 def _kind_of(config: PretrainedConfig) -> BaseKind:
@@ -293,7 +295,8 @@ def _pooling_of(path: Path, kind: BaseKind) -> tuple[str, bool]:
         facts = json.loads(pooling.read_text())
     except (OSError, ValueError, KeyError, StopIteration):
         return default, False
-    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max", "pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "mean"}
+    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
+    modes |= {"pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "mean"}
     chosen = [mode for key, mode in modes.items() if facts.get(key)] or [facts.get("pooling_mode", default)]
     if len(chosen) > 1 or chosen[0] not in modes.values():
         raise ModelNotFound(f"{pooling}: pooling {chosen} is not supported.", hint="Use a base with cls, mean, max or last-token pooling.")

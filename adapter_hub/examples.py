@@ -134,7 +134,7 @@ class RowReader:
             return
         try:
             with self.path.open("rb") as self._file:
-                unpacked = gzip.GzipFile(fileobj=self._file) if self.path.suffix.lower() == ".gz" else self._file
+                unpacked: Any = gzip.GzipFile(fileobj=self._file) if self.path.suffix.lower() == ".gz" else self._file
                 delimiter = {".csv": ",", ".tsv": "\t"}.get(self._suffix)
                 yield from _json_rows(unpacked) if delimiter is None else _csv_rows(self.path, unpacked, delimiter)
         except (OSError, EOFError, zlib.error) as error:

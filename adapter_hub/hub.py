@@ -21,14 +21,14 @@ from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.batch.job import Progress, Summary, run_job
 from adapter_hub.engine.engine import Engine, Output, Request
-from adapter_hub.errors import AdapterNotFound, InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
+from adapter_hub.errors import InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
 from adapter_hub.examples import Example, as_examples, read_examples
 from adapter_hub.refs import AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.routing.calibration import Calibration, calibrate
-from adapter_hub.routing.decision import Decision, Reason
+from adapter_hub.routing.decision import Decision
 from adapter_hub.routing.encoder import Encoder, load_encoder
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import RoutingState, build_state

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -92,14 +92,14 @@ def make_adapter(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task_model(base, task_type, outputs)
-        peft = get_peft_model(model, LoraConfig(task_type=task_type, r=r, target_modules=target_modules, **lora))  # type: ignore[arg-type]
+        peft = get_peft_model(model, LoraConfig(task_type=task_type, r=r, target_modules=target_modules, **lora))
         for name, parameter in peft.named_parameters():
             if "lora_magnitude" in name:
                 parameter.data *= 1 + size * torch.randn(parameter.shape)
             elif "lora_" in name or "modules_to_save" in name:
                 parameter.data = size * torch.randn(parameter.shape)
     peft.peft_config["default"].base_model_name_or_path = base_name or base.id
-    peft.save_pretrained(folder, save_embedding_layers=False)
+    peft.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     return folder
 
@@ -110,23 +110,24 @@ def task_model(base: FrozenBase, task_type: str | None, outputs: int = 2) -> Pre
     auto = {"SEQ_CLS": AutoModelForSequenceClassification, "TOKEN_CLS": AutoModelForTokenClassification}.get(task_type or "", bare)
     more = {"num_labels": outputs} if auto is not bare else {}
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    cast(Any, logging).set_verbosity_error()
     try:
         with without_bars():
             model = auto.from_pretrained(base.path, dtype=base.dtype, local_files_only=True, **more)
     finally:
         logging.set_verbosity(verbosity)
     model.config.pad_token_id = base.tokenizer.pad_token_id
-    return model.eval()  # type: ignore[no-any-return]
+    model.train(False)
+    return cast(PreTrainedModel, model)
 
 
 def load_peft(base: FrozenBase, folder: str | Path, task_type: str | None = None, outputs: int = 2) -> PeftModel:
     """PEFT's own model of an adapter: the reference that the engine is compared with."""
-    return PeftModel.from_pretrained(task_model(base, task_type, outputs), os.fspath(folder)).eval()  # type: ignore[arg-type]
+    return PeftModel.from_pretrained(task_model(base, task_type, outputs), os.fspath(folder)).eval()
 
 
 def _tiny(shape: str, width: int) -> PreTrainedModel:
-    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens: Any = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if shape == "bert":
         return BertModel(
             BertConfig(
@@ -145,7 +146,7 @@ def _tiny(shape: str, width: int) -> PreTrainedModel:
         )
     if shape == "t5":
         return T5ForConditionalGeneration(
-            T5Config(
+            cast(Any, T5Config)(
                 vocab_size=VOCABULARY, d_model=width, d_kv=width // 2, d_ff=2 * width, num_layers=2, num_heads=2, pad_token_id=0,
                 eos_token_id=2, decoder_start_token_id=0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
             )
@@ -156,14 +157,15 @@ def _tiny(shape: str, width: int) -> PreTrainedModel:
 def _tokenizer(shape: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE: every text has ids, and the vocabulary is the same on every machine."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     frame = {"bert": "<s> $A </s>", "t5": "$A </s>"}.get(shape, "<s> $A")
-    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 1), ("</s>", 2)])  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(
+    tokenizer.post_processor = processors.TemplateProcessing(single=frame, special_tokens=[("<s>", 1), ("</s>", 2)])
+    made: PreTrainedTokenizerFast = cast(Any, PreTrainedTokenizerFast)(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", model_max_length=256
     )
+    return made

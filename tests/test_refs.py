@@ -19,7 +19,7 @@ from adapter_hub.refs import AdapterRef, check_name
         ("nul.txt", "it is a reserved device name"),
         ("lpt1", "it is a reserved device name"),
         ("a" * 300, "it has 300 characters"),
-        ("bаnking", "'а' (U+0430) is not allowed there"),    # noqa: RUF001 - a Cyrillic a is the point
+        ("bаnking", "'а' (U+0430) is not allowed there"),
         ("banking\n", "(U+000A) is not allowed there"),
         ("Banking", "'B' (U+0042) is not allowed there"),
         (".hidden", "'.' (U+002E) is not allowed there"),

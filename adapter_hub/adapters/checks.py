@@ -10,7 +10,7 @@ import difflib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -116,7 +116,7 @@ def applied(base: FrozenBase, adapter: Adapter) -> Iterator[None]:
 def dora_gain(weight: Tensor, delta: LoraDelta) -> Tensor:
     """m / ‖W + s B A‖ by output (o,), for W (o, i). Raises nothing; m must be there. (Liu et al. 2024, eq. 5; as PEFT computes it.)"""
     assert delta.magnitude is not None
-    norm = torch.linalg.norm(weight + delta.scaling * (delta.b @ delta.a), dim=1)
+    norm: Tensor = torch.linalg.norm(weight + delta.scaling * (delta.b @ delta.a), dim=1)
     return delta.magnitude / norm
 
 
@@ -145,7 +145,7 @@ def _probe(base: FrozenBase) -> Tensor:
     if base.kind is BaseKind.SEQ2SEQ:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     result = base.model(**inputs)
-    return result.last_hidden_state if base.kind is BaseKind.ENCODER else result.logits  # type: ignore[no-any-return]
+    return cast(Tensor, result.last_hidden_state if base.kind is BaseKind.ENCODER else result.logits)
 
 
 def _fault(adapter: Adapter, base: FrozenBase, model: PreTrainedModel, found: dict[str, Tensor], inside: set[str]) -> str | None:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapter_hub.errors import CorruptAdapter, InvalidInput
 
@@ -21,7 +21,7 @@ _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w][\w./-]
 
 
 @contextmanager
-def adapter_folder(source: str | Path | PeftModel[Any]) -> Iterator[Path]:
+def adapter_folder(source: str | Path | PeftModel) -> Iterator[Path]:
     """Yield a folder that holds PEFT's two files; it may be temporary and is gone afterwards.
 
     An existing folder wins over a hub id of the same spelling. Only the two files are ever fetched from a hub:
@@ -58,7 +58,7 @@ def _from_hub(source: str) -> Path:
     if match is None:
         raise InvalidInput(f"there is no folder {source!r}, and it is no hub id.", hint="Give a PEFT folder or 'org/name@revision'.")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(match["id"], revision=match["revision"], allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])

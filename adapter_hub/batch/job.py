@@ -24,6 +24,7 @@ from adapter_hub.examples import BadRow, RowReader, fault, format_of
 JSON = Any
 Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON]]]
 CHUNK_ROWS = 256
+BEGIN_AGAIN = "Begin again with overwrite=True (`--overwrite`)."
 HEAD_BYTES = 1 << 20    # of the input, hashed to know it again
 
 # Faults of single rows: an input that cannot be read, or an adapter whose files are damaged. Anything else stops the job.
@@ -79,7 +80,7 @@ class _State:
         try:
             return cls(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise InvalidInput(f"{path} is not a job's progress ({error}).", hint="Begin again with overwrite=True (`--overwrite`).") from error
+            raise InvalidInput(f"{path} is not a job's progress ({error}).", hint=BEGIN_AGAIN) from error
 
 
 def run_job(
@@ -151,13 +152,13 @@ def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _St
         for what, ours, theirs in (("input", fresh.input, state.input), ("settings", fresh.settings, state.settings)):
             if ours != theirs:
                 why = "the file has changed" if what == "input" else "the registry or an option has changed"
-                raise InvalidInput(f"the interrupted job had another {what}: {why}.", hint="Begin again with overwrite=True (`--overwrite`).")
+                raise InvalidInput(f"the interrupted job had another {what}: {why}.", hint=BEGIN_AGAIN)
         if state.errors_bytes and not files.errors_partial.exists() and files.errors.exists():
             files.errors.replace(files.errors_partial)    # the crash came while finishing
     for path, size in ((files.partial, state.output_bytes), (files.errors_partial, state.errors_bytes)):
         with path.open("ab") as file:
             if file.tell() < size:
-                raise InvalidInput(f"{path} is shorter than the job's progress says.", hint="Begin again with overwrite=True (`--overwrite`).")
+                raise InvalidInput(f"{path} is shorter than the job's progress says.", hint=BEGIN_AGAIN)
             file.truncate(size)
     state.save(files.progress)
     return state
@@ -168,7 +169,7 @@ def _answer_all(
 ) -> None:
     rows = iter(reader)
     if sum(1 for _ in itertools.islice(rows, state.rows)) < state.rows:
-        raise UnreadableFile(f"{str(reader.path)!r} has fewer rows than were answered before.", hint="Begin again with overwrite=True (`--overwrite`).")
+        raise UnreadableFile(f"{str(reader.path)!r} has fewer rows than were answered before.", hint=BEGIN_AGAIN)
     with files.partial.open("ab") as out, files.errors_partial.open("ab") as bad:
         for chunk in _chunks(rows, chunk_rows):
             _answer_chunk(chunk, answer, state, out, bad)

@@ -163,7 +163,7 @@ class Engine:
         tokenizer, model = self.base.tokenizer, cast(Any, self.base.model)
         inputs = self.base.pad([encoded[i] for i in batch.rows], generation=True)
         inputs.pop("token_type_ids", None)
-        config = GenerationConfig(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(model, tokenizer))
+        config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(model, tokenizer))
         if stop:
             config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
         with self._open(batch, held), torch.random.fork_rng(enabled=seed is not None):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from adapter_hub.adapters.checks import skeletons
 from adapter_hub.adapters.weights import Adapter, outputs_of
@@ -42,7 +42,7 @@ class Head:
         setattr(self._model, self._model.base_model_prefix, self._replay)
         tensors = {name: tensor.to(base.device, base.dtype) for name, tensor in adapter.head.items()}
         self._model.load_state_dict(tensors, strict=True, assign=True)
-        self._model.eval().requires_grad_(False)
+        self._model.train(False).requires_grad_(False)
         self._lock = threading.Lock()
 
     def logits(self, body: ModelOutput, inputs: BatchEncoding, rows: Tensor) -> Tensor:

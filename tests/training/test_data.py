@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from adapter_hub.examples import Example
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
 from adapter_hub.training.data import check_task, hold_out, task_seed
 
 GOOD = [Example("a sharp saw", "tool"), Example("a ripe pear", "fruit")]

@@ -1,0 +1,285 @@
+"""The hub as people use it: real tiny models, the hash encoder, every verb of the public surface."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from adapter_hub.errors import (
+    AdapterNotFound,
+    InvalidInput,
+    LabelsRequired,
+    ModelChanged,
+    NotRoutable,
+    RegistryExists,
+    RegistryNotFound,
+    WrongBase,
+)
+from adapter_hub.hub import Hub
+from adapter_hub.routing.decision import Reason
+from adapter_hub.testing import load_peft, make_adapter, tiny_model
+
+COLOURS = [{"text": f"paint the {thing} {colour}", "label": colour} for thing in ("wall", "door", "car", "fence") for colour in ("red", "blue")]
+ANIMALS = [{"text": f"the {animal} {does}", "label": animal} for animal in ("dog", "cat") for does in ("runs", "sleeps", "eats its food", "is old")]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "bert", "bert")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, bert: Path) -> Hub:
+    return Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
+
+
+@pytest.fixture
+def filled(hub: Hub, tmp_path: Path) -> Hub:
+    hub.register("colours", make_adapter(hub.base, tmp_path / "c", seed=1), COLOURS, labels=["red", "blue"], tags=["paint"])
+    hub.register("animals", make_adapter(hub.base, tmp_path / "a", seed=2, use_dora=True), ANIMALS, labels=["dog", "cat"])
+    hub.register("vectors", make_adapter(hub.base, tmp_path / "v", seed=3, task_type="FEATURE_EXTRACTION"), description="embeddings of invoices")
+    return hub
+
+
+def test_each_input_reaches_the_adapter_whose_examples_it_is_like(filled: Hub) -> None:
+    texts = ["paint the gate blue", "the cat sleeps again", "paint the roof red"]
+    predictions = filled.predict(texts, max_false_reject=0)
+    assert [p.adapter.name for p in predictions if p.adapter] == ["colours", "animals", "colours"]
+    for p in predictions:
+        assert p.decision.reason is Reason.ACCEPTED
+        assert p.label in p.scores and abs(sum(p.scores.values()) - 1) < 1e-5
+
+
+def test_an_input_that_belongs_nowhere_gets_the_bases_vector_and_says_why(filled: Hub) -> None:
+    [p] = filled.predict(["zzz qqq 0000 jjjj"], max_false_reject=0.2)
+    assert (p.adapter, p.label, p.decision.reason) == (None, None, Reason.BELOW_THRESHOLD)
+    assert p.vector.shape == (32,) and p.decision.candidates and p.decision.score < p.decision.threshold
+
+
+def test_a_named_adapter_answers_as_peft_does_and_base_rows_as_the_base(filled: Hub, tmp_path: Path) -> None:
+    texts = ["the dog runs", "the dog runs", "the dog runs"]
+    red, dog, base = filled.predict(texts, adapters=["colours@1", "animals", None])
+    inputs = filled.base.tokenize(texts[:1])
+    for p, folder in ((red, "c"), (dog, "a")):
+        expected = load_peft(filled.base, tmp_path / folder, "SEQ_CLS", 2)(**inputs).logits.softmax(-1).detach().numpy()[0]
+        assert np.abs(np.array(list(p.scores.values())) - expected).max() < 1e-5
+        assert p.decision.reason is Reason.NAMED
+    hidden = filled.base.pool(filled.base.model(**inputs).last_hidden_state, inputs["attention_mask"])[0].numpy()
+    assert base.adapter is None and np.abs(base.vector - hidden).max() < 1e-6
+
+
+def test_one_name_serves_for_all_texts(filled: Hub) -> None:
+    assert {str(p.adapter) for p in filled.predict(["a", "b"], adapters="vectors")} == {"vectors@1"}
+    assert filled.predict(["a"], adapters="vectors")[0].to_json()["output"]
+
+
+def test_earlier_answers_and_routing_state_stay_byte_for_byte_when_a_task_is_added(filled: Hub, tmp_path: Path) -> None:
+    texts = ["paint the gate blue", "the cat sleeps", "anything"]
+
+    def answers(h: Hub) -> list[bytes]:
+        found = h.predict(texts, adapters=["colours@1", "animals@1", None])
+        return [np.array([*p.scores.values()] or p.vector).tobytes() for p in found]
+
+    filled.route(texts)
+    before, base = answers(filled), filled.base.compute_fingerprint()
+    states = {n: filled.registry.read(f"{n}@1", "routing.safetensors") for n in ("colours", "animals")}
+    filled.register("newcomer", make_adapter(filled.base, tmp_path / "n", seed=9, r=16, outputs=5), ["the cat paints"], labels=list("abcde"))
+    filled.predict([*texts, "the cat paints"], max_false_reject=0)
+    assert answers(filled) == before
+    assert answers(Hub.open(tmp_path / "registry")) == before
+    assert filled.base.compute_fingerprint() == base
+    assert {n: filled.registry.read(f"{n}@1", "routing.safetensors") for n in states} == states
+
+
+def test_adding_moves_no_threshold_until_a_calibration_is_asked_for(filled: Hub, tmp_path: Path) -> None:
+    [before] = filled.route(["paint the wall red"])
+    filled.register("more", make_adapter(filled.base, tmp_path / "m", seed=4), ["stocks fell", "bonds rose"], labels=["x", "y"])
+    [after] = filled.route(["paint the wall red"])
+    assert (after.calibration, after.threshold, after.score) == (before.calibration, before.threshold, before.score) and after.calibration == 1
+    assert filled.calibrate().id == 2
+    assert filled.route(["paint the wall red"])[0].calibration == 2
+
+
+def test_promote_rollback_and_retire_decide_what_is_routed(filled: Hub, tmp_path: Path) -> None:
+    text = ["paint the wall red"]
+    second = filled.register("colours", make_adapter(filled.base, tmp_path / "c2", seed=7), COLOURS, labels=["red", "blue"])
+    assert str(filled.predict(text, max_false_reject=0)[0].adapter) == "colours@2" == str(second)
+    filled.rollback("colours", reason="worse")
+    assert str(filled.predict(text, max_false_reject=0)[0].adapter) == "colours@1"
+    filled.retire("colours@1")
+    assert filled.predict(text, max_false_reject=0)[0].adapter.name != "colours"
+    with pytest.raises(NotRoutable):
+        filled.predict(text, adapters="colours")
+    assert "retired" in [event.kind for event in filled.history("colours")]
+
+
+def test_a_purged_version_answers_no_more_even_where_it_was_loaded(filled: Hub) -> None:
+    filled.predict(["x y"], adapters="colours@1")
+    filled.purge("colours@1")
+    with pytest.raises(NotRoutable):
+        filled.predict(["x y"], adapters="colours@1")
+    assert filled.verify().ok
+    assert not (filled.registry.folder("animals@1").parent.parent / "colours" / "1" / "adapter_model.safetensors").exists()
+
+
+def test_another_hub_on_the_same_folder_sees_a_promotion_at_its_next_input(filled: Hub, tmp_path: Path) -> None:
+    other = Hub.open(tmp_path / "registry")
+    text = ["paint the wall red"]
+    assert str(other.route(text, max_false_reject=0)[0].adapter) == "colours@1"
+    filled.register("colours", make_adapter(filled.base, tmp_path / "c2", seed=7), COLOURS, labels=["red", "blue"])
+    assert str(other.route(text, max_false_reject=0)[0].adapter) == "colours@2"
+
+
+def test_teaching_makes_a_version_with_the_same_weights_stored_once(filled: Hub) -> None:
+    old, text = filled.registry.folder("colours@1"), ["varnish the table green"]
+    ref = filled.teach("colours", [*text, "varnish the chair"])
+    new = filled.registry.folder(ref)
+    assert ref.version == 2 and (new / "adapter_model.safetensors").samefile(old / "adapter_model.safetensors")
+    assert filled.show(ref).parent == "colours@1"
+    assert str(filled.route(text, max_false_reject=0)[0].adapter) == "colours@2"
+    assert str(filled.rollback("colours")) == "colours@1"
+
+
+def test_learning_trains_registers_and_promotes_without_touching_the_base(hub: Hub) -> None:
+    base = hub.base.compute_fingerprint()
+    from adapter_hub.training.config import TrainConfig
+
+    rows = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
+    report = hub.learn("words", rows, config=TrainConfig(epochs=8, steps_min=0, learning_rate=5e-3))
+    assert report.ref.version == 1 and report.metrics["accuracy"] > 0.5 and report.promoted
+    assert hub.predict(["apple number 99"], max_false_reject=0)[0].label in ("apple", "zebra")
+    assert hub.base.compute_fingerprint() == base
+    with pytest.raises(InvalidInput, match="promote='maybe' is not a rule"):
+        hub.learn("words", rows, promote="maybe")
+
+
+def test_an_export_is_a_plain_peft_folder(filled: Hub, tmp_path: Path) -> None:
+    folder = filled.export("animals", tmp_path / "out")
+    inputs = filled.base.tokenize(["the dog runs"])
+    from adapter_hub.testing import task_model
+
+    expected = PeftModel.from_pretrained(task_model(filled.base, "SEQ_CLS", 2), folder)(**inputs).logits.softmax(-1)[0]
+    [mine] = filled.predict(["the dog runs"], adapters="animals")
+    assert np.abs(np.array(list(mine.scores.values())) - expected.detach().numpy()).max() < 1e-5
+
+
+def test_a_peft_model_in_memory_registers_like_its_folder(filled: Hub, tmp_path: Path) -> None:
+    model = load_peft(filled.base, tmp_path / "c", "SEQ_CLS", 2)
+    ref = filled.register("memory", model, COLOURS, labels=["red", "blue"], assume_base=True)
+    [a], [b] = filled.predict(["x y"], adapters="memory"), filled.predict(["x y"], adapters="colours")
+    assert str(ref) == "memory@1" and a.scores == b.scores
+
+
+def test_a_base_named_by_another_path_with_the_same_content_is_the_same_base(hub: Hub, bert: Path, tmp_path: Path) -> None:
+    twin = shutil.copytree(bert, tmp_path / "twin")
+    assert str(hub.register("twin", make_adapter(hub.base, tmp_path / "t", base_name=str(twin)), labels=["a", "b"])) == "twin@1"
+
+
+def test_an_adapter_of_another_base_needs_to_be_vouched_for(hub: Hub, tmp_path: Path) -> None:
+    elsewhere = make_adapter(hub.base, tmp_path / "e", base_name="someone/else")
+    with pytest.raises(WrongBase, match="'someone/else', this registry serves"):
+        hub.register("e", elsewhere, labels=["a", "b"])
+    other = make_adapter(hub.base, tmp_path / "o", base_name=str(tiny_model(tmp_path / "other", seed=5)))
+    with pytest.raises(WrongBase, match="whose weights differ"):
+        hub.register("o", other, labels=["a", "b"])
+    assert hub.list() == []
+    assert str(hub.register("e", elsewhere, labels=["a", "b"], assume_base=True)) == "e@1"
+
+
+def test_a_registry_refuses_another_base_or_encoder_than_its_own(filled: Hub, bert: Path, tmp_path: Path) -> None:
+    toml = (tmp_path / "registry" / "hub.toml").read_text()
+    other = tiny_model(tmp_path / "other", seed=5)
+    (tmp_path / "registry" / "hub.toml").write_text(toml.replace(str(bert), str(other)))
+    with pytest.raises(ModelChanged, match="base model"):
+        Hub.open(tmp_path / "registry").predict(["x"], adapters="colours")
+    (tmp_path / "registry" / "hub.toml").write_text(toml.replace('encoder = "hash"', 'encoder = "hash:512"'))
+    with pytest.raises(ModelChanged, match="encoder"):
+        Hub.open(tmp_path / "registry").route(["x"])
+
+
+def test_an_empty_registry_answers_by_the_base(hub: Hub) -> None:
+    [p] = hub.predict(["hello"])
+    assert (p.adapter, p.decision.reason) == (None, Reason.NO_CANDIDATES)
+    assert hub.predict([]) == [] and hub.route([]) == []
+
+
+def test_text_is_kept_only_where_the_policy_says_so(filled: Hub, tmp_path: Path) -> None:
+    assert "paint the wall" not in "".join(p.read_text(errors="ignore") for p in (tmp_path / "registry" / "adapters").rglob("*") if p.is_file())
+    toml = tmp_path / "registry" / "hub.toml"
+    toml.write_text(toml.read_text().replace('keep = "vectors"', 'keep = "text"'))
+    hub = Hub.open(tmp_path / "registry")
+    ref = hub.register("kept", tmp_path / "c", COLOURS, labels=["red", "blue"])
+    lines = (hub.registry.folder(ref) / "exemplars.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == COLOURS
+    hub.purge(ref)
+    assert not list((tmp_path / "registry").rglob("exemplars.jsonl"))
+
+
+def test_evaluation_reports_routed_and_named_accuracy(filled: Hub) -> None:
+    rows = [{**row, "adapter": "colours"} for row in COLOURS] + [{**row, "adapter": "animals"} for row in ANIMALS]
+    facts = filled.evaluate(rows)
+    assert facts["rows"] == 16 and facts["abstained"] == 0 and facts["routing_accuracy"] == 1.0
+    assert facts["accuracy"] == facts["accuracy_named"]
+    assert filled.evaluate(rows, names=["animals"])["rows"] == 8
+
+
+def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> None:
+    rows = [*COLOURS, {"text": ""}, *ANIMALS, {"id": 7}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_false_reject=0)
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert (summary.rows, summary.answered, summary.failed) == (18, 16, 2)
+    assert [row["text"] for row in out] == [row["text"] for row in COLOURS + ANIMALS]
+    assert [row["target"] for row in out] == [row["label"] for row in COLOURS + ANIMALS]
+    expected = filled.predict([row["text"] for row in COLOURS + ANIMALS], max_false_reject=0)
+    assert [(row["adapter"], row["label"]) for row in out] == [(str(p.adapter), p.label) for p in expected]
+    errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
+    assert [(e["line"], e["reason"]) for e in errors] == [(9, "the row has an empty 'text'"), (18, "the row has no 'text', only 'id'")]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda h: h.predict("one string"), InvalidInput, "texts is one string"),
+        (lambda h: h.predict(["fine", " "]), InvalidInput, "2"),
+        (lambda h: h.predict(["fine", None]), InvalidInput, "2"),
+        (lambda h: h.predict(["x"], adapters=["colours", None]), InvalidInput, "2 adapters were named for 1 texts"),
+        (lambda h: h.predict(["x"], adapters="colurs"), AdapterNotFound, "Closest: 'colours'"),
+        (lambda h: h.predict(["x"], adapters="colours@9"), AdapterNotFound, "'colours@9' is not registered"),
+        (lambda h: h.predict(["x"], max_false_reject=1.5), InvalidInput, "max_false_reject=1.5"),
+        (lambda h: h.predict(["x"], generation={"max_tokns": 3}), InvalidInput, "'max_tokns' is not a generation setting"),
+        (lambda h: h.route(["x"], k=0), InvalidInput, "k=0"),
+        (lambda h: h.teach("colours", []), InvalidInput, "nothing to teach"),
+        (lambda h: h.evaluate([{"text": "x"}]), InvalidInput, "each with a label"),
+        (lambda h: h.register("x", 3), InvalidInput, "cannot be int"),
+        (lambda h: h.register("x", "no/such/folder"), InvalidInput, "no folder 'no/such/folder'"),
+        (lambda h: h.register("x", "someone/adapter@main"), InvalidInput, "model hub did not give"),
+        (lambda h: Hub.open("/nowhere"), RegistryNotFound, "/nowhere"),
+    ],
+)
+def test_a_bad_argument_is_named_and_nothing_stored_changes(filled: Hub, call, error, message) -> None:  # type: ignore[no-untyped-def]
+    before = [row.to_json() for row in filled.list()]
+    with pytest.raises(error) as caught:
+        call(filled)
+    assert message in str(caught.value)
+    assert [row.to_json() for row in filled.list()] == before and filled.verify().ok
+
+
+def test_a_head_without_names_is_refused(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(LabelsRequired, match="2 outputs without names"):
+        hub.register("x", make_adapter(hub.base, tmp_path / "x"))
+
+
+def test_creating_over_a_registry_is_refused(hub: Hub, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(RegistryExists):
+        Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
+
+
+def test_a_long_text_is_cut_and_the_prediction_says_so(filled: Hub) -> None:
+    long, short = filled.predict(["word " * 20_000, "word"], adapters="colours")
+    assert long.truncated and not short.truncated and long.to_json()["truncated"] is True
