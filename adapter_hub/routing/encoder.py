@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_hub.base_model import resolve_model
+from adapter_hub.base_model import resolve_model, without_bars
 from adapter_hub.errors import InvalidInput, ModelNotFound
 
 # n texts, d width
@@ -118,7 +118,10 @@ def _sentence_model(path: Path, device: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(str(path), device=device, local_files_only=True, model_kwargs={"use_safetensors": True})
+        with without_bars():
+            model = SentenceTransformer(
+                str(path), device=device, local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(f"{path} does not load as a sentence encoder: {error}.", hint="Name a sentence-transformers model.") from error
     return model.eval()
