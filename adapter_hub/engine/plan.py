@@ -57,8 +57,11 @@ def plan_batches(rows: Sequence[Row], *, rows_max: int = BATCH_ROWS_MAX, slots_m
     kinds = list(dict.fromkeys(row.kind for row in rows))
     batches = []
     for kind in kinds:
-        # Rows of like length are padded little; ties keep the request's order.
-        order = sorted((i for i, row in enumerate(rows) if row.kind == kind), key=lambda i: -rows[i].tokens)
+        found = [i for i, row in enumerate(rows) if row.kind == kind]
+        crowded = len({rows[i].adapter for i in found} - {None}) > slots_max
+        # Rows of like length are padded little; ties keep the request's order. Where not all adapters can be resident,
+        # each one's rows stay together instead: loading it once costs less than padding saves.
+        order = sorted(found, key=lambda i: (str(rows[i].adapter) if crowded else "", -rows[i].tokens))
         batches += [_batch(kind, rows, chunk) for chunk in _chunks(rows, order, rows_max, slots_max)]
     return BatchPlan(tuple(batches))
 

