@@ -229,10 +229,8 @@ def _answered(rows: Sequence[tuple[int, dict[str, JSON]]], answer: Answer) -> It
 
 def merged(row: Mapping[str, JSON], answer: Mapping[str, JSON]) -> dict[str, JSON]:
     """The input's fields in their order, then the answer's. The answer's names win: the input's are kept under another."""
-    kept = {}
-    for key, value in row.items():
-        name = "target" if key == "label" else f"input_{key}" if key in answer else key
-        kept[name if name not in row or name == key else f"input_{name}"] = value
+    taken = {*answer, *(["target"] if "label" in row else [])}
+    kept = {"target" if key == "label" else f"input_{key}" if key in taken else key: value for key, value in row.items()}
     return kept | dict(answer)
 
 

@@ -1,0 +1,108 @@
+"""Kill a batch job at random moments, resume it, and compare its output with an uninterrupted run's, byte for byte.
+
+    python -m tests.soak.batch_kill --kills 50
+
+The job's answers are cheap and depend on the text alone. The last line is JSON; exit code 1 where a byte differed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from adapter_hub.batch.job import run_job
+from adapter_hub.errors import InvalidInput
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+ROWS = 3_000
+
+
+def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
+    if any("poison" in text for text in texts):
+        raise InvalidInput("a poisoned text.")
+    time.sleep(0.0005 * len(texts) / 16)
+    found = [zlib.crc32(text.encode()) for text in texts]
+    return [{"adapter": f"a{n % 3}@1" if n % 4 else None, "score": n % 1000 / 1000, "label": f"l{n % 7}"} for n in found]
+
+
+def write_input(path: Path, rows: int) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            row = {"text": f"text {i} ünï", "label": f"t{i % 5}", "n": i} if i % 97 else {"txt": "no text"}
+            file.write(json.dumps(row | ({"text": "poison"} if i % 501 == 250 else {})) + "\n")
+
+
+def job(source: Path, output: Path, resume: bool) -> None:
+    run_job(source, output, answer, settings={"v": 1}, chunk_rows=64, resume=resume)
+
+
+def killed_and_resumed(source: Path, output: Path, kills: int, seconds_max: float, luck: random.Random) -> int:
+    """Run the job with up to `kills` kills, then to its end. Returns how many hit a running job."""
+    hits = 0
+    for _ in range(kills):
+        if output.exists():
+            break
+        child = os.fork()
+        if child == 0:
+            try:
+                job(source, output, resume=True)
+            finally:
+                os._exit(0)
+        time.sleep(luck.uniform(0, seconds_max))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        hits += os.WIFSIGNALED(status)
+    if not output.exists() or output.with_name(output.name + ".progress.json").exists():
+        job(source, output, resume=True)
+    return hits
+
+
+def run(kills: int, seed: int) -> dict[str, Any]:
+    luck, hits, faults = random.Random(seed), 0, []
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        source = root / "in.jsonl"
+        write_input(source, ROWS)
+        whole, seconds = {}, 0.0
+        for suffix in FORMATS:
+            begun = time.perf_counter()
+            job(source, root / f"whole{suffix}", resume=False)
+            seconds = max(seconds, time.perf_counter() - begun)
+            whole[suffix] = [(root / f"whole{suffix}{end}").read_bytes() for end in ("", ".errors.jsonl")]
+        round_ = 0
+        while hits < kills:
+            suffix = FORMATS[round_ % len(FORMATS)]
+            output = root / f"{round_}{suffix}"
+            hits += killed_and_resumed(source, output, min(4, kills - hits), seconds, luck)
+            found = [Path(f"{output}{end}").read_bytes() for end in ("", ".errors.jsonl")]
+            left = sorted(p.name for p in root.glob(f"{round_}{suffix}.*") if not p.name.endswith(".errors.jsonl"))
+            if found != whole[suffix] or left:
+                faults.append(f"round {round_}{suffix}: {'bytes differ' if found != whole[suffix] else left}")
+            round_ += 1
+    return {"jobs_killed": hits, "rounds": round_, "faults": faults, "seed": seed, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=None)
+    arguments = parser.parse_args()
+    seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
+    result = run(arguments.kills, seed)
+    print(json.dumps(result))
+    return bool(result["faults"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
