@@ -50,6 +50,11 @@ class JobFiles:
     def finished(self) -> Path:
         return self._beside(".finished")
 
+    @property
+    def in_place(self) -> bool:
+        """Whether a job's output stands under its own name and only the progress is left to remove."""
+        return self.progress.exists() and self.output.exists() and not self.partial.exists()
+
     def _beside(self, suffix: str) -> Path:
         return self.output.with_name(self.output.name + suffix)
 
@@ -98,6 +103,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def finish(files: JobFiles) -> None:
     """The lines in `partial` become OUTPUT in the format of its suffix, in one step. Running it again does no harm."""
+    if files.in_place:
+        files.progress.unlink()
+        return
     suffix = format_of(files.output)
     if suffix in (".jsonl", ".ndjson"):
         made = files.partial

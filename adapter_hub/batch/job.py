@@ -115,7 +115,8 @@ def run_job(
         try:
             state = _begin(files, fresh, resume, overwrite)
             started, rows_before = time.perf_counter(), state.rows
-            _answer_all(reader, files, answer, state, chunk_rows, started, progress)
+            if not files.in_place:    # else the crash came after the last rename
+                _answer_all(reader, files, answer, state, chunk_rows, started, progress)
             finish(files)
         except OSError as error:
             raise storage_error(error, files.output) from error
@@ -153,6 +154,8 @@ def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _St
             if ours != theirs:
                 why = "the file has changed" if what == "input" else "the registry or an option has changed"
                 raise InvalidInput(f"the interrupted job had another {what}: {why}.", hint=BEGIN_AGAIN)
+        if files.in_place:
+            return state
         if state.errors_bytes and not files.errors_partial.exists() and files.errors.exists():
             files.errors.replace(files.errors_partial)    # the crash came while finishing
     for path, size in ((files.partial, state.output_bytes), (files.errors_partial, state.errors_bytes)):
