@@ -89,10 +89,16 @@ def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
 
 def outputs_of(head: Mapping[str, Tensor]) -> int:
     """How many outputs a head has: the rows of its last layer."""
-    weights = sorted((name for name, tensor in head.items() if tensor.ndim == 2), key=lambda name: ("out_proj" in name, name))
+    weights = sorted((name for name, tensor in head.items() if tensor.ndim == 2), key=_lastness)
     if not weights:
         raise DoesNotFit("the adapter's head has no weight matrix.", hint="Save it with modules_to_save naming the head, as PEFT does for SEQ_CLS.")
     return int(head[weights[-1]].shape[0])
+
+
+def _lastness(name: str) -> int:
+    """Heads of two layers call the last one by one of these names, in RoBERTa, DistilBERT, Llama and XLNet."""
+    layer = name.split(".")[-2] if "." in name else name
+    return {"out_proj": 4, "classifier": 3, "score": 2, "logits_proj": 1}.get(layer, 0)
 
 
 def _read_json(path: Path) -> Any:

@@ -1,0 +1,211 @@
+"""PEFT's files as tensors, and the strict questions that are asked of them before anything is stored."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel
+
+from adapter_hub.adapters.checks import PROBE, applied, check_acts, check_fits
+from adapter_hub.adapters.config import parse_config
+from adapter_hub.adapters.weights import read_adapter, write_adapter
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.errors import CorruptAdapter, DoesNotFit, LabelsRequired, UnsupportedOption, WrongBase
+from adapter_hub.testing import load_peft, make_adapter, task_model, tiny_model
+
+MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"]}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp("bert")))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+# ---- config ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_peft_writes_by_itself_is_accepted() -> None:
+    written = LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS").to_dict()
+    settings = parse_config(json.loads(json.dumps(written, default=lambda value: sorted(value) if isinstance(value, set) else str(value))))
+    assert settings.r == 4 and settings.task_type == "SEQ_CLS"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scaling_is_pefts_own_for_every_module(bert: FrozenBase, rslora: bool) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=7, use_rslora=rslora, target_modules="all-linear",
+        rank_pattern={"query": 5, r"layer\.1\..*dense": 2}, alpha_pattern={"layer.0.attention.self.query": 13},
+    )
+    model = get_peft_model(task_model(bert, None), config)
+    settings = parse_config(MINIMAL | {key: getattr(config, key) for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")})
+    layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert len(layers) == 13
+    for name, module in layers.items():
+        assert settings.rank(name) == module.r["default"]
+        assert math.isclose(settings.scaling(name), module.scaling["default"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "fact"),
+    [
+        ({"r": 0}, CorruptAdapter, "0 is not a rank"),
+        ({"r": True}, CorruptAdapter, "True is not a rank"),
+        ({"r": "four"}, CorruptAdapter, "wrong form"),
+        ({"lora_alpha": float("inf")}, CorruptAdapter, "lora_alpha is not finite"),
+        ({"rank_pattern": ["query"]}, CorruptAdapter, "wrong form"),
+        ({"rank_pattern": {"(": 4}}, CorruptAdapter, "wrong form"),
+        ({"alora_invocation_tokens": [1]}, UnsupportedOption, "alora_invocation_tokens=[1]"),
+        ({"target_parameters": ["x"]}, UnsupportedOption, "target_parameters"),
+        ({"use_qalora": True}, UnsupportedOption, "use_qalora"),
+        ({"init_lora_weights": "pissa_niter_16"}, UnsupportedOption, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, UnsupportedOption, "it alters the base's weights"),
+        ({"peft_type": "ADALORA"}, UnsupportedOption, "only LORA adapters"),
+        ({"peft_type": None}, UnsupportedOption, "only LORA adapters"),
+    ],
+)
+def test_a_config_is_refused_by_the_name_of_the_key(changes: dict[str, Any], error: type[Exception], fact: str) -> None:
+    with pytest.raises(error) as caught:
+        parse_config(MINIMAL | changes)
+    assert fact in str(caught.value)
+
+
+def test_a_config_without_a_rank_is_refused() -> None:
+    with pytest.raises(CorruptAdapter, match="it has no 'r'"):
+        parse_config({"peft_type": "LORA", "lora_alpha": 8})
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_read_and_written_again_is_the_same_and_peft_loads_it(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a", use_dora=True)
+    again = write_adapter(read_adapter(folder, labels=("x", "y")), tmp_path / "b")
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, again))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    inputs = bert.tokenize(PROBE)
+    one, two = (load_peft(bert, path, "SEQ_CLS", 2)(**inputs).logits for path in (folder, again))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_obvious_forward_equals_peft(bert: FrozenBase, tmp_path: Path, dora: bool) -> None:
+    folder = make_adapter(bert, tmp_path / "a", task_type=None, use_dora=dora)
+    inputs = bert.tokenize(PROBE)
+    with applied(bert, read_adapter(folder)):
+        mine = bert.model(**inputs).last_hidden_state
+    assert (mine - load_peft(bert, folder)(**inputs).last_hidden_state).abs().max() < 1e-5
+    assert not any(module._forward_hooks for module in bert.model.modules())
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_adapters_of_the_bare_model_and_of_the_one_with_a_head_fit_the_same_base(llama: FrozenBase, tmp_path: Path, auto: Any) -> None:
+    model = auto.from_pretrained(llama.path)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft.save_pretrained(str(tmp_path / "a"))
+    adapter = read_adapter(tmp_path / "a")
+    check_fits(adapter, llama)
+    assert check_acts(adapter, llama) > 0
+    inputs = llama.tokenize(PROBE)
+    with applied(llama, adapter):
+        mine = llama.body(**inputs).last_hidden_state
+    wrapped = peft.base_model.model
+    expected = (wrapped.model if hasattr(wrapped, "lm_head") else wrapped)(**inputs).last_hidden_state
+    assert (mine - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+
+
+# ---- fit ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_width_does_not_fit(bert: FrozenBase, tmp_path: Path) -> None:
+    wide = FrozenBase.load(tiny_model(tmp_path / "wide", width=48))
+    adapter = read_adapter(make_adapter(wide, tmp_path / "a"), labels=("x", "y"))
+    with pytest.raises(DoesNotFit, match=r"has shape \(.*48.*\), the base and the config's rank need"):
+        check_fits(adapter, bert)
+
+
+def test_an_adapter_of_another_architecture_does_not_fit(bert: FrozenBase, llama: FrozenBase, tmp_path: Path) -> None:
+    adapter = read_adapter(make_adapter(bert, tmp_path / "a", task_type=None))
+    with pytest.raises(DoesNotFit):
+        check_fits(adapter, llama)
+    causal = read_adapter(make_adapter(llama, tmp_path / "c"))
+    with pytest.raises(WrongBase, match="a CAUSAL_LM adapter cannot run on"):
+        check_fits(causal, bert)
+
+
+def test_weights_of_the_base_saved_whole_are_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a", modules_to_save=["pooler"], target_modules=["query"])
+    with pytest.raises(UnsupportedOption, match="it replaces weights of the frozen base"):
+        check_fits(read_adapter(folder, labels=("x", "y")), bert)
+
+
+def test_an_adapted_embedding_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a", task_type=None, target_modules=["word_embeddings", "query"])
+    with pytest.raises(UnsupportedOption, match="only linear modules are adapted"):
+        read_adapter(folder)
+
+
+def test_a_head_that_is_saved_by_half_is_refused_with_the_module_to_save(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "bert")
+    config = DistilBertConfig(vocab_size=384, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=256)
+    DistilBertModel(config).save_pretrained(tmp_path / "distil")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        os.link(folder / file, tmp_path / "distil" / file)
+    base = FrozenBase.load(tmp_path / "distil")
+    model = DistilBertForSequenceClassification.from_pretrained(base.path, num_labels=2)
+    peft = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_lin"], modules_to_save=["pre_classifier", "classifier"]))
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft.save_pretrained(str(tmp_path / "a"))
+    check_fits(read_adapter(tmp_path / "a", labels=("x", "y")), base)    # the last layer has 2 outputs, the one before it 32
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if "pre_classifier" not in key}, path)
+    with pytest.raises(DoesNotFit, match=r"'pre_classifier\..*' is neither in the base nor in the adapter"):
+        check_fits(read_adapter(tmp_path / "a", labels=("x", "y")), base)
+
+
+@pytest.mark.parametrize(
+    ("labels", "fact"),
+    [
+        (None, "has 2 outputs without names"),
+        (("a", "b", "c"), "3 labels were given for a head of 2"),
+        (("a", "a"), "labels must be distinct"),
+        (("a", ""), "labels must be distinct texts that are not empty"),
+    ],
+)
+def test_labels_must_name_each_output_once(bert: FrozenBase, tmp_path: Path, labels: Any, fact: str) -> None:
+    folder = make_adapter(bert, tmp_path / "a")
+    with pytest.raises(LabelsRequired, match=fact):
+        read_adapter(folder, labels=labels)
+
+
+def test_labels_without_a_head_are_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    with pytest.raises(LabelsRequired, match="has no head"):
+        read_adapter(make_adapter(bert, tmp_path / "a", task_type=None), labels=("a", "b"))
+
+
+@pytest.mark.parametrize("template", ["no place", "{text} and {text}"])
+def test_a_prompt_template_holds_the_text_once(bert: FrozenBase, tmp_path: Path, template: str) -> None:
+    with pytest.raises(DoesNotFit, match="exactly once"):
+        read_adapter(make_adapter(bert, tmp_path / "a", task_type=None), prompt_template=template)
+
+
+def test_a_real_peft_model_loads_a_made_adapter(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a")
+    assert isinstance(PeftModel.from_pretrained(task_model(bert, "SEQ_CLS"), folder), PeftModel)
