@@ -83,11 +83,18 @@ def fault(row: object) -> str | None:
         return f"has a 'text' that is {_kind(text)}, not a string"
     if not text.strip():
         return "has an empty 'text'"
+    if not _is_unicode(text):
+        return "has a 'text' with half of a surrogate pair, which is not Unicode"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it is free of lone surrogates, which no encoding writes."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return "has a 'text' with half of a surrogate pair, which is not Unicode"
-    return None
+        return False
+    return True
 
 
 def read_examples(path: str | Path) -> list[Example]:
@@ -120,6 +127,10 @@ class RowReader:
         self._suffix = format_of(self.path)
         if not self.path.is_file():
             raise UnreadableFile(f"there is no file {str(path)!r}.", hint="Check the path.")
+        try:
+            self.path.open("rb").close()
+        except OSError as error:
+            raise UnreadableFile(f"{str(path)!r} cannot be opened ({error.strerror}).", hint="Check its permissions.") from error
         self._size = self.path.stat().st_size
         self._file: IO[bytes] | None = None
 
@@ -181,22 +192,28 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _decoded(file: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(file):
-        if number == 0:
+def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
+    number = 0
+    while line := file.readline(LINE_BYTES_MAX + 1):
+        number += 1
+        if len(line) > LINE_BYTES_MAX:
+            raise UnreadableFile(f"{str(path)!r}: line {number} is longer than {LINE_BYTES_MAX >> 20} MiB.", hint="Save it as UTF-8 CSV.")
+        if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         # A byte that is not UTF-8 becomes a lone surrogate, which no proper file holds: the row is then found to be bad.
         yield line.decode("utf-8", "surrogateescape")
 
 
 def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
-    reader = csv.reader(_decoded(file), delimiter=delimiter, strict=True)
+    reader = csv.reader(_decoded(path, file), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
+        header = next((values for values in reader if values), [])
     except csv.Error as error:
         raise UnreadableFile(f"{str(path)!r}: the header is not CSV ({error}).", hint="Save it as UTF-8 CSV.") from error
     if not header:
         return
+    if not _is_unicode("".join(header)):
+        raise UnreadableFile(f"{str(path)!r}: the first line is not UTF-8.", hint="Save it as UTF-8 CSV.")
     if "text" not in header or len(set(header)) != len(header):
         what = "has no column 'text'" if "text" not in header else "has a column name twice"
         shown = ", ".join(repr(name[:40]) for name in header[:8])
@@ -216,9 +233,7 @@ def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int
 
 def _csv_row(header: Sequence[str], values: Sequence[str]) -> dict[str, JSON] | BadRow:
     raw = ",".join(values)[:200]
-    try:
-        "".join(values).encode()
-    except UnicodeEncodeError:
+    if not _is_unicode("".join(values)):
         return BadRow("is not UTF-8", raw.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
     if len(values) != len(header):
         return BadRow(f"has {len(values)} values for {len(header)} columns", raw)
@@ -240,16 +255,31 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
 
     file = _parquet_file(path)
     names = file.schema_arrow.names
+    shown = ", ".join(map(repr, names[:8]))
     if "text" not in names:
-        raise UnreadableFile(f"{str(path)!r} has no column 'text', only {', '.join(map(repr, names[:8]))}.", hint="Name the column of inputs 'text'.")
+        raise UnreadableFile(f"{str(path)!r} has no column 'text', only {shown}.", hint="Name the column of inputs 'text'.")
+    if len(set(names)) != len(names):
+        raise UnreadableFile(f"{str(path)!r} has a column name twice: {shown}.", hint="Rename one of them.")
     number = 0
     try:
         for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in _parquet_batch(batch):
                 number += 1
-                yield number, {str(key): value for key, value in row.items()}
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                yield number, row
+    except (pa.ArrowException, OSError) as error:
         raise UnreadableFile(f"{str(path)!r} cannot be read after row {number} ({error}).", hint="Write it again.") from error
+
+
+def _parquet_batch(batch: Any) -> Iterator[dict[str, JSON] | BadRow]:
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        # One value that Python cannot hold (bytes that are not UTF-8, nanoseconds, the year 30000) fails its own row.
+        for position in range(batch.num_rows):
+            try:
+                yield batch.slice(position, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield BadRow(f"is not UTF-8 ({error.reason})" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error})")
 
 
 def _kind(value: object) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapter_hub import examples
 from adapter_hub.errors import InvalidInput, UnreadableFile
-from adapter_hub.examples import BadRow, Example, as_examples, fault, read_examples, read_rows, to_example
+from adapter_hub.examples import BadRow, Example, RowReader, as_examples, fault, read_examples, read_rows, to_example
 
 ROWS = [{"id": "1", "text": "plain", "label": "a"}, {"id": "2", "text": 'with "quotes", commas\nand lines', "label": "b"}, {"id": "3", "text": "ünï 日本 🙂", "label": "c"}]
 
@@ -32,6 +35,23 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         data = "".join(json.dumps(row) + "\n" for row in rows).encode()
         path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
+
+
+def as_nobody(folder: Path, act: Callable[[], bool]) -> bool:
+    """Whether `act` is true in a child without root's rights, which no permission binds."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                for parent in (folder, *folder.parents):
+                    if not parent.stat().st_mode & 0o001:
+                        parent.chmod(parent.stat().st_mode | 0o001)
+                os.seteuid(65534)
+            code = 0 if act() else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def bad(path: Path) -> list[tuple[int, str]]:
@@ -136,3 +156,142 @@ def test_the_first_bad_example_is_named_by_position_or_line(tmp_path: Path) -> N
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n\n{"label": "x"}\n')
     with pytest.raises(InvalidInput, match=r"r\.jsonl, line 3: the row has no 'text', only 'label'"):
         read_examples(tmp_path / "r.jsonl")
+
+
+# ---- the edges of each format ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": ', "is not JSON (Expecting value: line 1 column 10 (char 9))"),
+        (b"plain words", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
+        (b"[1]", "is a list, not an object with a text"),
+        (b"null", "is null, not an object with a text"),
+        (b"true", "is true or false, not an object with a text"),
+        (b"1.5", "is a number, not an object with a text"),
+        (b'{"text": "\xff"}', "is not UTF-8 (byte 11)"),
+        (b'{"text": NaN}', "is not JSON (NaN is not a JSON number)"),
+        (b'{"text": "a", "x": -Infinity}', "is not JSON (-Infinity is not a JSON number)"),
+    ],
+)
+def test_a_line_that_is_no_object_is_told_exactly(tmp_path: Path, line: bytes, reason: str) -> None:
+    (tmp_path / "r.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    assert bad(tmp_path / "r.jsonl") == [(2, reason)]
+    assert [number for number, _ in read_rows(tmp_path / "r.jsonl")] == [1, 2, 3]
+
+
+def test_a_bottomless_or_absurd_line_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_bytes(b'{"text": ' + b"[" * 100_000 + b'\n{"text": 1' + b"0" * 5_000 + b'}\n{"text": "b"}\n')
+    [(_, first), (_, second), (_, third)] = read_rows(tmp_path / "r.jsonl")
+    assert isinstance(first, BadRow) and "recursion" in first.reason and len(first.raw) <= 200
+    assert isinstance(second, BadRow) and "4300 digits" in second.reason
+    assert third == {"text": "b"}
+
+
+def test_a_line_over_the_limit_is_passed_over_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "LINE_BYTES_MAX", 1 << 20)
+    (tmp_path / "r.jsonl").write_bytes(b'{"text": "' + b"x" * (3 << 20) + b'"}\n{"text": "after"}\n')
+    assert bad(tmp_path / "r.jsonl") == [(1, "is longer than 1 MiB")]
+    assert [row for _, row in read_rows(tmp_path / "r.jsonl")][1:] == [{"text": "after"}]
+    (tmp_path / "r.csv").write_bytes(b"text\nshort\n" + b"x" * (3 << 20))
+    with pytest.raises(UnreadableFile, match=r"r\.csv': line 3 is longer than 1 MiB\."):
+        list(read_rows(tmp_path / "r.csv"))
+
+
+def test_a_long_text_is_read_whole_from_every_format(tmp_path: Path) -> None:
+    text = "é" * 100_000
+    for name in ("r.jsonl", "r.csv", "r.tsv", "r.parquet"):
+        [(_, row)] = read_rows(write(tmp_path / name, [{"text": text}]))
+        assert row == {"text": text}, name
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_and_windows_newlines_are_no_part_of_the_rows(tmp_path: Path, mark: bytes, newline: bytes) -> None:
+    (tmp_path / "r.csv").write_bytes(mark + newline.join([b"text,n", b'"a, b",1', b"", b"c,2"]))
+    (tmp_path / "r.jsonl").write_bytes(mark + newline.join([b'{"text": "a, b", "n": "1"}', b"  ", b"", b'{"text": "c", "n": "2"}']))
+    assert list(read_rows(tmp_path / "r.csv")) == [(2, {"text": "a, b", "n": "1"}), (4, {"text": "c", "n": "2"})]
+    assert list(read_rows(tmp_path / "r.jsonl")) == [(1, {"text": "a, b", "n": "1"}), (4, {"text": "c", "n": "2"})]
+
+
+def test_a_csv_row_is_numbered_by_the_physical_line_that_it_begins_on(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_bytes(b'text,n\n"one\ntwo\n\nfour",1\nfive,2\n\n"six\nseven",3,too many\neight,4\n"nine" more,5\nten,6\n"never closed,7\n')
+    assert [(number, row["n"]) for number, row in read_rows(tmp_path / "r.csv") if not isinstance(row, BadRow)] == [(2, "1"), (6, "2"), (10, "4"), (12, "6")]
+    assert bad(tmp_path / "r.csv") == [
+        (8, "has 3 values for 2 columns"),
+        (11, "is not CSV (',' expected after '\"')"),
+        (13, "is not CSV (unexpected end of data)"),
+    ]
+
+
+def test_blank_lines_before_the_header_do_not_hide_the_rows(tmp_path: Path) -> None:
+    """Previously a CSV whose first line was blank was read as an empty file."""
+    (tmp_path / "r.csv").write_bytes(b"\r\n\ntext,n\na,1\n")
+    assert list(read_rows(tmp_path / "r.csv")) == [(4, {"text": "a", "n": "1"})]
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        (b"what is my balance,balance\n", "has no column 'text'; its first line is 'what is my balance', 'balance'."),
+        (b"id;text\n1;a\n", "has no column 'text'; its first line is 'id;text'."),
+        (b"Text\na\n", "has no column 'text'; its first line is 'Text'."),
+        (b"text,n,n\na,b,c\n", "has a column name twice; its first line is 'text', 'n', 'n'."),
+    ],
+)
+def test_a_csv_without_a_header_for_texts_is_refused_in_these_words(tmp_path: Path, content: bytes, fact: str) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFile) as caught:
+        list(read_rows(path))
+    assert str(caught.value) == f"{str(path)!r} {fact} The first line must name the columns, one of them 'text'."
+
+
+@pytest.mark.parametrize("content", ["text,n\na,b\n".encode("utf-16"), b"text,\xff\na,b\n"])
+def test_a_header_in_another_encoding_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.csv").write_bytes(content)
+    with pytest.raises(UnreadableFile, match=r"r\.csv': the first line is not UTF-8\. Save it as UTF-8 CSV\."):
+        list(read_rows(tmp_path / "r.csv"))
+
+
+def test_a_parquet_value_that_python_cannot_hold_fails_its_own_row(tmp_path: Path) -> None:
+    texts = pa.array([b"fine", b"\xff", b"last"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "r.parquet")
+    assert [row for _, row in read_rows(tmp_path / "r.parquet") if not isinstance(row, BadRow)] == [{"text": "fine"}, {"text": "last"}]
+    assert bad(tmp_path / "r.parquet") == [(2, "is not UTF-8 (invalid start byte)")]
+    pq.write_table(pa.table({"text": ["a", "b"], "at": pa.array([0, -(10**15)], pa.timestamp("s"))}), tmp_path / "t.parquet")
+    [(line, reason)] = bad(tmp_path / "t.parquet")
+    assert line == 2 and reason.startswith("cannot be read (")
+
+
+def test_parquet_strings_are_read_in_any_of_their_types(tmp_path: Path) -> None:
+    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"text": pa.array(["a", "b"], kind)}), tmp_path / "r.parquet")
+        assert [row for _, row in read_rows(tmp_path / "r.parquet")] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_parquet_file_with_a_name_twice_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "r.parquet")
+    with pytest.raises(UnreadableFile, match="has a column name twice: 'text', 'text'"):
+        list(read_rows(tmp_path / "r.parquet"))
+
+
+def test_a_file_that_this_process_may_not_open_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", ROWS)
+    path.chmod(0)
+    tmp_path.chmod(0o755)
+
+    def reads() -> bool:
+        with pytest.raises(UnreadableFile, match="cannot be opened"):
+            read_rows(path)
+        return True
+
+    assert as_nobody(tmp_path, reads)
+
+
+def test_reading_tells_how_far_it_is(tmp_path: Path) -> None:
+    reader = RowReader(write(tmp_path / "r.jsonl", [{"text": "x" * 1_000}] * 1_000))
+    shares = [reader.share for _ in reader]
+    assert shares == sorted(shares) and shares[0] is not None and shares[0] < 0.1 and shares[-1] == 1.0
+    assert reader.share is None

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from adapter_hub.errors import InvalidInput, storage_error
 from adapter_hub.examples import format_of
 
 JSON = Any
-PARQUET_ROWS = 4096    # of a row group
+PARQUET_ROWS = 4096    # of a row group, or fewer where they are long
+PARQUET_BYTES = 32 << 20
+EXACT_IN_FLOAT = 2**53
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class JobFiles:
         return self._beside(".finished")
 
     @property
+    def written(self) -> tuple[Path, ...]:
+        """Every file that a job writes or removes, but for its lock."""
+        return self.output, self.partial, self.errors, self.errors_partial, self.progress, self.finished
+
+    @property
     def in_place(self) -> bool:
         """Whether a job's output stands under its own name and only the progress is left to remove."""
         return self.progress.exists() and self.output.exists() and not self.partial.exists()
@@ -73,8 +80,9 @@ class JobFiles:
                 os.close(handle)
                 raise InvalidInput(f"another process is writing {str(self.output)!r}.", hint="Wait for it, or choose another output.") from None
             # The one before may have removed the file between our open and our lock.
-            if path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
-                break
+            with suppress(FileNotFoundError):
+                if os.fstat(handle).st_ino == path.stat().st_ino:
+                    break
             os.close(handle)
         try:
             yield
@@ -135,12 +143,12 @@ def _rows(path: Path) -> Iterator[dict[str, JSON]]:
 
 
 def _columns(path: Path) -> dict[str, set[str]]:
-    """Every column in the order of first appearance, with the kinds of value that it holds."""
+    """Every column in the order of first appearance, with the kinds of value that it holds; `text` alone where there is no row."""
     found: dict[str, set[str]] = {}
     for row in _rows(path):
         for key, value in row.items():
             found.setdefault(key, set()).add(_kind(value))
-    return found
+    return found or {"text": {"text"}}
 
 
 def _kind(value: JSON) -> str:
@@ -149,17 +157,23 @@ def _kind(value: JSON) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "int" if -(2**63) <= value < 2**63 else "json"
+        return "int" if abs(value) <= EXACT_IN_FLOAT else "long" if -(2**63) <= value < 2**63 else "json"
     return {float: "float", str: "text"}.get(type(value), "json")
 
 
 def _write_csv(source: Path, target: Path, delimiter: str) -> None:
     columns = list(_columns(source))
     with target.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(columns)
+        plain = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        # Before Python 3.13 the writer leaves a lone carriage return bare, and no reader takes the line back.
+        quoting = csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+        def write(values: list[str]) -> None:
+            (quoting if any("\r" in value for value in values) else plain).writerow(values)
+
+        write(columns)
         for row in _rows(source):
-            writer.writerow(["" if (value := row.get(name)) is None else value if isinstance(value, str) else _text(value) for name in columns])
+            write(["" if (value := row.get(name)) is None else value if isinstance(value, str) else _text(value) for name in columns])
 
 
 def _write_parquet(source: Path, target: Path) -> None:
@@ -172,11 +186,13 @@ def _write_parquet(source: Path, target: Path) -> None:
     text = {name for name, found in kinds.items() if found == "text"}
     with pq.ParquetWriter(target, schema) as writer:
         held: list[dict[str, JSON]] = []
+        length = 0
         for row in _rows(source):
             held.append({k: _text(v) if k in text and v is not None and not isinstance(v, str) else v for k, v in row.items()})
-            if len(held) == PARQUET_ROWS:
+            length += sum(len(value) for value in held[-1].values() if isinstance(value, str))
+            if len(held) == PARQUET_ROWS or length > PARQUET_BYTES:
                 writer.write_table(pa.Table.from_pylist(held, schema))
-                held = []
+                held, length = [], 0
         if held:
             writer.write_table(pa.Table.from_pylist(held, schema))
 
@@ -184,8 +200,10 @@ def _write_parquet(source: Path, target: Path) -> None:
 def _common(kinds: set[str]) -> str:
     """One type for a column; text where its values have nothing else in common."""
     kinds = kinds - {"null"}
-    if kinds <= {"int", "float"} and kinds:
-        return "float" if "float" in kinds else "int"
+    if kinds and kinds <= {"int", "long"}:
+        return "int"
+    if kinds and kinds <= {"int", "float"}:
+        return "float"
     return next(iter(kinds)) if len(kinds) == 1 and kinds != {"json"} else "text"
 
 

@@ -25,7 +25,9 @@ JSON = Any
 Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON]]]
 CHUNK_ROWS = 256
 BEGIN_AGAIN = "Begin again with overwrite=True (`--overwrite`)."
-HEAD_BYTES = 1 << 20    # of the input, hashed to know it again
+
+# What an answer may hold. An input's field of such a name is renamed in every row, whichever adapter answers it: a column means one thing.
+ANSWER_NAMES = frozenset({"adapter", "reason", "score", "margin", "label", "output", "truncated"})
 
 # Faults of single rows: an input that cannot be read, or an adapter whose files are damaged. Anything else stops the job.
 ROW_FAULTS = (InvalidInput, CorruptVersion)
@@ -78,7 +80,7 @@ class _State:
     @classmethod
     def load(cls, path: Path) -> _State:
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InvalidInput(f"{path} is not a job's progress ({error}).", hint=BEGIN_AGAIN) from error
 
@@ -106,9 +108,13 @@ def run_job(
         raise InvalidInput(f"{str(output)!r}: packed output is not written.", hint="Leave .gz out, and pack it afterwards.")
     if not files.output.parent.is_dir():
         raise InvalidInput(f"there is no folder {str(files.output.parent)!r}.", hint="Make it first.")
+    if files.output.is_dir():
+        raise InvalidInput(f"the output {str(output)!r} is a folder.", hint="Name a file in it.")
     reader = RowReader(source)
-    if files.output.exists() and files.output.samefile(source):
-        raise InvalidInput("input and output are one file.", hint="Choose another output.")
+    for path in files.written:
+        if path.exists() and path.samefile(source):
+            what = "input and output are one file" if path == files.output else f"the input {str(input)!r} is a file that this job would write"
+            raise InvalidInput(f"{what}.", hint="Choose another output.")
     settings = {**settings, "chunk_rows": chunk_rows}
     fresh = _State(hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(), _identity(source))
     with files.locked():
@@ -232,9 +238,16 @@ def _answered(rows: Sequence[tuple[int, dict[str, JSON]]], answer: Answer) -> It
 
 def merged(row: Mapping[str, JSON], answer: Mapping[str, JSON]) -> dict[str, JSON]:
     """The input's fields in their order, then the answer's. The answer's names win: the input's are kept under another."""
-    taken = {*answer, *(["target"] if "label" in row else [])}
-    kept = {"target" if key == "label" else f"input_{key}" if key in taken else key: value for key, value in row.items()}
+    taken = {*ANSWER_NAMES, *answer, *(["target"] if "label" in row else [])}
+    kept = {"target" if key == "label" else _renamed(key, row) if key in taken else key: value for key, value in row.items()}
     return kept | dict(answer)
+
+
+def _renamed(key: str, row: Mapping[str, JSON]) -> str:
+    name = f"input_{key}"
+    while name in row:
+        name = f"input_{name}"
+    return name
 
 
 def _chunks(rows: Iterator[tuple[int, Any]], size: int) -> Iterator[list[tuple[int, Any]]]:
@@ -243,6 +256,9 @@ def _chunks(rows: Iterator[tuple[int, Any]], size: int) -> Iterator[list[tuple[i
 
 
 def _identity(path: Path) -> str:
-    """Size and beginning of the input: enough to know that a resumed job reads the same file."""
-    with path.open("rb") as file:
-        return f"{path.stat().st_size} {hashlib.sha256(file.read(HEAD_BYTES)).hexdigest()}"
+    """The input's digest. All of it is read, which costs nothing beside answering it: an edit anywhere makes it another input."""
+    try:
+        with path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    except OSError as error:
+        raise UnreadableFile(f"{str(path)!r} cannot be read to its end ({error}).", hint="Copy the file again.") from error

@@ -41,7 +41,7 @@ def test_hash_ids_name_the_width_and_the_fingerprint_follows_it() -> None:
 def test_hash_is_the_same_function_for_ever() -> None:
     """Stored exemplars would be worthless otherwise: this row was computed when the encoder was made."""
     row = HashEncoder(8).encode(["freeze my card"])[0]
-    np.testing.assert_allclose(row, GOLDEN, atol=1e-6)
+    np.testing.assert_allclose(row, [0.0, -0.609994, 0.152499, 0.304997, 0.457496, 0.304997, -0.457496, 0.0], atol=1e-6)
 
 
 def test_likeness_of_form_is_likeness_of_hash_vectors() -> None:
