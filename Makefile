@@ -67,6 +67,9 @@ check: $(VENV)/.test
 bench: $(VENV)/.bench
 	@test -n "$(ADAPTER_HUB_DATA)" || { echo "make: name the folder of public data: make bench ADAPTER_HUB_DATA=DIR (benchmarks/README.md)" >&2; exit 2; }
 	@$(BIN)/python benchmarks/clinc150.py --data "$(ADAPTER_HUB_DATA)/clinc150"
+	@$(BIN)/python -W ignore benchmarks/parity.py
+	@$(BIN)/python -W ignore benchmarks/batch.py
+	@$(BIN)/python benchmarks/registry.py
 
 soak: $(VENV)/.test
 	@ADAPTER_HUB_SOAK=1 $(BIN)/python -m pytest -m soak
