@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -108,6 +109,14 @@ def read_examples(path: str | Path) -> list[Example]:
     return found
 
 
+def digest_of(rows: Sequence[Example]) -> str:
+    """"sha256:…" of texts and labels in their order: which data it was, without keeping the data."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.text, row.label]).encode())
+    return "sha256:" + digest.hexdigest()
+
+
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
@@ -180,9 +189,11 @@ def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, dict[str, JSON] | BadRow]
 def _json_row(line: bytes) -> dict[str, JSON] | BadRow:
     raw = line[:200].decode("utf-8", "replace").rstrip()
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 (byte {error.start + 1})", raw)
+    except json.JSONDecodeError as error:
+        return BadRow(f"is not JSON ({error.msg}, column {error.colno})", raw)
     except (ValueError, RecursionError) as error:
         return BadRow(f"is not JSON ({error})", raw)
     return row if isinstance(row, dict) else BadRow(f"is {_kind(row)}, not an object with a text", raw)

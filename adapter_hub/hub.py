@@ -22,7 +22,7 @@ from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.batch.job import Progress, Summary, run_job
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.errors import InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
-from adapter_hub.examples import Example, as_examples, read_examples
+from adapter_hub.examples import Example, as_examples, digest_of, read_examples
 from adapter_hub.refs import AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig
 from adapter_hub.registry.manifest import Manifest, VersionFacts
@@ -213,6 +213,7 @@ class Hub:
         generation: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         parent: AdapterRef | None = None,
+        training_data_digest: str | None = None,
     ) -> AdapterRef:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
@@ -241,6 +242,7 @@ class Hub:
                 prompt_template=prompt_template,
                 generation=dict(generation or {}),
                 metrics=dict(metrics or {}),
+                training_data_digest=training_data_digest,
                 parent=str(parent) if parent else None,
                 license=license,
                 description=description,
@@ -292,9 +294,8 @@ class Hub:
         held_out = _rows(validation) if validation is not None else None
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
             result = train_classifier(self.base, rows, task=name, validation=held_out, config=config or TrainConfig(), folder=Path(folder))
-            ref = self.register(
-                name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, metrics=result.metrics, **facts
-            )
+            facts |= {"metrics": result.metrics, "training_data_digest": digest_of(rows)}
+            ref = self.register(name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, **facts)
         good, reason = self._better(name, result.validation, result.metrics["accuracy"]) if promote == "auto" else (promote == "always", promote)
         if good:
             self.promote(ref, reason=reason)

@@ -105,6 +105,22 @@ def test_adding_moves_no_threshold_until_a_calibration_is_asked_for(filled: Hub,
     assert filled.route(["paint the wall red"])[0].calibration == 2
 
 
+def test_opening_and_building_the_router_encodes_nothing(filled: Hub, tmp_path: Path) -> None:
+    vectors = filled.encoder.encode(["paint the wall red"])
+    filled.calibrate()
+    fresh = Hub.open(tmp_path / "registry")
+    [decision] = fresh._snapshot().route_vectors(vectors, k=3, max_false_reject=0)
+    assert fresh._encoder is None and str(decision.adapter) == "colours@1"
+
+
+def test_several_candidates_are_shown_best_first_also_when_the_router_abstains(filled: Hub) -> None:
+    for text, rate in (("paint the wall red", 0.0), ("zzz qqq 0000 jjjj", 0.2)):
+        [decision] = filled.route([text], k=3, max_false_reject=rate)
+        assert len(decision.candidates) == 3
+        scores = [score for _, score in decision.candidates]
+        assert scores == sorted(scores, reverse=True) and abs(decision.margin - (scores[0] - scores[1])) < 1e-5
+
+
 def test_promote_rollback_and_retire_decide_what_is_routed(filled: Hub, tmp_path: Path) -> None:
     text = ["paint the wall red"]
     second = filled.register("colours", make_adapter(filled.base, tmp_path / "c2", seed=7), COLOURS, labels=["red", "blue"])
@@ -151,6 +167,7 @@ def test_learning_trains_registers_and_promotes_without_touching_the_base(hub: H
 
     rows = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
     report = hub.learn("words", rows, config=TrainConfig(epochs=8, steps_min=0, learning_rate=5e-3))
+    assert hub.show(report.ref).training_data_digest.startswith("sha256:") and hub.show(report.ref).metrics["accuracy"] == report.metrics["accuracy"]
     assert report.ref.version == 1 and report.metrics["accuracy"] > 0.5 and report.promoted
     assert hub.predict(["apple number 99"], max_false_reject=0)[0].label in ("apple", "zebra")
     assert hub.base.compute_fingerprint() == base
