@@ -415,7 +415,8 @@ class Hub:
         homes = [row.extra.get("adapter") for row in rows]
         if all(isinstance(home, str) for home in homes):
             named = self.predict(texts, adapters=[str(home) for home in homes])
-            facts["routing_accuracy"] = _share(p.adapter and p.adapter.name == n.adapter.name for p, n in zip(routed, named, strict=True) if n.adapter)
+            pairs = zip(routed, named, strict=True)
+            facts["routing_accuracy"] = _share(p.adapter and n.adapter and p.adapter.name == n.adapter.name for p, n in pairs)
             facts["accuracy_named"] = _share(p.label == t for p, t in zip(named, targets, strict=True))
         return facts
 

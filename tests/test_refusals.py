@@ -120,13 +120,15 @@ def test_a_broken_adapter_is_refused_and_nothing_is_stored(hub: Hub, tmp_path: P
     assert contents(hub) == before and hub.verify().ok and [row.to_json()["name"] for row in hub.list()] == ["kept"]
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b/c", "con", "", "x" * 300, "bаnking", "/etc/passwd", "..", "x\x00y"])    # noqa: RUF001
+@pytest.mark.parametrize("name", ["../x", "a/b/c", "con", "", "x" * 300, "bаnking", "/etc/passwd", "..", "x\x00y"])
 def test_a_name_cannot_leave_the_registry(hub: Hub, tmp_path: Path, name: str) -> None:
     before = contents(hub)
     folder = make_adapter(hub.base, tmp_path / "adapter", seed=3)
-    for verb in (lambda: hub.register(name, folder, labels=["a", "b"]), lambda: hub.history(name), lambda: hub.show(name), lambda: hub.rollback(name)):
+    with pytest.raises(InvalidName):
+        hub.register(name, folder, labels=["a", "b"])
+    for verb in (hub.history, hub.show, hub.rollback):
         with pytest.raises(InvalidName):
-            verb()
+            verb(name)
     assert contents(hub) == before
 
 
