@@ -21,6 +21,7 @@ from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.batch.job import Progress, Summary, run_job
 from adapter_hub.engine.engine import Engine, Output, Request
+from adapter_hub.engine.generation import check_generation
 from adapter_hub.errors import InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples
 from adapter_hub.refs import AdapterRef, check_name
@@ -390,7 +391,7 @@ class Hub:
             "encoder": self.config.encoder_fingerprint,
             "router": router.digest,
             "max_false_reject": rate,
-            "generation": dict(generation or {}),
+            "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
         }
 
         def answer(texts: Sequence[str]) -> list[dict[str, Any]]:

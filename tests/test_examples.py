@@ -20,7 +20,11 @@ from adapter_hub import examples
 from adapter_hub.errors import InvalidInput, UnreadableFile
 from adapter_hub.examples import BadRow, Example, RowReader, as_examples, fault, read_examples, read_rows, to_example
 
-ROWS = [{"id": "1", "text": "plain", "label": "a"}, {"id": "2", "text": 'with "quotes", commas\nand lines', "label": "b"}, {"id": "3", "text": "ünï 日本 🙂", "label": "c"}]
+ROWS = [
+    {"id": "1", "text": "plain", "label": "a"},
+    {"id": "2", "text": 'with "quotes", commas\nand lines', "label": "b"},
+    {"id": "3", "text": "ünï 日本 🙂", "label": "c"},
+]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -38,15 +42,14 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def as_nobody(folder: Path, act: Callable[[], bool]) -> bool:
-    """Whether `act` is true in a child without root's rights, which no permission binds."""
+    """Whether `act` is true in a child that works in `folder` without root's rights, which no permission binds."""
+    folder.chmod(0o755)
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            os.chdir(folder)
             if os.geteuid() == 0:
-                for parent in (folder, *folder.parents):
-                    if not parent.stat().st_mode & 0o001:
-                        parent.chmod(parent.stat().st_mode | 0o001)
                 os.seteuid(65534)
             code = 0 if act() else 1
         finally:
@@ -78,10 +81,8 @@ def test_a_bad_line_of_jsonl_has_its_number_and_reason(tmp_path: Path) -> None:
     assert [row for _, row in rows if not isinstance(row, BadRow)] == [{"text": "fine"}, {"text": "last"}]
     found = bad(path)
     assert [line for line, _ in found] == [3, 4, 5, 6, 7]
-    for (_, reason), expected in zip(
-        found, ["is not JSON", "is a list, not an object", "is not UTF-8 (byte 11)", "NaN is not a JSON number", "is a string, not an object"], strict=True
-    ):
-        assert expected in reason
+    expected = ["is not JSON", "is a list, not an object", "is not UTF-8 (byte 11)", "NaN is not a JSON number", "is a string, not an object"]
+    assert all(fact in reason for (_, reason), fact in zip(found, expected, strict=True))
 
 
 def test_a_bad_line_of_csv_has_its_physical_number_and_reason(tmp_path: Path) -> None:
@@ -164,8 +165,8 @@ def test_the_first_bad_example_is_named_by_position_or_line(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": ', "is not JSON (Expecting value: line 1 column 10 (char 9))"),
-        (b"plain words", "is not JSON (Expecting value: line 1 column 1 (char 0))"),
+        (b'{"text": ', "is not JSON (Expecting value, column 10)"),
+        (b"plain words", "is not JSON (Expecting value, column 1)"),
         (b"[1]", "is a list, not an object with a text"),
         (b"null", "is null, not an object with a text"),
         (b"true", "is true or false, not an object with a text"),
@@ -216,8 +217,10 @@ def test_a_byte_order_mark_and_windows_newlines_are_no_part_of_the_rows(tmp_path
 
 
 def test_a_csv_row_is_numbered_by_the_physical_line_that_it_begins_on(tmp_path: Path) -> None:
-    (tmp_path / "r.csv").write_bytes(b'text,n\n"one\ntwo\n\nfour",1\nfive,2\n\n"six\nseven",3,too many\neight,4\n"nine" more,5\nten,6\n"never closed,7\n')
-    assert [(number, row["n"]) for number, row in read_rows(tmp_path / "r.csv") if not isinstance(row, BadRow)] == [(2, "1"), (6, "2"), (10, "4"), (12, "6")]
+    records = [b'"one\ntwo\n\nfour",1', b"five,2", b"", b'"six\nseven",3,too many', b"eight,4", b'"nine" more,5', b"ten,6", b'"never closed,7']
+    (tmp_path / "r.csv").write_bytes(b"\n".join([b"text,n", *records, b""]))
+    good = [(number, row["n"]) for number, row in read_rows(tmp_path / "r.csv") if not isinstance(row, BadRow)]
+    assert good == [(2, "1"), (6, "2"), (10, "4"), (12, "6")]
     assert bad(tmp_path / "r.csv") == [
         (8, "has 3 values for 2 columns"),
         (11, "is not CSV (',' expected after '\"')"),
@@ -278,13 +281,11 @@ def test_a_parquet_file_with_a_name_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_this_process_may_not_open_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.jsonl", ROWS)
-    path.chmod(0)
-    tmp_path.chmod(0o755)
+    write(tmp_path / "r.jsonl", ROWS).chmod(0)
 
     def reads() -> bool:
-        with pytest.raises(UnreadableFile, match="cannot be opened"):
-            read_rows(path)
+        with pytest.raises(UnreadableFile, match=r"'r\.jsonl' cannot be opened \(Permission denied\)\. Check its permissions\."):
+            read_rows("r.jsonl")
         return True
 
     assert as_nobody(tmp_path, reads)

@@ -270,6 +270,7 @@ def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> N
         (lambda h: h.predict(["x"], adapters="colours@9"), AdapterNotFound, "'colours@9' is not registered"),
         (lambda h: h.predict(["x"], max_false_reject=1.5), InvalidInput, "max_false_reject=1.5"),
         (lambda h: h.predict(["x"], generation={"max_tokns": 3}), InvalidInput, "'max_tokns' is not a generation setting"),
+        (lambda h: h.run("in.jsonl", "out.jsonl", generation={"max_tokns": 3}), InvalidInput, "'max_tokns' is not a generation setting"),
         (lambda h: h.route(["x"], k=0), InvalidInput, "k=0"),
         (lambda h: h.teach("colours", []), InvalidInput, "nothing to teach"),
         (lambda h: h.evaluate([{"text": "x"}]), InvalidInput, "each with a label"),

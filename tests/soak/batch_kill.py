@@ -15,16 +15,19 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapter_hub.batch.files import JobFiles
 from adapter_hub.batch.job import run_job
 from adapter_hub.errors import InvalidInput
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 ROWS = 3_000
+COUNTS = ("rows", "answered", "abstained", "failed", "adapters")
 
 
 def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -42,28 +45,46 @@ def write_input(path: Path, rows: int) -> None:
             file.write(json.dumps(row | ({"text": "poison"} if i % 501 == 250 else {})) + "\n")
 
 
-def job(source: Path, output: Path, resume: bool) -> None:
-    run_job(source, output, answer, settings={"v": 1}, chunk_rows=64, resume=resume)
+def job(source: Path, output: Path, resume: bool) -> dict[str, Any]:
+    return run_job(source, output, answer, settings={"v": 1}, chunk_rows=64, resume=resume).to_json()
 
 
-def killed_and_resumed(source: Path, output: Path, kills: int, seconds_max: float, luck: random.Random) -> int:
-    """Run the job with up to `kills` kills, then to its end. Returns how many hit a running job."""
+def killed_and_resumed(
+    source: Path, output: Path, kills: int, seconds_max: float, luck: random.Random, expected: Mapping[str, Any]
+) -> int:
+    """Run the job with up to `kills` kills, then to its end, which must report `expected`. Returns how many hit a running job."""
     hits = 0
     for _ in range(kills):
         if output.exists():
             break
         child = os.fork()
         if child == 0:
+            code = 1
             try:
                 job(source, output, resume=True)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
-                os._exit(0)
-        time.sleep(luck.uniform(0, seconds_max))
+                os._exit(code)
+        files = JobFiles(output)
+        if luck.random() < 0.3:
+            # The last steps are short: wait for them, to be sure that some kills fall between the renames.
+            deadline = time.perf_counter() + 2 * seconds_max
+            while not (files.finished.exists() or files.errors.exists()) and time.perf_counter() < deadline:
+                time.sleep(0.0005)
+            time.sleep(luck.uniform(0, seconds_max / 20))
+        else:
+            time.sleep(luck.uniform(0, seconds_max))
         os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        hits += os.WIFSIGNALED(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code > 0:
+            raise RuntimeError(f"the job for {output} failed by itself; its trace is above")
+        hits += code < 0
     if not output.exists() or output.with_name(output.name + ".progress.json").exists():
-        job(source, output, resume=True)
+        counts = {key: value for key, value in job(source, output, resume=True).items() if key in COUNTS}
+        if counts != expected:
+            raise RuntimeError(f"the counts of {output} are {counts}, not {expected}")
     return hits
 
 
@@ -74,17 +95,22 @@ def run(kills: int, seed: int) -> dict[str, Any]:
         root = Path(folder)
         source = root / "in.jsonl"
         write_input(source, ROWS)
-        whole, seconds = {}, 0.0
+        whole, expected, seconds = {}, {}, 0.0
         for suffix in FORMATS:
             begun = time.perf_counter()
-            job(source, root / f"whole{suffix}", resume=False)
+            done = job(source, root / f"whole{suffix}", resume=False)
+            expected = {key: done[key] for key in COUNTS}
             seconds = max(seconds, time.perf_counter() - begun)
             whole[suffix] = [(root / f"whole{suffix}{end}").read_bytes() for end in ("", ".errors.jsonl")]
         round_ = 0
         while hits < kills:
             suffix = FORMATS[round_ % len(FORMATS)]
             output = root / f"{round_}{suffix}"
-            hits += killed_and_resumed(source, output, min(4, kills - hits), seconds, luck)
+            try:
+                hits += killed_and_resumed(source, output, min(4, kills - hits), seconds, luck, expected)
+            except RuntimeError as error:
+                faults.append(f"round {round_}: {error}")
+                break
             found = [Path(f"{output}{end}").read_bytes() for end in ("", ".errors.jsonl")]
             left = sorted(p.name for p in root.glob(f"{round_}{suffix}.*") if not p.name.endswith(".errors.jsonl"))
             if found != whole[suffix] or left:
