@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -50,6 +52,7 @@ DEFAULT_MODEL_FILES = {
     "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
+_FORM = "adapter_hub base 1"    # what the fingerprint hashes, and how
 # Facts of a config that do not change what the model computes.
 _CONFIG_NOISE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_commit_hash"})
 _PROBES = ("Hello, world!", "naïve café", "  two  spaces\n", "12,345.67 €", "日本語", "UPPER lower", "<s></s>[CLS][SEP]", "a" * 40, "\u0000\ufffd🙂")
@@ -91,6 +94,7 @@ class FrozenBase:
         self._pooling, self._normalise = _pooling_of(path, kind)
         self.modules: Mapping[str, nn.Module] = {self.canonical(name): module for name, module in model.named_modules() if name}
         self._fingerprint: str | None = None
+        self._encoding = threading.Lock()
 
     @classmethod
     def load(
@@ -112,18 +116,23 @@ class FrozenBase:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
             with without_bars():
-                model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+                model, report = auto.from_pretrained(
+                    path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelNotFound(
                 f"{source!s} does not load as a transformers model: {error}.",
                 hint="The folder needs config.json, model.safetensors and a tokenizer.",
             ) from error
+        _drop_missing(model, report["missing_keys"], source)
         if tokenizer.pad_token_id is None:
-            # Padding is masked, so any token serves; without one no batch can be made.
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        limit = _token_limit(path, config, tokenizer)
-        if max_tokens is not None and not 1 <= max_tokens <= limit:
-            raise InvalidInput(f"max_tokens={max_tokens} is not possible with {source!s}.", hint=f"Choose 1 to {limit}.")
+            # Padding is masked, so any special token serves; without one no batch can be made.
+            tokenizer.pad_token = next(iter(tokenizer.all_special_tokens), None)
+            if tokenizer.pad_token_id is None:
+                raise ModelNotFound(f"{source!s}: the tokenizer has no special token to pad with.", hint="Give it a pad_token.")
+        limit, least = _token_limit(path, model, tokenizer), tokens_least(tokenizer)
+        if max_tokens is not None and not least <= max_tokens <= limit:
+            raise InvalidInput(f"max_tokens={max_tokens} is not possible with {source!s}.", hint=f"Choose {least} to {limit}.")
         return cls(str(source), path, model.to(device), tokenizer, kind, max_tokens or limit, limit)
 
     @property
@@ -158,7 +167,8 @@ class FrozenBase:
     def encode(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[Encoded]:
         """Token ids of each text, cut to `max_tokens` (by default the hub's)."""
         limit = max_tokens or self.max_tokens
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=limit)
+        with self._encoding:    # a fast tokenizer keeps the limit in itself: another thread's would cut these texts
+            encoded = self.tokenizer(list(texts), truncation=True, max_length=limit)
         keys = [key for key in encoded if key in self.tokenizer.model_input_names]
         found = []
         for i in range(len(texts)):
@@ -198,7 +208,7 @@ class FrozenBase:
     def fingerprint(self) -> str:
         """`compute_fingerprint`, remembered on disk for as long as the model's files keep their size and time."""
         if self._fingerprint is None:
-            key = json.dumps([str(self.dtype), *_stamps(self.path)])
+            key = json.dumps([_FORM, str(self.dtype), *_stamps(self.path)])
             self._fingerprint = _cached(key) or _remember(key, self.compute_fingerprint())
         return self._fingerprint
 
@@ -207,7 +217,7 @@ class FrozenBase:
 
         Content, not files: the same model under another id or in another folder has the same fingerprint.
         """
-        digest = hashlib.sha256(b"adapter_hub base 1\n")
+        digest = hashlib.sha256(f"{_FORM}\n".encode())
         tensors = {self.canonical(name): tensor for name, tensor in self.model.state_dict().items()}
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
@@ -297,22 +307,43 @@ def _pooling_of(path: Path, kind: BaseKind) -> tuple[str, bool]:
         return default, False
     modes = {"pooling_mode_cls_token": "cls", "pooling_mode_max_tokens": "max"}
     modes |= {"pooling_mode_lasttoken": "lasttoken", "pooling_mode_mean_tokens": "mean"}
-    chosen = [mode for key, mode in modes.items() if facts.get(key)] or [facts.get("pooling_mode", default)]
+    on = [key for key, value in facts.items() if key.startswith("pooling_mode_") and value is True]
+    chosen = [modes.get(key, key) for key in on] or [facts.get("pooling_mode", default)]
     if len(chosen) > 1 or chosen[0] not in modes.values():
         raise ModelNotFound(f"{pooling}: pooling {chosen} is not supported.", hint="Use a base with cls, mean, max or last-token pooling.")
     return chosen[0], normalise
 
 
-def _token_limit(path: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+def _drop_missing(model: PreTrainedModel, missing: Iterable[str], source: str | Path) -> None:
+    """Weights that the files lack were drawn at random, anew at each load. Without a pooler the hidden states are whole; all else is refused."""
+    lacking = sorted(missing)
+    if lacking and all(name.startswith("pooler.") for name in lacking):
+        cast(Any, model).pooler = None
+    elif lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise ModelNotFound(f"the weights of {source!s} lack {shown}.", hint="Copy the whole model, or name the class it was saved from.")
+
+
+def tokens_least(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The special tokens of an input and one of its own: with a smaller limit nothing of the text is read, or it is not cut at all."""
+    return int(tokenizer.num_special_tokens_to_add()) + 1
+
+
+def _token_limit(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    # RoBERTa, MPNet and their kin count positions from after the padding token.
+    starts = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    positions = [getattr(model.config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    limits = [limit - max(starts, default=0) for limit in positions if isinstance(limit, int)]
     limits.append(tokenizer.model_max_length)
     try:
         limits.append(json.loads((path / "sentence_bert_config.json").read_text()).get("max_seq_length"))
     except (OSError, ValueError):
         pass
-    # RoBERTa counts positions from after its padding token.
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0
-    usable = [limit - offset for limit in limits if isinstance(limit, int) and 0 < limit < 1_000_000]
+    usable = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1_000_000]
     return min(usable, default=MAX_TOKENS_FALLBACK)
 
 

@@ -160,5 +160,5 @@ def storage_error(error: OSError, path: Path | str) -> RegistryError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFull(f"no space left to write {path}.", hint="Free space, or run `adapter-hub gc`; nothing stored was changed.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return ReadOnlyRegistry(f"{path} is not writable by this process.", hint="Write where you may, or ask for permission; nothing stored was changed.")
+        return ReadOnlyRegistry(f"{path} is not writable by this process.", hint="Ask for write permission; nothing stored was changed.")
     return RegistryError(f"writing {path} failed: {error.strerror or error}.", hint="Nothing stored was changed.")

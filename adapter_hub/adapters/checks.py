@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,9 +58,10 @@ def skeletons(base: FrozenBase, task_type: TaskType | None, outputs: int = 2) ->
         config.pad_token_id = base.tokenizer.pad_token_id
         try:
             with torch.device("meta"):
-                yield auto.from_config(config, dtype=base.dtype, trust_remote_code=False)
+                model = auto.from_config(config, dtype=base.dtype, trust_remote_code=False)
         except ValueError as error:
             raise WrongBase(f"transformers has no {auto.__name__} for {base.model.config.model_type!r}.", hint="Use another base.") from error
+        yield model
 
 
 def check_fits(adapter: Adapter, base: FrozenBase) -> None:
@@ -74,7 +76,8 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
     if None not in faults:
         raise DoesNotFit(f"{faults[0]}.", hint="It was trained on another model, or its config and weights do not belong together.")
     for name in adapter.head:
-        if base.canonical(name) in inside:
+        # A pooler that the base's files lack is not in `inside`, and still no head.
+        if base.canonical(name) in inside or name.startswith(base.model.base_model_prefix + "."):
             raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole")
     for name in adapter.deltas:
         module = base.modules.get(base.canonical(name))
@@ -83,25 +86,29 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
 
 
 def check_acts(adapter: Adapter, base: FrozenBase) -> float:
-    """The largest change of a hidden state or logit on a probe batch. Raises NoEffect if it is zero or not finite."""
+    """The largest change of a hidden state or logit on a probe batch.
+
+    Raises NoEffect if it is zero or not finite, UnsupportedOption where rows of one batch could not have adapters of their own.
+    """
     with torch.inference_mode():
+        _check_rows(adapter, base)
         plain = _probe(base)
         with applied(base, adapter):
             changed = _probe(base)
+    if not torch.isfinite(changed).all():
+        raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
     effect = float((changed - plain).abs().max())
-    if not effect > 0:
+    if effect == 0:
         raise NoEffect(
             "the adapter leaves the base's output unchanged on a probe batch.",
             hint="It was never trained (B is zero), or something went wrong when it was saved.",
         )
-    if not torch.isfinite(changed).all():
-        raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
     return effect
 
 
 @contextmanager
 def applied(base: FrozenBase, adapter: Adapter) -> Iterator[None]:
-    """While open, every forward of the base has this one adapter: slow and obvious, the reference for the engine. Not for threads."""
+    """While open, this thread's forwards of the base have this one adapter: slow and obvious, the reference for the engine."""
     handles = []
     try:
         for name, delta in adapter.deltas.items():
@@ -121,7 +128,11 @@ def dora_gain(weight: Tensor, delta: LoraDelta) -> Tensor:
 
 
 def _adding(delta: LoraDelta) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    thread = threading.get_ident()
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if threading.get_ident() != thread:    # others go on predicting while an adapter is checked
+            return None
         update = delta.scaling * (inputs[0] @ delta.a.T @ delta.b.T)
         if delta.magnitude is None:
             return output + update
@@ -140,12 +151,44 @@ def _in_base_form(delta: LoraDelta, base: FrozenBase) -> LoraDelta:
     return LoraDelta(moved(delta.a), moved(delta.b), delta.scaling, None if delta.magnitude is None else moved(delta.magnitude))
 
 
-def _probe(base: FrozenBase) -> Tensor:
-    inputs = dict(base.tokenize(PROBE))
+def _check_rows(adapter: Adapter, base: FrozenBase) -> None:
+    """Every adapted module must be called, and see the rows of a batch one after another: the engine tells them apart by place."""
+    modules = {name: base.modules[base.canonical(name)] for name in adapter.deltas}
+    one, many = (_leading_sizes(base, list(modules.values()), rows) for rows in (1, len(PROBE)))
+    for name, module in modules.items():
+        if not one[module]:
+            raise UnsupportedOption("target_modules", name, "the base does not call this module, so adapting it does nothing")
+        if many[module] != [size * len(PROBE) for size in one[module]]:
+            raise UnsupportedOption("target_modules", name, "the base gives this module an input that all rows of a batch share")
+
+
+def _leading_sizes(base: FrozenBase, modules: list[nn.Module], rows: int) -> dict[nn.Module, list[int]]:
+    """The first dimension of each input of these modules, call by call, in a forward of so many rows."""
+    thread = threading.get_ident()
+    sizes: dict[nn.Module, list[int]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == thread:
+            sizes[module].append(inputs[0].shape[0])
+
+    handles = [module.register_forward_pre_hook(note) for module in sizes]
+    try:
+        _probe(base, rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sizes
+
+
+def _probe(base: FrozenBase, rows: int = len(PROBE)) -> Tensor:
+    inputs = {key: value[:rows] for key, value in base.tokenize(PROBE).items()}
     if base.kind is BaseKind.SEQ2SEQ:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     result = base.model(**inputs)
-    return cast(Tensor, result.last_hidden_state if base.kind is BaseKind.ENCODER else result.logits)
+    if base.kind is not BaseKind.ENCODER:
+        return cast(Tensor, result.logits)
+    pooled = result.get("pooler_output")    # an adapter may act on the pooler alone
+    return torch.cat([part.flatten() for part in (result.last_hidden_state, pooled) if part is not None])
 
 
 def _fault(adapter: Adapter, base: FrozenBase, model: PreTrainedModel, found: dict[str, Tensor], inside: set[str]) -> str | None:

@@ -5,8 +5,10 @@ The engine is told which adapter; it never chooses one. plan -> hold adapters ->
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +19,7 @@ from transformers import GenerationConfig
 
 from adapter_hub.adapters.config import HEADED, TaskType
 from adapter_hub.adapters.weights import Adapter
-from adapter_hub.base_model import BaseKind, Encoded, FrozenBase
+from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
 from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.heads import probabilities
 from adapter_hub.engine.lora_layers import MixedLayers
@@ -29,6 +31,7 @@ from adapter_hub.refs import AdapterRef
 # n rows, t tokens, d hidden width, c labels
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
 _BASE = Facts(None, None, None)
+_SAMPLING = threading.Lock()    # torch has one random state for the whole process: seeded rows are drawn by one thread at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class TokenLabel:
-    """One token's label. `text[start:end]` is the token."""
+    """One token's label. `text[start:end]` is the token, in the request's text; a prompt template's own tokens have none."""
 
     start: int
     end: int
@@ -83,13 +86,12 @@ class Engine:
         """
         call = check_generation(generation or {})
         for position, request in enumerate(requests, 1):
-            if not isinstance(request.text, str) or not request.text.strip():
-                what = "is empty" if isinstance(request.text, str) else f"is {type(request.text).__name__}, not text"
-                raise InvalidInput(f"text {position} of {len(requests)} {what}.", hint="Remove it or write its text.")
+            if fault := _fault(request.text):
+                raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
         facts = [_BASE if request.adapter is None else self.slots.facts(request.adapter) for request in requests]
         kinds = [self._kind(fact, call) for fact in facts]
         texts = [_prompt(fact, request.text) for fact, request in zip(facts, requests, strict=True)]
-        encoded = self._encode(texts, kinds)
+        encoded = [_of_text(fact, request.text, ids) for fact, request, ids in zip(facts, requests, self._encode(texts, kinds), strict=True)]
         rows = [Row(request.adapter, kind, len(ids)) for request, kind, ids in zip(requests, kinds, encoded, strict=True)]
         outputs: dict[int, Output] = {}
         for batch in plan_batches(rows, slots_max=self.slots.slots_max).batches:
@@ -111,17 +113,26 @@ class Engine:
         for kind in dict.fromkeys(kinds):
             rows = [i for i, other in enumerate(kinds) if other == kind]
             limit = self.base.max_tokens
-            if kind != HIDDEN and self.base.kind is BaseKind.CAUSAL:
-                new = int(dict(cast(Any, kind))["max_new_tokens"])
-                limit = min(limit, self.base.tokens_limit - new)
-                if limit < 1:
-                    raise InvalidInput(
-                        f"max_new_tokens={new} leaves no room for a prompt: the model takes {self.base.tokens_limit} tokens in all.",
-                        hint="Ask for fewer new tokens.",
-                    )
+            if kind != HIDDEN:
+                limit = self._prompt_limit(int(dict(cast(Any, kind))["max_new_tokens"]))
             for i, ids in zip(rows, self.base.encode([texts[i] for i in rows], max_tokens=limit), strict=True):
                 found[i] = ids
         return cast(list[Encoded], found)
+
+    def _prompt_limit(self, new: int) -> int:
+        """Longest prompt when `new` tokens are to be written. Raises InvalidInput."""
+        limit = self.base.max_tokens
+        hint = "Ask for fewer new tokens."
+        if self.base.kind is BaseKind.CAUSAL:
+            limit = min(limit, self.base.tokens_limit - new)
+            if limit < tokens_least(self.base.tokenizer):
+                whole = f"the model takes {self.base.tokens_limit} tokens in all"
+                raise InvalidInput(f"max_new_tokens={new} leaves no room for a prompt: {whole}.", hint=hint)
+        # What a seq2seq model writes has positions of its own, where it counts them at all (T5 does not).
+        positions = getattr(self.base.model.config, "max_position_embeddings", None)
+        if self.base.kind is BaseKind.SEQ2SEQ and positions and new >= positions:
+            raise InvalidInput(f"max_new_tokens={new} is more than the model writes: it has {positions} positions, one for the start.", hint=hint)
+        return limit
 
     def _open(self, batch: Batch, held: Sequence[Resident]) -> Any:
         places = {ref: place for place, ref in enumerate(batch.adapters, 1)}
@@ -166,7 +177,7 @@ class Engine:
         config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(model, tokenizer))
         if stop:
             config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
-        with self._open(batch, held), torch.random.fork_rng(enabled=seed is not None):
+        with _SAMPLING if seed is not None else nullcontext(), self._open(batch, held), torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
             written: Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
@@ -178,6 +189,28 @@ class Engine:
 
 def _prompt(facts: Facts, text: str) -> str:
     return text if facts.prompt_template is None else facts.prompt_template.replace("{text}", text)
+
+
+def _fault(text: object) -> str | None:
+    """Why this text cannot be read, to be said after its position; None if it can."""
+    if not isinstance(text, str):
+        return f"is {type(text).__name__}, not text"
+    if not text.strip():
+        return "is empty"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has half of a surrogate pair, which is not Unicode"
+    return None
+
+
+def _of_text(facts: Facts, text: str, ids: Encoded) -> Encoded:
+    """With offsets that count in the text, not in the prompt made of it; the template's own tokens get (0, 0)."""
+    if facts.prompt_template is None:
+        return ids
+    shift = facts.prompt_template.index("{text}")
+    moved = ((max(start - shift, 0), min(end - shift, len(text))) for start, end in ids.offsets)
+    return replace(ids, offsets=tuple((start, end) if start < end else (0, 0) for start, end in moved))
 
 
 def _label(labels: tuple[str, ...], scores: NDArray[np.float32], ids: Encoded) -> Output:

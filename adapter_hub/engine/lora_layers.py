@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,13 @@ class MixedLayers:
         bound = {}
         for name, delta in adapter.deltas.items():
             module = self._base.modules[self._base.canonical(name)]
-            a, b = (part.to(self._base.device, self._base.dtype) for part in (delta.a, delta.b))
+            a_exact, b_exact = (part.to(self._base.device, torch.float32) for part in (delta.a, delta.b))
+            a, b = a_exact.to(self._base.dtype), b_exact.to(self._base.dtype)
             gain = None
             if delta.magnitude is not None:
-                gain = dora_gain(_weight(module).float(), delta).to(self._base.device, self._base.dtype)
+                # In float32 whatever the file holds: PEFT multiplies B and A so, and the norm decides each output's size.
+                exact = replace(delta, a=a_exact, b=b_exact, magnitude=delta.magnitude.to(self._base.device, torch.float32))
+                gain = dora_gain(_weight(module).float(), exact).to(self._base.dtype)
             bound[module] = Bound(a, delta.scaling * b, gain)
             self._hook(module)
         return bound

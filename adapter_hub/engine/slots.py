@@ -70,11 +70,11 @@ class Slots:
     def hold(self, refs: Sequence[AdapterRef]) -> Iterator[list[Resident]]:
         """The adapters, resident for as long as the context is open."""
         with self._lock:
-            loads, evictions = missing(refs, self.resident, self.slots_max)
+            # What another thread's batch holds cannot go: others must, or more than slots_max would stay.
+            loads, evictions = missing([*refs, *self._pins], self.resident, self.slots_max)
             loaded = {ref: self._bind(ref) for ref in loads}    # a damaged file raises here, before anything is evicted
             for ref in evictions:
-                if not self._pins[ref]:
-                    self._drop(ref)
+                self._drop(ref)
             self._resident |= loaded
             for ref in refs:
                 self._resident.move_to_end(ref)
