@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -127,7 +127,7 @@ class FrozenBase:
         _drop_missing(model, report["missing_keys"], source)
         if tokenizer.pad_token_id is None:
             # Padding is masked, so any special token serves; without one no batch can be made.
-            tokenizer.pad_token = next(iter(tokenizer.all_special_tokens), None)
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or next(iter(tokenizer.all_special_tokens), None)
             if tokenizer.pad_token_id is None:
                 raise ModelNotFound(f"{source!s}: the tokenizer has no special token to pad with.", hint="Give it a pad_token.")
         limit, least = _token_limit(path, model, tokenizer), tokens_least(tokenizer)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MPNetConfig, MPNetModel, PreTrainedModel, RobertaConfig, RobertaModel
 
 from adapter_hub import base_model
 from adapter_hub.base_model import DEFAULT_MODEL, DEFAULT_MODEL_FILES, BaseKind, FrozenBase, resolve_model
@@ -81,6 +86,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(bert: Path, tmp_path: Path, 
     assert FrozenBase.load(bert).fingerprint.startswith("sha256:")
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_cache_folder_that_is_read_only_is_no_error(bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert FrozenBase.load(bert).fingerprint.startswith("sha256:")
+
+
 def test_a_model_that_is_not_there_says_where_was_looked(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="'someone/no-such-model' is neither a folder, nor cached"):
         resolve_model("someone/no-such-model")
@@ -98,9 +110,42 @@ def test_pickled_weights_are_not_read(bert: Path) -> None:
         FrozenBase.load(bert)
 
 
-@pytest.mark.parametrize("limit", [0, 257, -1])
-def test_a_token_limit_beyond_the_models_own_is_refused(bert: Path, limit: int) -> None:
-    with pytest.raises(InvalidInput, match="Choose 1 to 256"):
+def rewritten(folder: Path, twin: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    shutil.copytree(folder, twin)
+    save_file(change(load_file(folder / "model.safetensors")), twin / "model.safetensors", metadata={"format": "pt"})
+    return twin
+
+
+def without(part: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def test_weights_that_the_files_lack_are_never_drawn_at_random(bert: Path, tmp_path: Path) -> None:
+    folder = rewritten(bert, tmp_path / "twin", without("layer.1.attention.self.query"))
+    with pytest.raises(ModelNotFound, match=r"lack encoder\.layer\.1\.attention\.self\.query\.bias, .*query\.weight\."):
+        FrozenBase.load(folder)
+
+
+def test_a_base_saved_without_its_pooler_runs_without_one_and_is_the_same_at_each_load(bert: Path, tmp_path: Path) -> None:
+    folder = rewritten(bert, tmp_path / "twin", without("pooler"))
+    first, second = FrozenBase.load(folder), FrozenBase.load(folder)
+    assert first.compute_fingerprint() == second.compute_fingerprint()
+    inputs, whole = first.tokenize(["a text"]), FrozenBase.load(bert)
+    assert first.model(**inputs).pooler_output is None
+    assert torch.equal(first.model(**inputs).last_hidden_state, whole.model(**inputs).last_hidden_state)
+
+
+def test_weights_that_are_cut_short_are_no_model(bert: Path) -> None:
+    path = bert / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelNotFound, match="does not load as a transformers model"):
+        FrozenBase.load(bert)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 257, -1])
+def test_a_token_limit_without_room_for_text_or_beyond_the_models_own_is_refused(bert: Path, limit: int) -> None:
+    with pytest.raises(InvalidInput, match="Choose 3 to 256"):    # two special tokens, and one of the text
         FrozenBase.load(bert, max_tokens=limit)
 
 
@@ -108,6 +153,64 @@ def test_inputs_are_cut_to_the_limit_and_say_so(bert: Path) -> None:
     base = FrozenBase.load(bert, max_tokens=8)
     long, short = base.encode(["word " * 100, "hi"])
     assert len(long) == 8 and long.truncated and not short.truncated
+
+
+def test_threads_that_cut_at_different_limits_do_not_cut_each_others_texts(bert: Path) -> None:
+    base, text = FrozenBase.load(bert), "what is the balance of my account " * 40
+
+    def lengths(limit: int) -> set[int]:
+        return {len(row) for _ in range(100) for row in base.encode([text] * 8, max_tokens=limit)}
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lengths, (20, 30, 40))) == [{20}, {30}, {40}]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda tokens: RobertaModel(RobertaConfig(**tokens, pad_token_id=1, max_position_embeddings=130)),
+        lambda tokens: MPNetModel(MPNetConfig(**tokens, pad_token_id=1, max_position_embeddings=130)),
+    ],
+    ids=["roberta", "mpnet"],
+)
+def test_positions_that_begin_after_the_padding_token_are_all_used_and_no_more(bert: Path, model: Callable[[Any], PreTrainedModel]) -> None:
+    tokens = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model(tokens).save_pretrained(bert)
+    base = FrozenBase.load(bert)
+    assert base.max_tokens == 128
+    inputs = base.tokenize(["word " * 500])
+    assert inputs["input_ids"].shape[1] == 128 and torch.isfinite(base.model(**inputs).last_hidden_state).all()
+
+
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+def test_a_text_of_one_token_is_pooled_from_itself_beside_longer_ones(tmp_path: Path, shape: str) -> None:
+    base = FrozenBase.load(tiny_model(tmp_path / shape, shape))
+    inputs = base.tokenizer.pad([{"input_ids": [9]}, {"input_ids": [1, 9, 12, 40]}], padding=True, return_tensors="pt", padding_side="right")
+    hidden = base.body(**inputs).last_hidden_state
+    assert torch.allclose(base.pool(hidden, inputs["attention_mask"])[0], hidden[0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda hidden: hidden[0, 0]),
+        ({"pooling_mode_max_tokens": True}, lambda hidden: hidden[0, :4].amax(0)),
+        ({"pooling_mode_lasttoken": True}, lambda hidden: hidden[0, 3]),
+        ({"pooling_mode": "mean"}, lambda hidden: hidden[0, :4].mean(0)),
+        ({"pooling_mode_mean_sqrt_len_tokens": True, "pooling_mode_mean_tokens": False}, None),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
+    ],
+)
+def test_pooling_is_the_folders_own_and_one_that_is_not_known_is_refused(bert: Path, facts: dict[str, Any], expected: Any) -> None:
+    (bert / "1_Pooling").mkdir()
+    (bert / "1_Pooling" / "config.json").write_text(json.dumps(facts))
+    (bert / "modules.json").write_text(json.dumps([{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]))
+    if expected is None:
+        with pytest.raises(ModelNotFound, match="is not supported"):
+            FrozenBase.load(bert)
+        return
+    hidden, mask = torch.randn(1, 6, 32), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    assert torch.allclose(FrozenBase.load(bert).pool(hidden, mask)[0], expected(hidden), atol=1e-6)
 
 
 def test_a_causal_model_is_padded_on_the_left_only_where_it_writes_on(tmp_path: Path) -> None:

@@ -130,8 +130,8 @@ class Engine:
                 raise InvalidInput(f"max_new_tokens={new} leaves no room for a prompt: {whole}.", hint=hint)
         # What a seq2seq model writes has positions of its own, where it counts them at all (T5 does not).
         positions = getattr(self.base.model.config, "max_position_embeddings", None)
-        if self.base.kind is BaseKind.SEQ2SEQ and positions and new >= positions:
-            raise InvalidInput(f"max_new_tokens={new} is more than the model writes: it has {positions} positions, one for the start.", hint=hint)
+        if self.base.kind is BaseKind.SEQ2SEQ and positions and new > positions:
+            raise InvalidInput(f"max_new_tokens={new} is more than the model can write: it has {positions} positions.", hint=hint)
         return limit
 
     def _open(self, batch: Batch, held: Sequence[Resident]) -> Any:

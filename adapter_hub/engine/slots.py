@@ -71,7 +71,7 @@ class Slots:
         """The adapters, resident for as long as the context is open."""
         with self._lock:
             # What another thread's batch holds cannot go: others must, or more than slots_max would stay.
-            loads, evictions = missing([*refs, *self._pins], self.resident, self.slots_max)
+            loads, evictions = missing([*refs, *(ref for ref in self._pins if ref in self._resident)], self.resident, self.slots_max)
             loaded = {ref: self._bind(ref) for ref in loads}    # a damaged file raises here, before anything is evicted
             for ref in evictions:
                 self._drop(ref)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification, DistilBertModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+)
 
 from adapter_hub.adapters.checks import PROBE, applied, check_acts, check_fits
 from adapter_hub.adapters.config import parse_config
 from adapter_hub.adapters.weights import read_adapter, write_adapter
 from adapter_hub.base_model import FrozenBase
-from adapter_hub.errors import CorruptAdapter, DoesNotFit, LabelsRequired, UnsupportedOption, WrongBase
+from adapter_hub.errors import CorruptAdapter, DoesNotFit, LabelsRequired, NoEffect, NonFinite, UnsupportedOption, WrongBase
 from adapter_hub.testing import load_peft, make_adapter, task_model, tiny_model
 
 MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"]}
@@ -126,7 +137,99 @@ def test_adapters_of_the_bare_model_and_of_the_one_with_a_head_fit_the_same_base
         mine = llama.body(**inputs).last_hidden_state
     wrapped = peft.base_model.model
     expected = (wrapped.model if hasattr(wrapped, "lm_head") else wrapped)(**inputs).last_hidden_state
-    assert (mine - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (mine - expected).abs().max() < 1e-5 * max(1.0, float(expected.detach().abs().max()))
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def first(tensors: Tensors, part: str) -> str:
+    return next(key for key in sorted(tensors) if part in key)
+
+
+def rename(tensors: Tensors, old: str, new: str) -> None:
+    for key in [key for key in tensors if old in key]:
+        tensors[key.replace(old, new)] = tensors.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "fact"),
+    [
+        (lambda t: t[first(t, "lora_A")].fill_(float("nan")), NonFinite, "holds NaN or infinity"),
+        (lambda t: t.pop(first(t, "lora_B")), DoesNotFit, "lacks lora_B"),
+        (lambda t: t.pop(first(t, "lora_magnitude")), DoesNotFit, "lacks lora_magnitude_vector"),
+        (lambda t: t.update({(k := first(t, "lora_A")): t[k][:, :-1]}), DoesNotFit, "has shape (4, 31)"),
+        (lambda t: t.update({(k := first(t, "lora_A")): t[k][:-1]}), DoesNotFit, "the base and the config's rank need (4, 32)"),
+        (lambda t: t.update({(k := first(t, "lora_magnitude")): t[k][:1]}), DoesNotFit, "has shape (1,)"),
+        (lambda t: rename(t, "layer.1.", "layer.7."), DoesNotFit, "has no place in the base"),
+        (lambda t: rename(t, "base_model.model.", ""), DoesNotFit, "does not begin with 'base_model.model.'"),
+        (lambda t: t.update({"base_model.model.extra.weight": torch.ones(2, 2)}), DoesNotFit, "'extra.weight' has no place in the base"),
+        (lambda t: [t.pop(key) for key in list(t) if "lora_" in key], DoesNotFit, "holds no LoRA tensors"),
+        (lambda t: t.pop("base_model.model.classifier.weight"), DoesNotFit, "has no weight matrix"),
+        (lambda t: t.pop("base_model.model.classifier.bias"), DoesNotFit, "'classifier.bias' is neither in the base nor in the adapter"),
+        (lambda t: [t[key].zero_() for key in t if "lora_B" in key], NoEffect, "not finite|unchanged"),
+        (lambda t: [t[key].mul_(1e30) for key in t if "lora_" in key and "mag" not in key], NoEffect, "is not finite on a probe batch"),
+    ],
+)
+def test_weights_that_are_spoilt_are_refused_with_the_tensor(
+    bert: FrozenBase, tmp_path: Path, spoil: Callable[[Tensors], Any], error: type[Exception], fact: str
+) -> None:
+    folder = make_adapter(bert, tmp_path / "a", use_dora="magnitude" in fact or "(1,)" in fact)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    spoil(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    with pytest.raises(error) as caught:
+        adapter = read_adapter(folder, labels=("x", "y"))
+        check_fits(adapter, bert)
+        check_acts(adapter, bert)
+    assert type(caught.value) is error and any(part in str(caught.value) for part in fact.split("|"))
+
+
+# ---- does it act ----------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_the_pooler_alone_acts(bert: FrozenBase, tmp_path: Path) -> None:
+    adapter = read_adapter(make_adapter(bert, tmp_path / "a", target_modules=["pooler.dense"]), labels=("x", "y"))
+    check_fits(adapter, bert)
+    assert check_acts(adapter, bert) > 0
+
+
+def test_an_adapter_being_checked_does_not_reach_another_threads_answers(bert: FrozenBase, tmp_path: Path) -> None:
+    adapter = read_adapter(make_adapter(bert, tmp_path / "a", task_type=None, size=0.3))
+    inputs, done = bert.tokenize(PROBE), threading.Event()
+    plain = bert.model(**inputs).last_hidden_state
+
+    def check() -> None:
+        while not done.is_set():
+            check_acts(adapter, bert)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    try:
+        assert all(torch.equal(bert.model(**inputs).last_hidden_state, plain) for _ in range(100))
+    finally:
+        done.set()
+        thread.join()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bert.model.modules())
+
+
+def test_a_module_whose_input_all_rows_share_is_refused_before_it_fails_in_a_batch(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert.path, tmp_path / "deberta")
+    config = DebertaV2Config(
+        vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=256,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=32,
+    )
+    DebertaV2Model(config).save_pretrained(folder)
+    base = FrozenBase.load(folder)
+    heads = {"modules_to_save": ["pooler", "classifier"]}
+    value = read_adapter(make_adapter(base, tmp_path / "value", target_modules=["value_proj"], **heads), labels=("x", "y"))
+    check_fits(value, base)
+    assert check_acts(value, base) > 0
+    query = read_adapter(make_adapter(base, tmp_path / "query", target_modules=["query_proj"], **heads), labels=("x", "y"))
+    check_fits(query, base)
+    with pytest.raises(UnsupportedOption, match=r"query_proj.*an input that all rows of a batch share"):
+        check_acts(query, base)
 
 
 # ---- fit ------------------------------------------------------------------------------------------------------------
@@ -152,6 +255,19 @@ def test_weights_of_the_base_saved_whole_are_refused(bert: FrozenBase, tmp_path:
     folder = make_adapter(bert, tmp_path / "a", modules_to_save=["pooler"], target_modules=["query"])
     with pytest.raises(UnsupportedOption, match="it replaces weights of the frozen base"):
         check_fits(read_adapter(folder, labels=("x", "y")), bert)
+
+
+def test_a_pooler_that_the_base_was_saved_without_is_no_head(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert.path, tmp_path / "bare")
+    weights = folder / "model.safetensors"
+    save_file({k: tensor for k, tensor in load_file(weights).items() if "pooler" not in k}, weights, metadata={"format": "pt"})
+    base = FrozenBase.load(folder)
+    saved = read_adapter(make_adapter(base, tmp_path / "a", modules_to_save=["pooler"], target_modules=["query"]), labels=("x", "y"))
+    with pytest.raises(UnsupportedOption, match="it replaces weights of the frozen base"):
+        check_fits(saved, base)
+    lost = read_adapter(make_adapter(base, tmp_path / "b", target_modules=["query"]), labels=("x", "y"))
+    with pytest.raises(DoesNotFit, match=r"'bert\.pooler\..*' is neither in the base nor in the adapter"):
+        check_fits(lost, base)
 
 
 def test_an_adapted_embedding_is_refused(bert: FrozenBase, tmp_path: Path) -> None:

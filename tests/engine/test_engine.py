@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BartConfig, BartForConditionalGeneration
 
 from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
@@ -160,16 +162,27 @@ def test_a_batch_that_fails_leaves_no_adapter_applied(shelf: Shelf, monkeypatch:
     assert numbers(engine.predict([Request("x", None)])) == expected
 
 
-def test_adapter_weights_saved_in_bfloat16_run_in_the_bases_type(shelf: Shelf, tmp_path: Path) -> None:
-    ref = shelf.put("half")
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapter_weights_saved_in_bfloat16_run_in_the_bases_type(shelf: Shelf, dora: bool) -> None:
+    ref = shelf.put("half", task_type=None, use_dora=dora, size=0.2)
     path = shelf.folders[ref][0] / "adapter_model.safetensors"
     save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    shelf.folders[ref] = (path.parent, {"labels": None})
     mine = Engine(shelf.base, shelf.load).predict([Request(text, ref) for text in TEXTS])
-    for output, expected in zip(mine, references(shelf.base, path.parent, "SEQ_CLS", TEXTS, outputs=2), strict=True):
-        assert distance(list(output.scores.values()), expected) <= 1e-5
+    for output, expected in zip(mine, references(shelf.base, path.parent, None, TEXTS), strict=True):
+        assert distance(output.vector, expected) <= 1e-5
 
 
-@pytest.mark.parametrize(("text", "fact"), [("", "is empty"), ("  \n", "is empty"), (None, "is NoneType, not text"), (b"x", "is bytes, not text")])
+def test_adapters_of_different_layers_share_a_batch(shelf: Shelf) -> None:
+    layers = [{"layers_to_transform": [0]}, {"layers_to_transform": [1], "use_dora": True}, {}]
+    refs = [shelf.put(f"l{i}", {"labels": None}, task_type=None, target_modules=["query", "value"], **more) for i, more in enumerate(layers)]
+    outputs = iter(Engine(shelf.base, shelf.load).predict(requests([None, *refs])))
+    for ref in [None, *refs]:
+        for expected in references(shelf.base, ref and shelf.folders[ref][0], None, TEXTS):
+            assert distance(next(outputs).vector, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("text", "fact"), [("", "is empty"), ("  \n", "is empty"), (None, "is NoneType, not text"), (b"x", "is bytes, not text"), ("a\ud800", "has half of a surrogate pair")])
 def test_a_text_that_cannot_be_read_is_named_by_its_position(shelf: Shelf, text: Any, fact: str) -> None:
     with pytest.raises(InvalidInput, match=f"text 2 of 3 {fact}"):
         Engine(shelf.base, shelf.load).predict([Request("fine", None), Request(text, None), Request("fine", None)])
@@ -178,6 +191,26 @@ def test_a_text_that_cannot_be_read_is_named_by_its_position(shelf: Shelf, text:
 def test_a_cut_input_says_so(shelf: Shelf) -> None:
     long, exact = Engine(shelf.base, shelf.load).predict([Request("word " * 2_000, None), Request("word", None)])
     assert long.truncated and not exact.truncated
+
+
+def test_token_places_count_in_the_text_and_not_in_the_prompt_made_of_it(shelf: Shelf) -> None:
+    ref = shelf.put("tags", {"prompt_template": "Tag this: {text} !"}, task_type="TOKEN_CLS")
+    text = "my account"
+    [output] = Engine(shelf.base, shelf.load).predict([Request(text, ref)])
+    assert output.tokens is not None
+    assert "".join(text[token.start : token.end] for token in output.tokens) == text
+
+
+def test_a_batch_that_another_thread_holds_is_not_evicted_and_no_more_than_the_slots_stay(shelf: Shelf) -> None:
+    engine = Engine(shelf.base, shelf.load, slots_max=3)
+    a, b, c, d, *_ = shelf.folders
+    engine.predict(requests([a, b, c]))
+    with engine.slots.hold([a]):    # the least recently used, and in use
+        engine.predict([Request("x", d)])
+        assert set(engine.slots.resident) == {a, c, d}
+        engine.evict(a)
+        engine.predict([Request("x", b)])    # an evicted one that is still held is not read again for others
+        assert a not in engine.slots.resident
 
 
 def test_no_requests_give_no_outputs(shelf: Shelf) -> None:
@@ -213,7 +246,16 @@ def test_sampling_with_a_seed_repeats_itself_and_leaves_the_callers_generator_al
 @pytest.mark.parametrize(
     ("settings", "fact"),
     [
-        ({"max_tokns": 3}, "'max_tokns' is not a generation setting"),
+        ({"max_new_token": 3}, "'max_new_token' is not a generation setting. Closest: 'max_new_tokens'."),
+        ({"bogus": 3}, "'bogus' is not a generation setting. There are: max_new_tokens,"),
+        ({"temperature": float("nan")}, "temperature=nan is not"),
+        ({"top_p": 1.5}, "top_p=1.5 is not a share above 0, at most 1"),
+        ({"min_p": 2}, "min_p=2 is not a share, 0 to 1"),
+        ({"seed": 2**70}, "is not a whole number, for do_sample"),
+        ({"seed": -1}, "seed=-1 is not"),
+        ({"stop_strings": [3]}, "stop_strings=[3] is not texts"),
+        ({"stop_strings": ""}, "stop_strings='' is not texts"),
+        ({"max_new_tokens": 255}, "max_new_tokens=255 leaves no room for a prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is not a whole number of at least 1"),
         ({"max_new_tokens": True}, "max_new_tokens=True is not"),
         ({"temperature": 0}, "temperature=0 is not a number above 0"),
@@ -226,6 +268,44 @@ def test_an_impossible_setting_is_refused_by_name(llama: FrozenBase, tmp_path: P
     with pytest.raises(InvalidInput) as caught:
         Engine(llama, Shelf(llama, tmp_path).load).predict([Request("hello", None)], generation=settings)
     assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 2}, {"repetition_penalty": 2}, {"top_p": 1}, {"length_penalty": -1, "num_beams": 2}])
+def test_a_whole_number_will_do_where_a_fraction_may_stand(llama: FrozenBase, tmp_path: Path, settings: dict[str, Any]) -> None:
+    engine, more = Engine(llama, Shelf(llama, tmp_path).load), {"max_new_tokens": 4, "seed": 1, "do_sample": "num_beams" not in settings}
+    whole, fraction = (
+        engine.predict([Request("hello", None)], generation={**more, **{key: kind(value) for key, value in settings.items() if key != "num_beams"}})
+        for kind in (int, float)
+    )
+    assert whole[0].text == fraction[0].text
+
+
+def test_threads_that_sample_by_seed_each_get_their_own_text(llama: FrozenBase, tmp_path: Path) -> None:
+    engine = Engine(llama, Shelf(llama, tmp_path).load)
+
+    def sample(seed: int) -> str | None:
+        return engine.predict([Request("hello", None)], generation={"do_sample": True, "seed": seed, "max_new_tokens": 8})[0].text
+
+    seeds = [1, 2, 3] * 5
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(sample, seeds)) == [sample(seed) for seed in seeds]
+
+
+def test_a_seq2seq_model_writes_as_many_tokens_as_it_has_positions_and_no_more(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert.path, tmp_path / "bart")
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 64))}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    BartForConditionalGeneration(BartConfig(vocab_size=384, d_model=32, max_position_embeddings=64, **sizes, **tokens)).save_pretrained(folder)
+    base = FrozenBase.load(folder)
+    shelf = Shelf(base, tmp_path)
+    ref = shelf.put("a", {"labels": None})
+    engine, asked = Engine(base, shelf.load), [Request("hello there", ref), Request("x", None)]
+    settings = {"max_new_tokens": 64, "min_new_tokens": 64}
+    for output, folder in zip(engine.predict(asked, generation=settings), (shelf.folders[ref][0], None), strict=True):
+        text = "x" if folder is None else "hello there"
+        assert [output.text] == references(base, folder, "SEQ_2_SEQ_LM", [text], do_sample=False, **settings)
+    with pytest.raises(InvalidInput, match="max_new_tokens=65 is more than the model can write: it has 64 positions"):
+        engine.predict(asked, generation={"max_new_tokens": 65})
 
 
 def test_a_long_prompt_leaves_room_for_what_is_written(llama: FrozenBase, tmp_path: Path) -> None:
