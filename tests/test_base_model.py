@@ -165,21 +165,17 @@ def test_threads_that_cut_at_different_limits_do_not_cut_each_others_texts(bert:
         assert list(pool.map(lengths, (20, 30, 40))) == [{20}, {30}, {40}]
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda tokens: RobertaModel(RobertaConfig(**tokens, pad_token_id=1, max_position_embeddings=130)),
-        lambda tokens: MPNetModel(MPNetConfig(**tokens, pad_token_id=1, max_position_embeddings=130)),
-    ],
-    ids=["roberta", "mpnet"],
-)
-def test_positions_that_begin_after_the_padding_token_are_all_used_and_no_more(bert: Path, model: Callable[[Any], PreTrainedModel]) -> None:
+@pytest.mark.parametrize("limit", [128, 256])    # the positions', and the tokenizer's own
+@pytest.mark.parametrize("model", [lambda facts: RobertaModel(RobertaConfig(**facts)), lambda facts: MPNetModel(MPNetConfig(**facts))])
+def test_positions_that_begin_after_the_padding_token_are_all_used_and_no_more(
+    bert: Path, model: Callable[[Any], PreTrainedModel], limit: int
+) -> None:
     tokens = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    model(tokens).save_pretrained(bert)
+    model({**tokens, "pad_token_id": 1, "max_position_embeddings": limit + 2}).save_pretrained(bert)
     base = FrozenBase.load(bert)
-    assert base.max_tokens == 128
+    assert base.max_tokens == limit
     inputs = base.tokenize(["word " * 500])
-    assert inputs["input_ids"].shape[1] == 128 and torch.isfinite(base.model(**inputs).last_hidden_state).all()
+    assert inputs["input_ids"].shape[1] == limit and torch.isfinite(base.model(**inputs).last_hidden_state).all()
 
 
 @pytest.mark.parametrize("shape", ["bert", "llama"])

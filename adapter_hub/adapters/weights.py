@@ -156,6 +156,8 @@ def _check_labels(settings: LoraSettings, head: Mapping[str, Tensor], labels: tu
     if not head:
         raise DoesNotFit(f"a {settings.task_type} adapter needs its head, and the file has none.", hint="Train with modules_to_save naming the head.")
     outputs = outputs_of(head)
+    if outputs == 1:
+        raise UnsupportedOption("num_labels", 1, "a head of one output is a regression, and only classification heads are executed")
     if not labels:
         raise LabelsRequired(f"the adapter's head has {outputs} outputs without names.", hint="Pass labels=[…], one for each output, in order.")
     if len(labels) != outputs:

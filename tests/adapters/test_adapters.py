@@ -167,7 +167,7 @@ def rename(tensors: Tensors, old: str, new: str) -> None:
         (lambda t: [t.pop(key) for key in list(t) if "lora_" in key], DoesNotFit, "holds no LoRA tensors"),
         (lambda t: t.pop("base_model.model.classifier.weight"), DoesNotFit, "has no weight matrix"),
         (lambda t: t.pop("base_model.model.classifier.bias"), DoesNotFit, "'classifier.bias' is neither in the base nor in the adapter"),
-        (lambda t: [t[key].zero_() for key in t if "lora_B" in key], NoEffect, "not finite|unchanged"),
+        (lambda t: [t[key].zero_() for key in t if "lora_B" in key], NoEffect, "leaves the base's output unchanged"),
         (lambda t: [t[key].mul_(1e30) for key in t if "lora_" in key and "mag" not in key], NoEffect, "is not finite on a probe batch"),
     ],
 )
@@ -183,7 +183,7 @@ def test_weights_that_are_spoilt_are_refused_with_the_tensor(
         adapter = read_adapter(folder, labels=("x", "y"))
         check_fits(adapter, bert)
         check_acts(adapter, bert)
-    assert type(caught.value) is error and any(part in str(caught.value) for part in fact.split("|"))
+    assert type(caught.value) is error and fact in str(caught.value)
 
 
 # ---- does it act ----------------------------------------------------------------------------------------------------
@@ -309,6 +309,11 @@ def test_labels_must_name_each_output_once(bert: FrozenBase, tmp_path: Path, lab
     folder = make_adapter(bert, tmp_path / "a")
     with pytest.raises(LabelsRequired, match=fact):
         read_adapter(folder, labels=labels)
+
+
+def test_a_head_of_one_output_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedOption, match="a head of one output is a regression"):
+        read_adapter(make_adapter(bert, tmp_path / "a", outputs=1), labels=("score",))
 
 
 def test_labels_without_a_head_are_refused(bert: FrozenBase, tmp_path: Path) -> None:
