@@ -15,13 +15,22 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from adapter_hub.errors import CorruptVersion, RegistryError, storage_error
 
 CHUNK_BYTES = 1 << 20
 RESTORE = "Restore it from a copy (git, backup), or purge the version; see `adapter-hub verify`."
 
-Signature = tuple[str, int, int, int]    # path, mtime_ns, size in bytes, inode: what a file looked like when it was hashed
+
+class Signature(NamedTuple):
+    """What a file looked like when it was hashed. Whoever writes into a file can set its mtime back, but not its ctime."""
+
+    path: str
+    bytes: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -82,7 +91,7 @@ def signature(path: Path) -> Signature:
 
 
 def _signature(path: Path, found: os.stat_result) -> Signature:
-    return str(path), found.st_mtime_ns, found.st_size, found.st_ino
+    return Signature(str(path), found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def check_folder(path: Path) -> None:

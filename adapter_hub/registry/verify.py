@@ -63,7 +63,7 @@ class _Tally:
         self.files = self.bytes = 0
 
     def hash(self, path: Path, sha256: str) -> None:
-        self.bytes += check_file(path, sha256)[2]
+        self.bytes += check_file(path, sha256).bytes
         self.files += 1
 
 
