@@ -20,6 +20,7 @@ from typing import NamedTuple
 from adapter_hub.errors import CorruptVersion, RegistryError, storage_error
 
 CHUNK_BYTES = 1 << 20
+HELD = ".held"    # suffix of a lock file that says: its holder is at work on what it is named after
 RESTORE = "Restore it from a copy (git, backup), or purge the version; see `adapter-hub verify`."
 
 
@@ -215,14 +216,31 @@ def _release(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def is_held(folder: Path) -> bool:
-    """Whether a living process is still writing this folder."""
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock file that nobody else takes: `gc` and `adopt` ask it whether what it stands for is work in progress.
+
+    The system releases it when this process dies. It is a file opened for writing: NFS locks no folder, and nothing that is
+    open for reading only.
+    """
+    with locked(path.parent / "staging.lock", shared=True):    # `gc` must not see it before it is locked
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        _release(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds this lock file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)    # shared: two who ask at once do not take each other for the holder
     except BlockingIOError:
         return True
     finally:
@@ -232,21 +250,14 @@ def is_held(folder: Path) -> bool:
 
 @contextmanager
 def staging_folder(staging: Path) -> Iterator[Path]:
-    """A new folder to fill; whatever is still there at the end is removed.
-
-    It is held by a lock that dies with this process and that moves along with the folder, so that `gc` and `adopt`
-    can tell work in progress from what a crash left.
-    """
+    """A new folder to fill, held by `<folder>.held`; whatever is still there at the end is removed."""
     folder = staging / uuid.uuid4().hex
-    with locked(staging / "staging.lock", shared=True):    # `gc` must not see it before it is held
+    with held(folder.with_suffix(HELD)):
         folder.mkdir()
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _release(descriptor)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def move_folder(source: Path, target: Path) -> bool:

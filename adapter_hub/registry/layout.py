@@ -57,6 +57,10 @@ class Layout:
     def lock(self, purpose: str) -> Path:
         return self.staging / f"{purpose}.lock"
 
+    def held(self, name: str, version: int) -> Path:
+        """Locked by the process that is just registering this version."""
+        return self.staging / f"{check_name(name)}@{int(version)}.held"
+
     def name(self, name: str) -> Path:
         return self.adapters / check_name(name)
 

@@ -6,7 +6,7 @@ A crash before the commit leaves a number that is never used, and at most a fold
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import (
     hash_source,
+    held,
     link_file,
     make_folder,
     move_folder,
@@ -55,11 +56,12 @@ def add_version(
     """The next version of `name`, committed. Raises InvalidInput, StorageFull, ReadOnlyRegistry; nothing is stored then."""
     sources = check_sources(files)
     check_reason(reason)
-    with storage_errors(layout.root), staging_folder(layout.staging) as folder:
+    with storage_errors(layout.root), staging_folder(layout.staging) as folder, ExitStack() as holding:
         hashes = _stage(catalog, layout, name, sources, folder)
         own_card = CARD in hashes
         while True:
             version = _reserve(catalog, layout, name)
+            holding.enter_context(held(layout.held(name, version)))
             manifest = _describe(name, version, facts, hashes, folder, own_card=own_card)
             sync_files(folder)
             try:

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from adapter_hub.errors import HubError
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry import records
-from adapter_hub.registry.artifacts import check_file, is_held, locked, storage_errors
+from adapter_hub.registry.artifacts import HELD, check_file, is_held, locked, storage_errors
 from adapter_hub.registry.catalog import Catalog
 from adapter_hub.registry.config import RegistryConfig
 from adapter_hub.registry.events import Event, EventKind, NameState, replay
@@ -68,15 +68,17 @@ def collect_garbage(layout: Layout, age_max_s: float) -> GcReport:
     removed, freed, in_progress = [], 0, 0
     with storage_errors(layout.staging), locked(layout.lock("staging")):
         for entry in sorted(os.scandir(layout.staging), key=lambda entry: entry.name):
-            if entry.name.endswith(".lock"):
-                continue
             path = Path(entry.path)
+            if path.suffix == HELD and not is_held(path):
+                path.unlink(missing_ok=True)
+            if path.suffix in (".lock", HELD):
+                continue
             try:
                 age_s = time.time() - entry.stat(follow_symlinks=False).st_mtime
             except FileNotFoundError:
                 continue    # its owner has just finished
             folder = entry.is_dir(follow_symlinks=False)
-            if age_s < age_max_s and (is_held(path) if folder else age_s < TEMPORARY_AGE_MAX_S):
+            if age_s < age_max_s and (is_held(path.with_suffix(HELD)) if folder else age_s < TEMPORARY_AGE_MAX_S):
                 in_progress += 1
                 continue
             freed += _bytes(path)
@@ -147,7 +149,7 @@ def _look(catalog: Catalog, layout: Layout, config: RegistryConfig, name: str) -
         known = {row.ref.version or 0: row for row in records.list_rows(connection, name)}
     for number in version_folders(layout, name):
         where, row = f"{name}@{number}", known.get(number)
-        if row is None and is_held(layout.version(name, number)):
+        if row is None and is_held(layout.held(name, number)):
             continue    # a living process is just registering it
         try:
             manifest = read_manifest(layout, name, number)

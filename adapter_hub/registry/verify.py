@@ -198,11 +198,10 @@ def find_unregistered(catalog: Catalog, layout: Layout) -> Iterator[str]:
         with catalog.reading() as connection:
             known = {row.ref.version for row in records.list_rows(connection, name)}
         for number in numbers:
-            folder = layout.version(name, number)
-            if number in known or is_held(folder):
+            if number in known or is_held(layout.held(name, number)):
                 continue
             with catalog.reading() as connection:    # it may have been committed since the listing
                 registered = records.state_of(connection, name, number) is not None
-            if not registered and os.path.lexists(folder):
+            if not registered and os.path.lexists(layout.version(name, number)):
                 yield f"{name}@{number}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from adapter_hub.refs import AdapterRef
-from adapter_hub.registry.artifacts import staging_folder
+from adapter_hub.registry.artifacts import held, is_held, staging_folder
 
 ROOT = Path(__file__).parents[2]
 SERVER = os.environ.get("ADAPTER_HUB_TEST_POSTGRES", "")
@@ -132,6 +134,7 @@ def test_gc_leaves_the_work_of_living_processes_alone(sqlite_place, facts, files
     with staging_folder(staging) as living:
         (living / "half").write_bytes(b"x")
         (staging / "dead").mkdir()
+        (staging / "dead.held").touch()
         (staging / "dead/half").write_bytes(b"x" * 100)
         report = registry.gc()
         assert (report.removed, report.bytes >= 100, report.in_progress) == (("dead",), True, 1)
@@ -139,3 +142,33 @@ def test_gc_leaves_the_work_of_living_processes_alone(sqlite_place, facts, files
         assert registry.gc(age_max_s=0).removed == (living.name,)    # older than the limit, whoever holds it
     registry.add("banking", facts, files())
     assert registry.gc().removed == () and registry.verify().ok
+    assert {path.suffix for path in staging.iterdir()} == {".lock"}
+
+
+def test_what_a_living_process_registers_is_hidden_from_all_who_ask_and_from_nobody_afterwards(sqlite_place, facts, files):
+    sqlite_place.create().add("banking", facts, files())
+    holder = sqlite_place.folder / ".staging/banking@2.held"
+    with held(holder):
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(lambda _: is_held(holder), range(200)))
+    holder.touch()    # as a crash leaves it
+    with ThreadPoolExecutor(8) as pool:
+        assert not any(pool.map(lambda _: is_held(holder), range(2_000)))
+
+
+def test_a_registry_works_where_locks_are_as_strict_as_on_nfs(place, facts, files, monkeypatch):
+    """NFS refuses an exclusive lock on what is not open for writing, so on any folder, and a shared one on what is not open for reading."""
+    flock = fcntl.flock
+
+    def strict(descriptor: int, operation: int) -> None:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        refused = {fcntl.LOCK_EX: os.O_RDONLY, fcntl.LOCK_SH: os.O_WRONLY}.get(operation & ~fcntl.LOCK_NB)
+        if mode == refused:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    registry = place.create()
+    registry.add("banking", facts, files())
+    registry.add_calibration(b"metric", [], "why")
+    assert registry.verify().ok and registry.adopt().adopted == () and registry.gc().removed == ()
