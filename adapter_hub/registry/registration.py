@@ -163,9 +163,10 @@ def _was_committed(catalog: Catalog, manifest: Manifest) -> bool | None:
     """Whether a commit that failed, e.g. because the connection broke, took effect all the same.
 
     None where that cannot be found out: the folder then stays, and `adopt` can take it in if it is not registered.
+    It is asked in the writers' turn: a server may still be at work on a commit whose connection is gone.
     """
     try:
-        with catalog.reading() as connection:
+        with catalog.writing(durable=False) as connection:
             return records.state_of(connection, manifest.name, manifest.version) is not None
     except HubError:
         return None
@@ -211,7 +212,7 @@ def add_calibration(catalog: Catalog, layout: Layout, data: bytes, members: list
 
 def _calibration_committed(catalog: Catalog, number: int) -> bool | None:
     try:
-        with catalog.reading() as connection:
+        with catalog.writing(durable=False) as connection:
             return number in records.live_calibrations(connection)
     except HubError:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -16,7 +17,10 @@ from pathlib import Path
 import pytest
 
 from adapter_hub.refs import AdapterRef
+from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import held, is_held, staging_folder
+from adapter_hub.registry.registration import _calibration_committed, _was_committed
+from adapter_hub.registry.schema import VersionState
 
 ROOT = Path(__file__).parents[2]
 SERVER = os.environ.get("ADAPTER_HUB_TEST_POSTGRES", "")
@@ -126,6 +130,26 @@ def test_who_follows_the_events_misses_none(place, facts, files):
     done.set()
     reader.join()
     assert seen == list(range(1, 33))
+
+
+def test_whether_a_broken_commit_took_effect_is_known_only_when_the_server_is_done_with_it(place, facts, files):
+    registry, server = place.create(), place.open()
+    ref = registry.add("banking", facts, files())
+    manifest = dataclasses.replace(registry.manifest(ref), version=2).sealed()
+    at_work = threading.Event()
+
+    def commit_slowly() -> None:
+        with server._catalog.writing() as connection:
+            records.store(connection, manifest, VersionState.LIVE)
+            records.commit_calibration(connection, records.reserve_calibration(connection, 0), "0" * 64)
+            at_work.set()
+            time.sleep(0.3)
+
+    slow = threading.Thread(target=commit_slowly)
+    slow.start()
+    at_work.wait()
+    assert _was_committed(registry._catalog, manifest) is True and _calibration_committed(registry._catalog, 1) is True
+    slow.join()
 
 
 def test_gc_leaves_the_work_of_living_processes_alone(sqlite_place, facts, files):
