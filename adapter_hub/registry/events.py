@@ -8,7 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from adapter_hub.errors import InvalidName
+from adapter_hub.refs import PRODUCTION, check_alias
+from adapter_hub.registry.layout import NUMBER_MAX
+
 JSON = Any
+SEQ_MAX = 2**53
 
 
 class EventKind(StrEnum):
@@ -49,22 +54,26 @@ class Event:
     @classmethod
     def from_line(cls, line: bytes, name: str | None) -> Event:
         """Raises ValueError where the line is not an event of this name."""
-        row = json.loads(line)
+        try:
+            row = json.loads(line, parse_constant=_no_number)
+        except RecursionError as error:
+            raise ValueError("nested too deep") from error
         if not isinstance(row, dict):
             raise ValueError("not a JSON object")
         event = cls(
-            seq=_whole(row.get("seq")),
-            at=str(row.get("at", "")),
-            kind=EventKind(str(row.get("kind"))),
+            seq=_whole(row.get("seq"), SEQ_MAX),
+            at=_text(row.get("at", "")),
+            kind=EventKind(_text(row.get("kind"))),
             name=name,
-            version=_whole(row.get("version")),
-            alias=row.get("alias"),
-            previous=None if row.get("previous") is None else _whole(row["previous"]),
-            reason=str(row.get("reason", "")),
+            version=_whole(row.get("version"), NUMBER_MAX),
+            alias=None if row.get("alias") is None else _alias(row["alias"]),
+            previous=None if row.get("previous") is None else _whole(row["previous"], NUMBER_MAX),
+            reason=_text(row.get("reason", "")),
             detail=row.get("detail") or {},
         )
         if (event.kind is EventKind.CALIBRATED) is not (name is None) or not isinstance(event.detail, dict):
             raise ValueError(f"not an event of {name or 'the calibrations'}")
+        _text(event.detail.get("digest", ""))
         if (event.alias is None) is (event.kind in _ALIAS_KINDS):
             raise ValueError("alias and kind do not agree")
         return event
@@ -80,10 +89,29 @@ class Event:
 _ALIAS_KINDS = (EventKind.MOVED, EventKind.ROLLED_BACK, EventKind.REMOVED)
 
 
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**53:
-        raise ValueError(f"{value!r} is not a positive whole number")
+def _whole(value: object, highest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= highest:
+        raise ValueError(f"not a whole number from 1 to {highest}")
     return value
+
+
+def _text(value: object) -> str:
+    """Text that every database can hold. Raises ValueError (UnicodeEncodeError, for a lone surrogate, is one)."""
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError("not a text")
+    value.encode()
+    return value
+
+
+def _alias(value: object) -> str:
+    try:
+        return check_alias(_text(value))
+    except InvalidName as error:
+        raise ValueError(error.fact) from error
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
 
 
 @dataclass(slots=True)
@@ -98,9 +126,13 @@ class NameState:
 
 
 def replay(events: Iterable[Event]) -> NameState:
-    """The state of one name after its events, in the order given."""
+    """The state of one name after its events, in the order given.
+
+    What a damaged history says of a version that it never registers is passed over. Lines that were merged from two clones may
+    let an alias name what the other clone retired or purged: it then names nothing.
+    """
     state = NameState()
-    for event in events:
+    for event in without_phantoms(events)[0]:
         match event.kind:
             case EventKind.ADDED | EventKind.ADOPTED:
                 digest = event.detail.get("digest")
@@ -117,7 +149,17 @@ def replay(events: Iterable[Event]) -> NameState:
                 state.aliases.pop(event.alias or "", None)
             case EventKind.CALIBRATED:
                 pass
+    for alias, version in list(state.aliases.items()):
+        if version in state.purged or (alias == PRODUCTION and version in state.retired):
+            del state.aliases[alias]
     return state
+
+
+def without_phantoms(events: Iterable[Event]) -> tuple[list[Event], list[Event]]:
+    """(events of versions that are registered among them; the other events)."""
+    events = list(events)
+    registered = {event.version for event in events if event.kind in (EventKind.ADDED, EventKind.ADOPTED)}
+    return [e for e in events if e.version in registered], [e for e in events if e.version not in registered]
 
 
 def alias_trail(events: Iterable[Event]) -> tuple[list[int], int | None]:

@@ -15,6 +15,7 @@ from adapter_hub.registry.layout import check_file_name
 
 JSON = Any
 MANIFEST_SCHEMA = 1
+NESTING_MAX = 50    # of a fact: Python's own JSON writer gives up some hundreds deep
 SHA256_CHARS = 64
 
 
@@ -153,7 +154,7 @@ class Manifest(VersionFacts):
         """Raises CorruptVersion where the bytes are no manifest or its digest does not cover them; SchemaTooNew."""
         try:
             row = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptVersion(f"{source} is not JSON.", hint="See `adapter-hub verify`.") from error
         manifest = cls.from_json(row, source=source)
         if manifest.purged_at is None and manifest.digest != manifest.computed_digest():
@@ -167,12 +168,19 @@ def _check(holds: bool, key: str, value: object, wanted: str) -> None:
 
 
 def _as_json(key: str, value: object) -> JSON:
+    _check_depth(key, value, NESTING_MAX)
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
         text.encode()
     except (TypeError, ValueError) as error:    # UnicodeEncodeError (a lone surrogate) is a ValueError
         raise InvalidInput(f"{key} is not plain JSON: {error}.", hint="Use texts, finite numbers, lists and mappings.") from error
     return json.loads(text)
+
+
+def _check_depth(key: str, value: object, left: int) -> None:
+    _check(left > 0, key, "a value", f"nested less than {NESTING_MAX} deep")
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        _check_depth(key, item, left - 1)
 
 
 def _plain(value: object) -> object:

@@ -18,7 +18,7 @@ from adapter_hub.refs import check_name
 from adapter_hub.registry import records, schema
 from adapter_hub.registry.artifacts import check_folder, read_regular
 from adapter_hub.registry.catalog import Catalog
-from adapter_hub.registry.events import Event, NameState, replay
+from adapter_hub.registry.events import Event, NameState, replay, without_phantoms
 from adapter_hub.registry.history import read_history
 from adapter_hub.registry.layout import MANIFEST, NUMBER_MAX, Layout, as_number
 from adapter_hub.registry.manifest import Manifest
@@ -52,10 +52,14 @@ def in_memory(layout: Layout) -> Catalog:
 def fill(connection: Connection, layout: Layout) -> None:
     """Fill empty tables from the files."""
     calibrated = _events_of(layout, None)
-    histories = {name: _events_of(layout, name) for name in name_folders(layout)}
+    histories: dict[str, Sequence[Event]] = {name: _events_of(layout, name) for name in name_folders(layout)}
     rows, manifests = [], []
     for name, events in histories.items():
         state = replay(events)
+        histories[name], phantoms = without_phantoms(events)
+        if phantoms:
+            said = ", ".join(sorted({f"{name}@{event.version}" for event in phantoms}))
+            log.warning("%s speaks of %s, which it never registers: skipped", layout.history(name), said)
         rebuilt = [rebuild_version(layout, name, version, state) for version in sorted(state.versions)]
         rows += [values for values, _ in rebuilt]
         manifests += [manifest for _, manifest in rebuilt if manifest is not None]

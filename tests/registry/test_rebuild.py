@@ -95,6 +95,45 @@ def test_a_rebuild_reads_past_a_torn_last_line_and_a_bad_one(sqlite_place, facts
     assert len(history.read_bytes().splitlines()) == 5
 
 
+BAD_LINES = {
+    "an alias that is no text": b'{"seq": 9, "at": "t", "kind": "moved", "version": 1, "alias": ["p"]}',
+    "an alias that is a path": b'{"seq": 9, "at": "t", "kind": "moved", "version": 1, "alias": "../../x y"}',
+    "a version that was never registered": b'{"seq": 9, "at": "t", "kind": "moved", "version": 77, "alias": "production"}',
+    "a number that no database holds": b'{"seq": 9, "at": "t", "kind": "added", "version": 9007199254740992}',
+    "a NUL": b'{"seq": 9, "at": "t", "kind": "retired", "version": 1, "reason": "\\u0000"}',
+    "half a character": b'{"seq": 9, "at": "t", "kind": "added", "version": 2, "detail": {"digest": "\\ud800"}}',
+    "NaN": b'{"seq": 9, "at": "t", "kind": "retired", "version": 1, "detail": {"x": NaN}}',
+    "deep nesting": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
+def test_one_bad_line_is_skipped_and_reported(place, facts, files, line):
+    registry = place.create()
+    registry.add("banking", facts, files("1"))
+    before = everything(registry)
+    with (place.folder / "adapters/banking/history.jsonl").open("ab") as history:
+        history.write(line + b"\n")
+    assert not registry.verify().ok
+    place.forget()
+    registry = place.open()
+    assert everything(registry) == before
+    [problem] = registry.verify().problems
+    assert "history.jsonl" in problem.where
+    with pytest.raises(NotRoutable):
+        registry.rollback("banking")
+
+
+@pytest.mark.parametrize("bad", ["[" * 100_000, '{"schema": 1, "peft": ' + '{"a":' * 400 + "1" + "}" * 401])
+def test_a_manifest_of_bottomless_nesting_is_damage_like_any_other(sqlite_place, facts, files, bad):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files("1"))
+    (sqlite_place.folder / "adapters/banking/1/manifest.json").write_text(bad)
+    assert [problem.where for problem in registry.verify().problems] == ["banking@1"]
+    sqlite_place.forget()
+    assert [problem.where for problem in sqlite_place.open().verify().problems] == ["banking@1"]
+
+
 def test_a_version_whose_folder_is_lost_keeps_its_number(sqlite_place, facts, files):
     registry = sqlite_place.create()
     registry.add("banking", facts, files("1"))
