@@ -10,11 +10,12 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Self
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ReadOnlyRegistry, RegistryError, RegistryExists, StorageFull
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_alias, check_name
@@ -34,7 +35,7 @@ from adapter_hub.registry.catalog import Catalog
 from adapter_hub.registry.config import RegistryConfig, read_config, write_config
 from adapter_hub.registry.events import Event
 from adapter_hub.registry.history import mirror
-from adapter_hub.registry.layout import CARD, IGNORED, MANIFEST, Layout
+from adapter_hub.registry.layout import CARD, HISTORY, IGNORED, MANIFEST, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.rebuild import checked_folder, ensure_schema, in_memory, read_manifest
 from adapter_hub.registry.records import VersionRow
@@ -47,6 +48,15 @@ log = logging.getLogger("adapter_hub")
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", CARD)
 VERIFIED_MAX = 100_000    # versions whose hashing is remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a router is built from, as it stood at one moment."""
+
+    event: int                              # number of the newest event; 0 before the first
+    production: tuple[AdapterRef, ...]      # by name
+    calibration: int | None                 # number of the latest
 
 
 class Registry:
@@ -124,8 +134,9 @@ class Registry:
                     return registry
             except ReadOnlyRegistry:
                 log.info("%s cannot be read without writing beside it: rebuilt in memory", layout.catalog)
+        seen = _look_at_files(layout)    # before they are read: what is written meanwhile is read again
         registry = cls(layout, in_memory(layout), config)
-        registry._seen_files = registry._look_at_files()
+        registry._seen_files = seen
         return registry
 
     def _start(self) -> None:
@@ -206,7 +217,7 @@ class Registry:
     def resolve(self, ref: str | AdapterRef) -> AdapterRef:
         """One immutable version. Raises AdapterNotFound; NotRoutable for a purged version, or a name without production."""
         parsed = AdapterRef.parse(ref)
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             found = AdapterRef(parsed.name, records.version_of(connection, parsed))
             records.check_usable(connection, found, retired=True)
         return found
@@ -214,70 +225,74 @@ class Registry:
     def manifest(self, ref: str | AdapterRef) -> Manifest:
         """The facts of a version; of a purged one its tombstone. Raises AdapterNotFound, NotRoutable (no production)."""
         parsed = AdapterRef.parse(ref)
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             row = records.row_of(connection, parsed.name, records.version_of(connection, parsed))
             if row is None:
                 raise RegistryError(f"{parsed} names a version that is not registered.", hint="See `adapter-hub verify`.")
             return records.manifest_of(row)
 
     def names(self) -> list[str]:
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             return records.names(connection)
 
     def versions(
         self, name: str | None = None, *, base: str | None = None, tag: str | None = None, task_type: str | None = None
     ) -> list[VersionRow]:
         """By name, then version. `base` is an id or a fingerprint. Raises AdapterNotFound for an unknown name."""
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             if name is not None:
                 records.check_name_known(connection, check_name(name))
             return records.list_rows(connection, name, base, tag, task_type)
 
     def production(self) -> list[AdapterRef]:
         """What is routed, by name."""
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             return records.production(connection)
 
     def aliases(self, name: str) -> dict[str, int]:
         """alias -> version. Raises AdapterNotFound."""
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             records.check_name_known(connection, check_name(name))
             return dict(sorted(records.aliases_of(connection, name).items()))
 
     def history(self, name: str) -> list[Event]:
         """What happened to a name, oldest first. Raises AdapterNotFound."""
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             records.check_name_known(connection, check_name(name))
             return records.select_events(connection, name=name)
 
     def events(self, after: int = 0) -> list[Event]:
         """Everything that happened after event number `after`, in order; who follows these misses none."""
-        self._refresh()
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             return records.select_events(connection, after=after)
 
     def last_event(self) -> int:
         """Number of the newest event; 0 before the first."""
+        with self._reading() as connection:
+            return records.last_seq(connection)
+
+    def snapshot(self) -> Standing:
+        """Last event, what is in production and the latest calibration, all of one moment."""
+        with self._reading() as connection:
+            event, refs = records.last_seq(connection), records.production(connection)
+            return Standing(event, tuple(refs), max(records.live_calibrations(connection), default=None))
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        """One consistent view of what is committed now, also of a folder that another process writes."""
         self._refresh()
         with self._catalog.reading() as connection:
-            return records.last_seq(connection)
+            yield connection
 
     def _refresh(self) -> None:
         """Read a read-only folder again where another process has written to it."""
         if self._seen_files is None:
             return
         with self._refreshing:
-            found = self._look_at_files()
+            found = _look_at_files(self.layout)
             if found != self._seen_files:
                 self._catalog = in_memory(self.layout)
                 self._seen_files = found
-
-    def _look_at_files(self) -> object:
-        try:
-            folders = [self.layout.calibrations, *(Path(entry.path) for entry in os.scandir(self.layout.adapters))]
-        except FileNotFoundError:
-            return ()
-        return tuple(sorted(_seen(folder / "history.jsonl") for folder in folders))
 
     # ---- read -------------------------------------------------------------------------------------------------------
 
@@ -416,7 +431,7 @@ class Registry:
 
     def calibration(self, number: int) -> bytes:
         """A calibration record, its sha256 checked. Raises InvalidInput where there is none, CorruptVersion."""
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             known = records.live_calibrations(connection)
         if number not in known:
             raise InvalidInput(f"there is no calibration {number!r}.", hint=f"Known: {', '.join(map(str, known)) or 'none'}.")
@@ -424,7 +439,7 @@ class Registry:
             return read_checked(self.layout.calibration(number), known[number])
 
     def latest_calibration(self) -> int | None:
-        with self._catalog.reading() as connection:
+        with self._reading() as connection:
             return max(records.live_calibrations(connection), default=None)
 
     # ---- keep it sound ----------------------------------------------------------------------------------------------
@@ -432,9 +447,10 @@ class Registry:
     def verify(self, ref: str | AdapterRef | None = None) -> VerifyReport:
         """Hash everything, or one version, and compare catalogue, folders and histories. Never raises for damage."""
         found = None
+        self._refresh()
         if ref is not None:
             parsed = AdapterRef.parse(ref)
-            with self._catalog.reading() as connection:
+            with self._reading() as connection:
                 found = AdapterRef(parsed.name, records.version_of(connection, parsed))
         return verify(self._catalog, self.layout, found)
 
@@ -452,6 +468,14 @@ class Registry:
         report = adopt(self._catalog, self.layout, self.config)
         self._reconcile()
         return report
+
+
+def _look_at_files(layout: Layout) -> object:
+    try:
+        folders = [layout.calibrations, *(Path(entry.path) for entry in os.scandir(layout.adapters))]
+    except FileNotFoundError:
+        return ()
+    return tuple(sorted(_seen(folder / HISTORY) for folder in folders))
 
 
 def _seen(path: Path) -> tuple[str, int, int]:

@@ -132,6 +132,32 @@ def test_who_follows_the_events_misses_none(place, facts, files):
     assert seen == list(range(1, 33))
 
 
+def test_a_snapshot_is_of_one_moment(place, facts, files):
+    """Event, production and calibration belong together, however fast another writes."""
+    registry, reader = place.create(), place.open()
+    ref = registry.add("banking", facts, files())
+    done = threading.Event()
+
+    def write() -> None:
+        for word in range(8):
+            registry.add("banking", facts, files(str(word)))
+            registry.add_calibration(b"metric", [ref], "why")
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = []
+    while not done.is_set():
+        seen.append(reader.snapshot())
+    writer.join()
+    events = registry.events()
+    for standing in seen:
+        past = events[: standing.event]
+        version = next(event.version for event in reversed(past) if event.alias == "production")
+        number = max((event.version for event in past if event.name is None), default=None)
+        assert (standing.production, standing.calibration) == ((AdapterRef("banking", version),), number)
+
+
 def test_whether_a_broken_commit_took_effect_is_known_only_when_the_server_is_done_with_it(place, facts, files):
     registry, server = place.create(), place.open()
     ref = registry.add("banking", facts, files())

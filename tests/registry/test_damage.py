@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from adapter_hub.errors import CorruptVersion, ReadOnlyRegistry, RegistryError, StorageFull
+from adapter_hub.errors import CorruptVersion, NotRoutable, ReadOnlyRegistry, RegistryError, StorageFull
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.config import RegistryConfig
-from adapter_hub.registry.registry import Registry
+from adapter_hub.registry.registry import Registry, Standing
 
 NOBODY = 65534
 NOT_ALLOWED = 77    # exit code of a child that may not do what the test needs
@@ -101,7 +101,7 @@ def test_a_file_that_was_changed_in_place_is_noticed_though_its_times_were_set_b
     times = path.stat()
     path.write_bytes(b"x" * times.st_size)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(CorruptVersion, match="adapter_model.safetensors has sha256"):
+    with pytest.raises(CorruptVersion, match=r"adapter_model\.safetensors has sha256"):
         registry.open_version("banking@1")
 
 
@@ -310,7 +310,13 @@ def test_a_reader_without_a_catalogue_follows_what_the_owner_writes(sqlite_place
         assert reader.last_event() == 2
         os.write(to_parent[1], b"read")
         os.read(to_child[0], 1)
-        assert reader.last_event() == 4 and reader.resolve("banking").version == 2
+        for read in (lambda: reader.resolve("banking"), lambda: reader.production()[0], lambda: reader.snapshot().production[0]):
+            assert read() == AdapterRef("banking", 2)
+        os.write(to_parent[1], b"read")
+        os.read(to_child[0], 1)
+        with pytest.raises(NotRoutable, match="banking@1 was purged"):    # the first thing it asks after the purge
+            reader.open_version("banking@1")
+        assert reader.verify().ok and reader.snapshot() == Standing(event=5, production=(AdapterRef("banking", 2),), calibration=None)
 
     child = os.fork()
     if child == 0:
@@ -322,6 +328,9 @@ def test_a_reader_without_a_catalogue_follows_what_the_owner_writes(sqlite_place
             os._exit(status)
     os.read(to_parent[0], 4)
     sqlite_place.open().add("banking", facts, files("2"))
+    os.write(to_child[1], b"x")
+    os.read(to_parent[0], 4)
+    sqlite_place.open().purge("banking@1")
     os.write(to_child[1], b"x")
     assert os.waitpid(child, 0)[1] == 0
 

@@ -227,7 +227,8 @@ def test_a_file_name_that_could_leave_the_version_is_refused(sqlite_place, facts
 def test_facts_that_json_cannot_hold_are_refused():
     endless: dict[str, object] = {}
     endless["again"] = endless
-    for changes in ({"metrics": {"loss": float("nan")}}, {"peft": {"target_modules": {"q"}}}, {"description": "\ud800"}, {"labels": "abc"}, {"peft": endless}):
+    not_json = ({"metrics": {"loss": float("nan")}}, {"peft": {"target_modules": {"q"}}}, {"peft": endless})
+    for changes in (*not_json, {"description": "\ud800"}, {"labels": "abc"}):
         with pytest.raises(InvalidInput):
             VersionFacts(**{"base_model": "b", "base_fingerprint": "f", "peft": {}} | changes)
 
