@@ -118,11 +118,13 @@ class Hub:
         base_model: str | Path = DEFAULT_MODEL,
         encoder: str | Path | None = None,
         max_tokens: int | None = None,
+        database: str | None = None,
         device: str = "cpu",
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
         `encoder` is a sentence-transformers id or folder, or "hash" for one without a model; by default the default model.
+        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise.
         Raises RegistryExists, ModelNotFound.
         """
         base = FrozenBase.load(_absolute(base_model), max_tokens=max_tokens, device=device)
@@ -134,7 +136,7 @@ class Hub:
             encoder_fingerprint=router_encoder.fingerprint,
             max_tokens=base.max_tokens,
         )
-        hub = cls(Registry.create(path, config=config), device=device)
+        hub = cls(Registry.create(path, config=config, database=database), device=device)
         hub._base, hub._encoder = base, router_encoder
         return hub
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from adapter_hub.errors import (
     WrongBase,
 )
 from adapter_hub.hub import Hub
+from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.decision import Reason
 from adapter_hub.testing import load_peft, make_adapter, tiny_model
+from tests.soak.registry_kill import database_schema
 
 COLOURS = [{"text": f"paint the {thing} {colour}", "label": colour} for thing in ("wall", "door", "car", "fence") for colour in ("red", "blue")]
 ANIMALS = [{"text": f"the {animal} {does}", "label": animal} for animal in ("dog", "cat") for does in ("runs", "sleeps", "eats its food", "is old")]
@@ -291,6 +294,18 @@ def test_a_bad_argument_is_named_and_nothing_stored_changes(filled: Hub, call, e
 def test_a_head_without_names_is_refused(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(LabelsRequired, match="2 outputs without names"):
         hub.register("x", make_adapter(hub.base, tmp_path / "x"))
+
+
+def test_a_hub_may_keep_its_catalogue_in_a_database(bert: Path, tmp_path: Path) -> None:
+    server = os.environ.get("ADAPTER_HUB_TEST_POSTGRES")
+    if not server:
+        pytest.skip("ADAPTER_HUB_TEST_POSTGRES names no PostgreSQL server")
+    with database_schema(server) as url:
+        with Hub.create(tmp_path / "registry", base_model=bert, encoder="hash", database=url) as hub:
+            hub.register("colours", make_adapter(hub.base, tmp_path / "c"), COLOURS, labels=["red", "blue"])
+        with Hub.open(str(url), artifacts=tmp_path / "registry") as hub:
+            assert hub.predict(["paint the wall red"], max_false_reject=0)[0].adapter == AdapterRef("colours", 1)
+    assert not (tmp_path / "registry/catalog.sqlite").exists()
 
 
 def test_creating_over_a_registry_is_refused(hub: Hub, bert: Path, tmp_path: Path) -> None:

@@ -127,13 +127,15 @@ def init(
     base_model: Annotated[str, typer.Option(help="Hub id or folder of the frozen base model; by default all-MiniLM-L6-v2.")] = "",
     encoder: Annotated[str, typer.Option(help='Hub id or folder of the text encoder, or "hash"; by default all-MiniLM-L6-v2.')] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Longest input; by default the base model's.", min=1)] = None,
+    database: Annotated[str, typer.Option(help="PostgreSQL URL for the catalogue; by default it is a file in PATH.")] = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Make a registry for one base model and one encoder."""
     from adapter_hub.hub import Hub
 
     chosen = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
-    hub = Hub.create(path or registry, max_tokens=max_tokens, device=ctx.find_root().obj["device"], **chosen)
+    device = ctx.find_root().obj["device"]
+    hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, device=device, **chosen)
     made = {"registry": path or registry, "base_model": hub.config.base_model, "base_fingerprint": hub.config.base_fingerprint}
     emit(made | {"encoder": hub.config.encoder, "max_tokens": hub.config.max_tokens}, as_json, facts)
 

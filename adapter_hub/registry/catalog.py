@@ -10,20 +10,23 @@ import resource
 import sqlite3
 import threading
 import urllib.parse
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, insert, inspect, make_url, select
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, insert, inspect, make_url, select, update
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from adapter_hub.errors import InvalidInput, ReadOnlyRegistry, RegistryError, SchemaTooNew, StorageFull
+from adapter_hub.errors import CorruptVersion, InvalidInput, ReadOnlyRegistry, RegistryError, SchemaTooNew, StorageFull
 from adapter_hub.registry import schema
+from adapter_hub.registry.artifacts import read_regular, write_atomic
 
 BUSY_TIMEOUT_S = 60
 UNCHANGED = "Nothing stored was changed."
+IN_THE_FOLDER = "catalog.sqlite"
 # One lock for all writers of a database schema. With it event numbers become visible in their order.
 _POSTGRES_TURN = (
     f"SET LOCAL lock_timeout = '{BUSY_TIMEOUT_S}s'; SELECT pg_advisory_xact_lock(hashtextextended('adapter_hub ' || current_schema(), 0))"
@@ -41,6 +44,8 @@ class Catalog:
         self._identity: tuple[int, int] | None = None
         self._is_sqlite = engine.dialect.name == "sqlite"
         self.shared = not self._is_sqlite   # a server's, not a file of the registry folder
+        self.claim: Path | None = None      # `.catalogue` of the folder, once it names this catalogue
+        self._id = ""
         # SQLite: one transaction at a time in this process, so that `fork` can wait until no connection is open.
         self._gate = threading.RLock()
         with _fork_turn:
@@ -123,6 +128,8 @@ class Catalog:
             with connection.begin():
                 if not self._is_sqlite:
                     connection.exec_driver_sql(_POSTGRES_TURN + ("" if durable else "; SET LOCAL synchronous_commit = off"))
+                if self.claim is not None:
+                    self._check_claim(self.claim)
                 yield connection
 
     def _turn(self) -> AbstractContextManager[Any]:
@@ -174,26 +181,60 @@ class Catalog:
     # ---- schema -----------------------------------------------------------------------------------------------------
 
     def schema_found(self) -> bool:
-        """Whether the tables are there. Raises SchemaTooNew."""
+        """Whether the tables are there, as this adapter_hub makes them. Raises SchemaTooNew."""
         with self.reading() as connection:
-            return self._check_schema(connection)
+            return self._schema_version(connection) == schema.SCHEMA_VERSION
 
     def make_schema(self, connection: Connection) -> bool:
-        """Make the tables; False where another process made them meanwhile. Raises SchemaTooNew."""
-        if self._check_schema(connection):
-            return False
-        schema.metadata.create_all(connection)
-        connection.execute(insert(schema.schema_version).values(version=schema.SCHEMA_VERSION))
-        return True
+        """Make the tables, or bring them up to date; False where they were there before. Raises SchemaTooNew."""
+        found = self._schema_version(connection)
+        table = schema.schema_version
+        if found is None:
+            schema.metadata.create_all(connection)
+            connection.execute(insert(table).values(version=schema.SCHEMA_VERSION, catalogue=uuid.uuid4().hex))
+        elif found == 1:
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN catalogue TEXT")
+            connection.execute(update(table).values(version=schema.SCHEMA_VERSION, catalogue=uuid.uuid4().hex))
+        return found is None
 
-    def _check_schema(self, connection: Connection) -> bool:
+    def _schema_version(self, connection: Connection) -> int | None:
         if not inspect(connection).has_table(schema.schema_version.name):
-            return False
+            return None
         found = connection.execute(select(schema.schema_version.c.version)).scalar()
         if found is not None and found > schema.SCHEMA_VERSION:
             known = f"this adapter_hub knows up to {schema.SCHEMA_VERSION}"
             raise SchemaTooNew(f"{self.shown} has schema {found}; {known}.", hint="Upgrade adapter_hub.")
-        return found is not None
+        return found
+
+    # ---- one folder, one catalogue ----------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """The id of this catalogue; empty before its tables are made."""
+        if not self._id and self.schema_found():
+            with self.reading() as connection:
+                self._id = connection.execute(select(schema.schema_version.c.catalogue)).scalar() or ""
+        return self._id
+
+    def check_may_claim(self, claim: Path) -> None:
+        """Raises RegistryError where `.catalogue` names another one. The folder's own file may be lost, and is made again."""
+        if not os.path.lexists(claim):
+            return
+        id, place = _read_claim(claim)
+        if place != IN_THE_FOLDER and not (self.shared and id == self.id):
+            hint = f"Open its URL with artifacts={str(claim.parent)!r}; to leave that database, delete {claim}."
+            raise RegistryError(f"the catalogue of {claim.parent} is in {place}.", hint=hint)
+
+    def take_claim(self, claim: Path, staging: Path) -> None:
+        """Let `.catalogue` name this catalogue: who has another one of this folder open writes to that no more."""
+        place = self.shown if self.shared else IN_THE_FOLDER
+        if not os.path.lexists(claim) or _read_claim(claim) != (self.id, place):
+            write_atomic(claim, f"{self.id}\n{place}\n".encode(), staging)
+        self.claim = claim
+
+    def _check_claim(self, claim: Path) -> None:
+        if not os.path.lexists(claim) or _read_claim(claim)[0] != self._id:
+            raise RegistryError(f"{self.shown} is not the catalogue of {claim.parent} any more.", hint=f"Open the registry again. {UNCHANGED}")
 
     # ---- fork -------------------------------------------------------------------------------------------------------
 
@@ -225,6 +266,15 @@ def _use_explicit_transactions(engine: Engine) -> None:
         if options.get("hub_immediate"):
             connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if options['hub_durable'] else 'NORMAL'}")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("hub_immediate") else "BEGIN")
+
+
+def _read_claim(claim: Path) -> tuple[str, str]:
+    """(id, place) that a `.catalogue` names. Raises RegistryError where it is no file, e.g. a link."""
+    try:
+        id, _, place = read_regular(claim).decode("utf-8", "replace").partition("\n")
+    except CorruptVersion as error:
+        raise RegistryError(error.fact, hint=f"Delete {claim}: it is written again.") from error
+    return id, place.strip() or id
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -38,8 +38,8 @@ class Layout:
         return self.root / "catalog.sqlite"
 
     @property
-    def elsewhere(self) -> Path:
-        """Says that a database server holds the catalogue of this folder."""
+    def claim(self) -> Path:
+        """Says which catalogue is the one of this folder: its id, then where it is."""
         return self.root / ".catalogue"
 
     @property

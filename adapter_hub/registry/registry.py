@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from adapter_hub.registry.artifacts import (
     signature,
     storage_errors,
     sync_folder,
-    write_atomic,
 )
 from adapter_hub.registry.catalog import Catalog
 from adapter_hub.registry.config import RegistryConfig, read_config, write_config
@@ -76,6 +75,10 @@ class Registry:
     def create(cls, path: str | Path, *, config: RegistryConfig, database: str | None = None) -> Self:
         """Make a registry folder; `database` is a PostgreSQL URL for its catalogue. Raises RegistryExists, storage errors."""
         layout = Layout(Path(path).expanduser())
+        if database is not None:
+            with closing(Catalog.postgres(database)) as catalog:
+                if catalog.schema_found():
+                    raise RegistryExists(f"{catalog.shown} holds a catalogue already.", hint="Open it, or name an empty database or schema.")
         with storage_errors(layout.root):
             layout.root.mkdir(parents=True, exist_ok=True)
             try:
@@ -106,20 +109,22 @@ class Registry:
         config = read_config(layout.config)
         if url is None:
             return cls._open_folder(layout, config)
-        registry = cls(layout, Catalog.postgres(url), config)
-        registry._start()
+        return cls._started(layout, Catalog.postgres(url), config)
+
+    @classmethod
+    def _started(cls, layout: Layout, catalog: Catalog, config: RegistryConfig) -> Self:
+        registry = cls(layout, catalog, config)
+        try:
+            registry._start()
+        except BaseException:
+            registry.close()
+            raise
         return registry
 
     @classmethod
     def _open_folder(cls, layout: Layout, config: RegistryConfig) -> Self:
-        if os.path.lexists(layout.elsewhere):
-            held = layout.elsewhere.read_text(encoding="utf-8").strip()
-            hint = f"Open its URL with artifacts={str(layout.root)!r}; to leave that database, delete {layout.elsewhere}."
-            raise RegistryError(f"the catalogue of {layout.root} is in {held}.", hint=hint)
         try:
-            registry = cls(layout, Catalog.sqlite(layout.catalog), config)
-            registry._start()
-            return registry
+            return cls._started(layout, Catalog.sqlite(layout.catalog), config)
         except (ReadOnlyRegistry, StorageFull) as error:
             log.info("%s Opened for reading.", error)
         return cls._open_read_only(layout, config)
@@ -149,15 +154,22 @@ class Registry:
                     if not shared and not self.layout.catalog.exists():
                         for left in ("-wal", "-shm"):     # of a catalogue that was deleted
                             self.layout.catalog.with_name(self.layout.catalog.name + left).unlink(missing_ok=True)
+                    self._check_one_catalogue()
                     ensure_schema(self._catalog, self.layout)
-                    if shared and not self.layout.elsewhere.exists():
-                        write_atomic(self.layout.elsewhere, f"{self._catalog.shown}\n".encode(), self.layout.staging)
+                    self._catalog.take_claim(self.layout.claim, self.layout.staging)
             self._reconcile()
         except (ReadOnlyRegistry, StorageFull):
+            self._check_one_catalogue()
             if not shared or not self._catalog.schema_found():
-                self._catalog.close()
                 raise
             self._catalog.writable = False    # a server that may read the files of a shared catalogue, no more
+
+    def _check_one_catalogue(self) -> None:
+        """Raises RegistryError where another catalogue is the one of this folder."""
+        if self._catalog.shared and self.layout.catalog.exists():
+            hint = f"To move it, close what has it open, delete {self.layout.catalog} and open the database again: it is filled from the files."
+            raise RegistryError(f"the catalogue of {self.layout.root} is in {self.layout.catalog.name}.", hint=hint)
+        self._catalog.check_may_claim(self.layout.claim)
 
     def _reconcile(self) -> None:
         """Write missing history lines, erase what was purged."""

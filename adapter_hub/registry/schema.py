@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, Table, Text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2    # 1 had no id of the catalogue
 
 
 class VersionState(StrEnum):
@@ -20,7 +20,12 @@ class VersionState(StrEnum):
 metadata = MetaData()
 
 # Prefixed, because a team's database may hold other tables.
-schema_version = Table("hub_schema", metadata, Column("version", Integer, nullable=False))
+schema_version = Table(
+    "hub_schema",
+    metadata,
+    Column("version", Integer, nullable=False),
+    Column("catalogue", Text),    # a random id: a folder's `.catalogue` says which catalogue is its own
+)
 
 versions = Table(
     "hub_versions",

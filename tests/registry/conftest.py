@@ -48,6 +48,7 @@ class Place:
             (self.folder / "catalog.sqlite").unlink()
         else:
             drop_tables(self.url)
+            (self.folder / ".catalogue").unlink()    # it says that those tables are the only ones
 
     def run(self, statement: str) -> None:
         """Write to the catalogue behind the registry's back."""

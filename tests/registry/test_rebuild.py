@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 
-from adapter_hub.errors import CorruptVersion, NotRoutable, SchemaTooNew
+from adapter_hub.errors import CorruptVersion, NotRoutable, RegistryError, SchemaTooNew
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry
+from tests.registry.conftest import Place
 
 
 def everything(registry: Registry) -> dict[str, object]:
@@ -55,7 +57,58 @@ def test_a_catalogue_moves_to_a_server_with_everything_in_it(sqlite_place, postg
     before = everything(registry)
     sqlite_place.close()
     sqlite_place.url = postgres_schema()
+    with pytest.raises(RegistryError, match=r"is in catalog\.sqlite\. To move it, close what has it open, delete .*catalog\.sqlite"):
+        sqlite_place.open()
+    holder = Registry.open(sqlite_place.folder)
+    (sqlite_place.folder / "catalog.sqlite").unlink()
     assert everything(sqlite_place.open()) == before
+    with pytest.raises(RegistryError, match="was removed or replaced"):
+        holder.add("banking", facts, files("late"))
+    holder.close()
+    with pytest.raises(RegistryError, match=r"the catalogue of .* is in database"):
+        Registry.open(sqlite_place.folder)
+    assert not (sqlite_place.folder / "catalog.sqlite").exists()
+    sqlite_place.open().add("banking", facts, files("on"))
+
+
+def test_a_folder_has_one_catalogue_at_a_time(postgres_schema, tmp_path, facts, files):
+    """A second one would give out the same numbers and move the same aliases."""
+    first, second = Place(tmp_path / "registry", postgres_schema()), Place(tmp_path / "registry", postgres_schema())
+    registry = first.create()
+    registry.add("banking", facts, files("1"))
+    with pytest.raises(RegistryError, match=r"the catalogue of .* is in database"):
+        second.open()
+    (first.folder / ".catalogue").unlink()    # as the error says
+    assert second.open().add("banking", facts, files("2")).version == 2
+    for write in (partial(registry.add, "banking", facts, files("3")), partial(registry.promote, "banking@1"), partial(registry.purge, "banking@1")):
+        with pytest.raises(RegistryError, match=r"is not the catalogue of .* any more\. Open the registry again"):
+            write()
+    with pytest.raises(RegistryError, match=r"the catalogue of .* is in database"):
+        first.open()
+    assert second.open().verify().problems == () and second.open().verify().unregistered == ()
+    first.close()
+    second.close()
+
+
+def test_a_link_is_not_read_to_say_where_the_catalogue_is(place, tmp_path):
+    place.create()
+    place.close()
+    (tmp_path / "secret").write_text("nobody's business\n" * 2)
+    (place.folder / ".catalogue").unlink()
+    (place.folder / ".catalogue").symlink_to(tmp_path / "secret")
+    with pytest.raises(RegistryError, match=r"\.catalogue is a symbolic link\. Delete") as caught:
+        place.open()
+    assert "business" not in str(caught.value)
+
+
+def test_a_catalogue_of_the_schema_before_is_brought_up_to_date(place, facts, files):
+    place.create().add("banking", facts, files())
+    place.close()
+    place.run("ALTER TABLE hub_schema DROP COLUMN catalogue")
+    place.run("UPDATE hub_schema SET version = 1")
+    (place.folder / ".catalogue").unlink()
+    registry = place.open()
+    assert registry.add("banking", facts, files()).version == 2 and registry.verify().ok
 
 
 def test_a_torn_last_line_is_written_again(place, facts, files):
@@ -261,10 +314,10 @@ def test_a_catalogue_of_a_newer_schema_is_refused_and_left_alone(place, facts, f
     place.run("UPDATE hub_schema SET version = 99")
     place.close()
     before = tree(place.folder)
-    with pytest.raises(SchemaTooNew, match=r"has schema 99; this adapter_hub knows up to 1\. Upgrade adapter_hub\."):
+    with pytest.raises(SchemaTooNew, match=r"has schema 99; this adapter_hub knows up to 2\. Upgrade adapter_hub\."):
         place.open()
     assert tree(place.folder) == before
-    place.run("UPDATE hub_schema SET version = 1")
+    place.run("UPDATE hub_schema SET version = 2")
     assert place.open().verify().ok
 
 

@@ -280,6 +280,9 @@ def test_create_refuses_a_registry_and_open_refuses_what_is_none(place, tmp_path
     place.create()
     with pytest.raises(RegistryExists):
         Registry.create(place.folder, config=RegistryConfig("tiny", "hash", 8))
+    if place.url:
+        with pytest.raises(RegistryExists, match="holds a catalogue already"):
+            Registry.create(tmp_path / "another", config=RegistryConfig("tiny", "hash", 8), database=place.url)
     for nothing in (tmp_path / "nothing", Path(__file__)):
         with pytest.raises(RegistryNotFound, match="there is no registry at"):
             Registry.open(nothing)
@@ -295,6 +298,7 @@ def test_a_folder_whose_catalogue_is_on_a_server_is_not_opened_without_it(postgr
 
 def test_a_database_that_is_none_is_refused_with_a_reason(sqlite_place):
     sqlite_place.create()
+    sqlite_place.forget()
     cases = {
         "mysql://host/db": (InvalidInput, "cannot be kept in mysql"),
         "://": (InvalidInput, "not one"),
@@ -303,5 +307,9 @@ def test_a_database_that_is_none_is_refused_with_a_reason(sqlite_place):
     for url, (error, message) in cases.items():
         with pytest.raises(error, match=message):
             Registry.open(url, artifacts=sqlite_place.folder)
+        with pytest.raises(error, match=message):
+            Registry.create(sqlite_place.folder / "another", config=sqlite_place.open().config, database=url)
+        assert not (sqlite_place.folder / "another").exists()
+        sqlite_place.forget()
     with pytest.raises(InvalidInput, match="does not say where the files are"):
         Registry.open("postgresql://127.0.0.1/db")
