@@ -25,6 +25,7 @@ class EventKind(StrEnum):
     RETIRED = "retired"            # the version is kept, and never routed
     PURGED = "purged"              # the version's data were erased
     CALIBRATED = "calibrated"      # a calibration was stored; `version` is its number
+    ERASED = "erased"              # that calibration was erased, because it was computed from what was purged
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,12 @@ class Event:
             reason=_text(row.get("reason", "")),
             detail=row.get("detail") or {},
         )
-        if (event.kind is EventKind.CALIBRATED) is not (name is None) or not isinstance(event.detail, dict):
+        if (event.kind in _CALIBRATION_KINDS) is not (name is None) or not isinstance(event.detail, dict):
             raise ValueError(f"not an event of {name or 'the calibrations'}")
-        _text(event.detail.get("digest", ""))
+        if not _text(event.detail.get("digest", "")) and name is None:
+            raise ValueError("a calibration without a digest")
+        if not isinstance(event.detail.get("members", []), list):
+            raise ValueError("members are not a list")
         if (event.alias is None) is (event.kind in _ALIAS_KINDS):
             raise ValueError("alias and kind do not agree")
         return event
@@ -86,6 +90,7 @@ class Event:
         return json.dumps(row, sort_keys=True)
 
 
+_CALIBRATION_KINDS = (EventKind.CALIBRATED, EventKind.ERASED)
 _ALIAS_KINDS = (EventKind.MOVED, EventKind.ROLLED_BACK, EventKind.REMOVED)
 
 
@@ -147,7 +152,7 @@ def replay(events: Iterable[Event]) -> NameState:
                 state.aliases[event.alias or ""] = event.version
             case EventKind.REMOVED:
                 state.aliases.pop(event.alias or "", None)
-            case EventKind.CALIBRATED:
+            case EventKind.CALIBRATED | EventKind.ERASED:
                 pass
     for alias, version in list(state.aliases.items()):
         if version in state.purged or (alias == PRODUCTION and version in state.retired):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqlalchemy import Connection
+
 from adapter_hub.errors import CorruptVersion
 from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import locked, make_folder, read_regular, storage_errors, sync_folder
@@ -53,12 +55,24 @@ def mirror(catalog: Catalog, layout: Layout, name: str | None) -> None:
     """Write the lines that the history of `name` still lacks, durably. Raises RegistryError."""
     with storage_errors(layout.root), locked(layout.lock("history")):
         with catalog.reading() as connection:
-            missing = records.select_events(connection, name=name, mirrored=False, calibrations=name is None)
+            missing = _missing(connection, name)
         if not missing:
             return
         append(layout.history(name), missing)
         with catalog.writing(durable=False) as connection:    # if this is lost, the lines are found in the file
             records.mark_mirrored(connection, missing)
+
+
+def mirror_within(connection: Connection, layout: Layout, name: str | None) -> None:
+    """The same in a writing transaction of the caller, who holds the lock of the histories. Raises CorruptVersion, OSError."""
+    missing = _missing(connection, name)
+    if missing:
+        append(layout.history(name), missing)
+        records.mark_mirrored(connection, missing)
+
+
+def _missing(connection: Connection, name: str | None) -> list[Event]:
+    return records.select_events(connection, name=name, mirrored=False, calibrations=name is None)
 
 
 def append(path: Path, events: Sequence[Event]) -> None:

@@ -12,6 +12,8 @@ from adapter_hub.refs import check_name
 MANIFEST = "manifest.json"
 CARD = "README.md"
 HISTORY = "history.jsonl"
+PEFT_CONFIG = "adapter_config.json"
+DATA_FILES = ("adapter_model.safetensors", "routing.safetensors")    # what a version learned: its weights, its exemplars' vectors
 IGNORED = ("catalog.sqlite", "catalog.sqlite-*", ".catalogue", "index/", ".staging/")    # derived, or of this machine
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)

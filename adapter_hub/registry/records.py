@@ -84,6 +84,13 @@ def known_rows(connection: Connection, ref: AdapterRef | None = None) -> list[Ro
     return sorted(connection.execute(query).mappings(), key=lambda row: (row["name"], row["version"]))
 
 
+def rows_of(connection: Connection, name: str) -> dict[int, RowMapping]:
+    """version -> row, of every version of a name that was registered."""
+    v = schema.versions.c
+    query = select(schema.versions).where(v.name == name, v.state != VersionState.RESERVED).order_by(v.version)
+    return {row["version"]: row for row in connection.execute(query).mappings()}
+
+
 def version_of(connection: Connection, ref: AdapterRef) -> int:
     """The version that a reference names, in whatever state it is. Raises AdapterNotFound, NotRoutable (no production)."""
     if ref.version is not None:
@@ -358,9 +365,22 @@ def reserve_calibration(connection: Connection, taken: int) -> int:
     return number
 
 
+def store_calibration(connection: Connection, number: int, state: VersionState, sha256: str) -> None:
+    """Make the row of a calibration this, whatever it was before."""
+    connection.execute(delete(schema.calibrations).where(schema.calibrations.c.number == number))
+    connection.execute(insert(schema.calibrations).values(number=number, state=state, sha256=sha256))
+
+
 def commit_calibration(connection: Connection, number: int, sha256: str) -> None:
     c = schema.calibrations.c
     connection.execute(update(schema.calibrations).where(c.number == number).values(state=VersionState.LIVE, sha256=sha256))
+
+
+def calibrations_of(connection: Connection, ref: AdapterRef) -> list[int]:
+    """Numbers of the live records that were computed from this version among others."""
+    live = live_calibrations(connection)
+    events = [event for event in select_events(connection, calibrations=True) if event.detail.get("digest") == live.get(event.version)]
+    return sorted({event.version for event in events if str(ref) in event.detail.get("members", ())})
 
 
 def live_calibrations(connection: Connection) -> dict[int, str]:

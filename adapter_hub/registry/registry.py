@@ -20,6 +20,7 @@ from sqlalchemy import Connection, select
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ReadOnlyRegistry, RegistryError, RegistryExists, StorageFull
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_alias, check_name
 from adapter_hub.registry import moves, records, schema
+from adapter_hub.registry.adopt import AdoptReport, Check, adopt
 from adapter_hub.registry.artifacts import (
     Signature,
     check_file,
@@ -40,7 +41,7 @@ from adapter_hub.registry.rebuild import checked_folder, ensure_schema, in_memor
 from adapter_hub.registry.records import VersionRow
 from adapter_hub.registry.registration import add_calibration, add_version, now
 from adapter_hub.registry.schema import VersionState
-from adapter_hub.registry.upkeep import AGE_MAX_S, AdoptReport, GcReport, adopt, collect_garbage
+from adapter_hub.registry.upkeep import AGE_MAX_S, GcReport, collect_garbage
 from adapter_hub.registry.verify import VerifyReport, check_same_manifest, verify
 
 log = logging.getLogger("adapter_hub")
@@ -454,6 +455,12 @@ class Registry:
         with self._reading() as connection:
             return max(records.live_calibrations(connection), default=None)
 
+    def calibrations_of(self, ref: str | AdapterRef) -> list[int]:
+        """Numbers of the live calibrations that a version, purged or not, is a member of. Raises AdapterNotFound."""
+        parsed = AdapterRef.parse(ref)
+        with self._reading() as connection:
+            return records.calibrations_of(connection, AdapterRef(parsed.name, records.version_of(connection, parsed)))
+
     # ---- keep it sound ----------------------------------------------------------------------------------------------
 
     def verify(self, ref: str | AdapterRef | None = None) -> VerifyReport:
@@ -471,13 +478,14 @@ class Registry:
         self._check_writable()
         return collect_garbage(self.layout, age_max_s)
 
-    def adopt(self) -> AdoptReport:
+    def adopt(self, check: Check | None = None) -> AdoptReport:
         """Take in whole version folders that came by git or copy, with the history lines that came along.
 
-        Raises ReadOnlyRegistry. Conflicts and folders that are not whole are reported, not raised.
+        `check` is given each folder and its manifest, and raises HubError where it cannot be used.
+        Raises ReadOnlyRegistry. Conflicts and folders that are refused are reported, not raised.
         """
         self._check_writable()
-        report = adopt(self._catalog, self.layout, self.config)
+        report = adopt(self._catalog, self.layout, self.config, check)
         self._reconcile()
         return report
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import RowMapping
+from sqlalchemy import Connection, RowMapping
 
 from adapter_hub.errors import CorruptVersion, HubError
 from adapter_hub.refs import PRODUCTION, AdapterRef
@@ -153,7 +153,7 @@ def _check_aliases(rows: Iterable[RowMapping], aliases: dict[tuple[str, str], in
 
 def _check_histories(catalog: Catalog, layout: Layout, events: list[Event]) -> list[Problem]:
     """Each history must hold what was mirrored into it, and nothing that the catalogue does not know."""
-    by_name: dict[str | None, list[Event]] = {name: [] for name in name_folders(layout)}
+    by_name: dict[str | None, list[Event]] = {name: [] for name in (None, *name_folders(layout))}
     for event in events:
         by_name.setdefault(event.name, []).append(event)
     problems = []
@@ -168,7 +168,8 @@ def _check_histories(catalog: Catalog, layout: Layout, events: list[Event]) -> l
         written = Counter(event.content for event in history.events)
         lost = Counter(event.content for event in mirrored) - written
         missing = [event for event in mirrored if event.content in lost]
-        foreign = foreign_events(catalog, name, history.events)
+        with catalog.reading() as connection:
+            foreign = foreign_events(connection, name, history.events)
         problems += [Problem(str(path), f"{_said(event)} is missing.") for event in missing]
         problems += [Problem(str(path), f"{_said(event)} is not in the catalogue; see `adapter-hub adopt`.") for event in foreign]
     return problems
@@ -178,10 +179,9 @@ def _said(event: Event) -> str:
     return f"event {event.seq} ({event.kind}, version {event.version})"
 
 
-def foreign_events(catalog: Catalog, name: str | None, lines: Iterable[Event]) -> list[Event]:
+def foreign_events(connection: Connection, name: str | None, lines: Iterable[Event]) -> list[Event]:
     """Events of a history that the catalogue does not know: they came by git or copy."""
-    with catalog.reading() as connection:
-        known = Counter(event.content for event in records.select_events(connection, name=name, calibrations=name is None))
+    known = Counter(event.content for event in records.select_events(connection, name=name, calibrations=name is None))
     found = []
     for event in lines:
         if known[event.content]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from adapter_hub.errors import CorruptVersion, NotRoutable, RegistryError, SchemaTooNew
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry
-from tests.registry.conftest import Place
+from tests.registry.conftest import CONFIG, Place
 
 
 def everything(registry: Registry) -> dict[str, object]:
@@ -264,6 +266,115 @@ def test_adopt_takes_in_what_a_pull_brought_with_its_history(sqlite_place, facts
     before = everything(registry)
     sqlite_place.forget()
     assert everything(sqlite_place.open()) == before
+
+
+def pull(clone: Path, folder: Path) -> None:
+    """What `git pull` of another clone does where nothing conflicts."""
+    for part in ("adapters", "calibrations"):
+        if (clone / part).exists():
+            shutil.copytree(clone / part, folder / part, dirs_exist_ok=True)
+
+
+def cloned(place, tmp_path: Path) -> Registry:
+    shutil.copytree(place.folder, tmp_path / "clone", ignore=shutil.ignore_patterns("catalog.sqlite*", ".staging", ".catalogue"))
+    return Registry.open(tmp_path / "clone")
+
+
+def test_a_promotion_that_is_committed_while_adopt_looks_is_not_lost(place, facts, files, tmp_path):
+    registry = place.create()
+    registry.add("banking", facts, files("1"))
+    registry.add("banking", facts, files("2"))
+    with cloned(place, tmp_path) as clone:
+        clone.add("banking", facts, files("3"))
+    pull(tmp_path / "clone", place.folder)
+    colleague = place.open()
+    report = registry.adopt(check=lambda folder, manifest: colleague.promote("banking@1", reason="meanwhile") and None)
+    assert report.adopted == (AdapterRef("banking", 3),) and registry.production() == [AdapterRef("banking", 1)]
+    assert registry.verify().problems == ()
+    before = everything(registry)
+    place.forget()
+    assert everything(place.open())["aliases"] == before["aliases"]
+
+
+def test_two_who_adopt_at_once_take_each_line_in_once(place, facts, files, tmp_path):
+    registry, colleague = place.create(), place.open()
+    registry.add("travel", facts, files())
+    with cloned(place, tmp_path) as clone:
+        clone.add("banking", facts, files("1"))
+        clone.add("travel", facts, files("2"))
+    pull(tmp_path / "clone", place.folder)
+    reports = []
+    registry.adopt(check=lambda folder, manifest: reports.append(colleague.adopt()))
+    assert reports[0].events == 4
+    assert len(registry.history("banking")) == 2 and len(registry.history("travel")) == 4 and registry.verify().problems == ()
+
+
+def test_a_pulled_calibration_is_adopted(place, facts, files, tmp_path):
+    registry = place.create()
+    ref = registry.add("banking", facts, files())
+    registry.add_calibration(b"first", [ref], "why")
+    with cloned(place, tmp_path) as clone:
+        clone.add_calibration(b"second", [ref], "over there")
+    history, record = place.folder / "calibrations/history.jsonl", place.folder / "calibrations/2.safetensors"
+    shutil.copy(tmp_path / "clone/calibrations/history.jsonl", history)
+    assert [problem.where for problem in registry.adopt().refused] == ["calibration 2"]    # its file has not come
+    shutil.copy(tmp_path / "clone/calibrations/2.safetensors", record)
+    assert registry.latest_calibration() == 1 and not registry.verify().ok
+    assert registry.adopt().to_json() == {"adopted": [], "events": 1, "conflicts": [], "refused": []}
+    assert (registry.latest_calibration(), registry.calibration(2)) == (2, b"second") and registry.verify().ok
+    assert registry.add_calibration(b"third", [ref], "on") == 3
+    before = everything(registry)
+    place.forget()
+    assert everything(place.open()) == before
+
+
+@pytest.mark.parametrize("kept", [b"mine", b"theirs"])
+def test_of_two_calibrations_with_one_number_the_file_says_which_is_meant(place, facts, files, tmp_path, kept):
+    registry = place.create()
+    ref = registry.add("banking", facts, files())
+    with cloned(place, tmp_path) as clone:
+        clone.add_calibration(b"theirs", [ref], "over there")
+    registry.add_calibration(b"mine", [ref], "here")
+    with (place.folder / "calibrations/history.jsonl").open("ab") as history:
+        history.write((tmp_path / "clone/calibrations/history.jsonl").read_bytes())
+    (place.folder / "calibrations/1.safetensors").write_bytes(kept)
+    registry.adopt()
+    assert registry.calibration(1) == kept and registry.calibrations_of(ref) == [1] and registry.verify().problems == ()
+    place.forget()
+    registry = place.open()
+    assert registry.calibration(1) == kept and registry.verify().problems == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "without", "fact"),
+    [
+        ({"base_fingerprint": "sha256:another"}, None, "it was made for another base model (tiny)."),
+        ({"encoder_fingerprint": "sha256:another"}, None, "its routing state was made with another encoder."),
+        ({"encoder_fingerprint": None}, None, "its routing state was made with another encoder."),
+        ({}, "routing.safetensors", "it has no routing.safetensors."),
+        ({}, "adapter_config.json", "it has no adapter_config.json."),
+        ({}, "adapter_model.safetensors", "it has no adapter_model.safetensors."),
+    ],
+)
+def test_what_could_not_be_routed_or_run_is_not_adopted(sqlite_place, facts, files, tmp_path, changes, without, fact):
+    config = dataclasses.replace(CONFIG, encoder_fingerprint="sha256:encoder")
+    with Registry.create(tmp_path / "other", config=config) as other:
+        stored = {file: data for file, data in files().items() if file != without}
+        other.add("travel", dataclasses.replace(facts, **changes), stored)
+    shutil.copytree(tmp_path / "other/adapters/travel/1", sqlite_place.folder / "adapters/travel/1")
+    registry = Registry.create(sqlite_place.folder, config=config)
+    assert [(problem.where, problem.fact) for problem in registry.adopt().refused] == [("travel@1", fact)]
+    assert registry.names() == []
+    registry.close()
+
+
+def test_a_history_line_of_a_version_that_nobody_registered_is_not_adopted(sqlite_place, facts, files):
+    registry = sqlite_place.create()
+    registry.add("banking", facts, files())
+    with (sqlite_place.folder / "adapters/banking/history.jsonl").open("ab") as history:
+        history.write(b'{"seq": 9, "at": "t", "kind": "moved", "version": 77, "alias": "production"}\n')
+    assert [problem.fact for problem in registry.adopt().refused] == ["its history speaks of version 77, which it never registers."]
+    assert registry.production() == [AdapterRef("banking", 1)]
 
 
 def test_two_different_folders_with_one_number_are_a_conflict(place, facts, files, tmp_path):

@@ -35,6 +35,7 @@ from adapter_hub.registry.schema import VersionState
 
 CONFIG = RegistryConfig(base_model="tiny", base_fingerprint="sha256:base", encoder="hash", max_tokens=64)
 FACTS = VersionFacts(base_model="tiny", base_fingerprint="sha256:base", peft={"r": 8}, labels=("no", "yes"), tags=("soak",))
+FILES = ("adapter_config.json", "adapter_model.safetensors", "routing.safetensors")
 NAMES = ("banking", "travel", "auto")
 DELAY_MAX_S = 0.25          # a registration takes about 0.04 s
 FAULTS_MAX = 20
@@ -86,7 +87,7 @@ def work(folder: Path, url: str | None, seed: int, told: int) -> None:
             weights = choose.randbytes(choose.choice((100, 1_000, WEIGHTS_BYTES_MAX)))
             number = None
             if act == "add":
-                target = str(registry.add(name, FACTS, {"adapter_config.json": b"{}", "adapter_model.safetensors": weights}))
+                target = str(registry.add(name, FACTS, {file: weights for file in FILES}))
             elif act == "calibrate":
                 number = registry.add_calibration(weights, registry.production(), "soak")
             else:
