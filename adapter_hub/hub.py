@@ -10,8 +10,8 @@ import logging
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,12 +22,13 @@ from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.batch.job import Progress, Summary, run_job
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.errors import InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
+from adapter_hub.errors import HubError, InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples
 from adapter_hub.refs import AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
+from adapter_hub.registry.verify import Problem
 from adapter_hub.routing.calibration import Calibration, calibrate
 from adapter_hub.routing.decision import Decision
 from adapter_hub.routing.encoder import Encoder, load_encoder
@@ -191,12 +192,7 @@ class Hub:
         """The adapter of a version, its files checked against their digests."""
         manifest = self.registry.manifest(ref)
         _check_same("base model", self.base.id, self.base.fingerprint, manifest.base_fingerprint)
-        return read_adapter(
-            self.registry.open_version(ref),
-            labels=manifest.labels,
-            prompt_template=manifest.prompt_template,
-            generation=manifest.generation,
-        )
+        return _read_version(self.registry.open_version(ref), manifest)
 
     # ---- add ----------------------------------------------------------------------------------------------------
 
@@ -500,17 +496,30 @@ class Hub:
         return self.registry.export(ref, folder)
 
     def verify(self) -> Any:
-        """Hash every stored file and the base model in full; the report lists what is damaged, and never raises for it."""
-        if self._base is not None or self.registry.production():
-            computed = self.base.compute_fingerprint()
-            _check_same("base model", self.base.id, computed, self.config.base_fingerprint)
-        return self.registry.verify()
+        """Hash every stored file, the base model and the encoder in full; the report lists what is damaged, and never raises for it."""
+        report = self.registry.verify()
+        damaged = [Problem(where, error.fact) for where, check in self._models() if (error := _fault(check))]
+        return replace(report, problems=(*damaged, *report.problems))
+
+    def _models(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        config = self.config
+        yield "base model", lambda: _check_same("base model", config.base_model, self.base.compute_fingerprint(), config.base_fingerprint)
+        yield "encoder", lambda: _check_same("encoder", config.encoder, load_encoder(config.encoder).fingerprint, config.encoder_fingerprint)
 
     def gc(self) -> Any:
         return self.registry.gc()
 
     def adopt(self) -> Any:
-        return self.registry.adopt()
+        """Take in version folders that came by git or copy, each checked against the base as `register` does; faults are reported."""
+        return self.registry.adopt(self._check_usable)
+
+    def _check_usable(self, folder: Path, manifest: Manifest) -> None:
+        """Raises HubError where a version could not be run or routed here."""
+        adapter = _read_version(folder, manifest)
+        check_fits(adapter, self.base)
+        check_acts(adapter, self.base)
+        state = RoutingState.from_bytes((folder / ROUTING_FILE).read_bytes(), source=folder / ROUTING_FILE)
+        _check_same("encoder", self.config.encoder, state.encoder_fingerprint, self.config.encoder_fingerprint)
 
     def list(self, name: str | None = None, *, base: str | None = None, tag: str | None = None, task_type: str | None = None) -> Any:
         return self.registry.versions(name, base=base, tag=tag, task_type=task_type)
@@ -556,6 +565,18 @@ def _check_same(what: str, name: str, found: str, recorded: str | None) -> None:
             f"the {what} {name!r} has fingerprint {found[:19]}…, the registry was made with {recorded[:19]}….",
             hint=f"Restore that {what}, or make a new registry and register the adapters again.",
         )
+
+
+def _read_version(folder: Path, manifest: Manifest) -> Adapter:
+    return read_adapter(folder, labels=manifest.labels, prompt_template=manifest.prompt_template, generation=manifest.generation)
+
+
+def _fault(check: Callable[[], None]) -> HubError | None:
+    try:
+        check()
+    except HubError as error:
+        return error
+    return None
 
 
 def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Example]:

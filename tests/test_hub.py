@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save
+from typer.testing import CliRunner
 
+from adapter_hub.cli import app
 from adapter_hub.errors import (
     AdapterNotFound,
     InvalidInput,
@@ -306,6 +310,54 @@ def test_a_hub_may_keep_its_catalogue_in_a_database(bert: Path, tmp_path: Path) 
         with Hub.open(str(url), artifacts=tmp_path / "registry") as hub:
             assert hub.predict(["paint the wall red"], max_false_reject=0)[0].adapter == AdapterRef("colours", 1)
     assert not (tmp_path / "registry/catalog.sqlite").exists()
+
+
+@pytest.mark.parametrize("damaged", ["base model", "encoder"])
+@pytest.mark.parametrize("filled", [True, False])
+def test_verify_hashes_the_models_whatever_is_in_production_and_reports_damage(bert: Path, tmp_path: Path, damaged: str, filled: bool) -> None:
+    base = shutil.copytree(bert, tmp_path / "base")
+    with Hub.create(tmp_path / "registry", base_model=base, encoder="hash") as hub:
+        if filled:
+            hub.register("colours", make_adapter(hub.base, tmp_path / "c"), COLOURS, labels=["red", "blue"])
+        assert hub.verify().ok
+    if damaged == "encoder":
+        toml = tmp_path / "registry/hub.toml"
+        toml.write_text(toml.read_text().replace('encoder = "hash"', 'encoder = "hash:512"'))
+    else:
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    if filled:
+        (tmp_path / "registry/adapters/colours/1/README.md").unlink()
+    with Hub.open(tmp_path / "registry") as hub:
+        report = hub.verify()
+    assert [problem.where for problem in report.problems] == [damaged, *(["colours@1"] if filled else [])]
+    done = CliRunner().invoke(app, ["verify", "--registry", str(tmp_path / "registry")])
+    assert done.exit_code == 1 and damaged in done.stdout
+
+
+def test_adopt_checks_each_version_as_register_does(filled: Hub, bert: Path, tmp_path: Path) -> None:
+    other = Hub.create(tmp_path / "other", base_model=bert, encoder="hash")
+    other.register("good", make_adapter(other.base, tmp_path / "good", seed=4), COLOURS, labels=["red", "blue"])
+    manifest, folder = other.show("good"), other.registry.folder("good")
+    stored = {file: (folder / file).read_bytes() for file in ("adapter_config.json", "adapter_model.safetensors", "routing.safetensors")}
+    bad = {
+        "homeless": stored | {"adapter_model.safetensors": stored["adapter_model.safetensors"].replace(b"layer.1", b"layer.7")},
+        "idle": stored | {"adapter_model.safetensors": without_effect(folder)},
+        "unroutable": stored | {"routing.safetensors": b"nothing"},
+    }
+    for name, files in bad.items():
+        other.registry.add(name, manifest.facts(), files)
+    shutil.copytree(tmp_path / "other/adapters", tmp_path / "registry/adapters", dirs_exist_ok=True)
+    report = filled.adopt()
+    assert [str(ref) for ref in report.adopted] == ["good@1"]
+    assert {problem.where for problem in report.refused} >= {f"{name}@1" for name in bad}
+    assert set(filled.registry.names()) == {"good", "colours", "animals", "vectors"}
+    assert filled.route(["paint the wall red"])[0].adapter is not None
+
+
+def without_effect(folder: Path) -> bytes:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return save({key: torch.zeros_like(tensor) if "lora_B" in key else tensor for key, tensor in tensors.items()})
 
 
 def test_creating_over_a_registry_is_refused(hub: Hub, bert: Path, tmp_path: Path) -> None:
