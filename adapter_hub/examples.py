@@ -9,6 +9,7 @@ import csv
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,8 +63,8 @@ def to_example(row: str | Mapping[str, Any] | Example) -> Example:
 
 def as_examples(rows: Iterable[str | Mapping[str, Any] | Example]) -> list[Example]:
     """Every row as an Example. Raises InvalidInput with the position (from 1) of the first that will not do."""
-    if isinstance(rows, str | Mapping):
-        raise InvalidInput(f"the rows are one {type(rows).__name__}.", hint="Give a list of texts or objects.")
+    if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
+        raise InvalidInput(f"the rows are {_kind(rows)}.", hint="Give a list of texts or objects.")
     found = []
     for position, row in enumerate(rows, 1):
         try:
@@ -79,14 +80,17 @@ def fault(row: object) -> str | None:
         return f"is {_kind(row)}, not an object with a text"
     if "text" not in row:
         return "has no 'text'" + (f", only {', '.join(map(repr, list(row)[:5]))}" if row else "")
-    text = row["text"]
+    reason = text_fault(row["text"])
+    return reason and f"has a 'text' that {reason}"
+
+
+def text_fault(text: object) -> str | None:
+    """Why this text cannot be read, to be said after its name or position; None if it can."""
     if not isinstance(text, str):
-        return f"has a 'text' that is {_kind(text)}, not a string"
+        return f"is {_kind(text)}, not a string"
     if not text.strip():
-        return "has an empty 'text'"
-    if not _is_unicode(text):
-        return "has a 'text' with half of a surrogate pair, which is not Unicode"
-    return None
+        return "is empty"
+    return None if _is_unicode(text) else "has half of a surrogate pair, which is not Unicode"
 
 
 def _is_unicode(text: str) -> bool:
@@ -189,7 +193,7 @@ def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, dict[str, JSON] | BadRow]
 def _json_row(line: bytes) -> dict[str, JSON] | BadRow:
     raw = line[:200].decode("utf-8", "replace").rstrip()
     try:
-        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_no_constant)
+        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 (byte {error.start + 1})", raw)
     except json.JSONDecodeError as error:
@@ -201,6 +205,12 @@ def _json_row(line: bytes) -> dict[str, JSON] | BadRow:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _number(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:40]} is more than a number can hold")
+    return number
 
 
 def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
@@ -215,8 +225,38 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
         yield line.decode("utf-8", "surrogateescape")
 
 
+class _Lines:
+    """Lines of a file, of which those since `mark` can be read again."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._taken: list[str] = []    # since the mark
+        self._again: list[str] = []    # to be read before the file's next
+        self.number = 0                # of the line read last, from 1
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._lines)
+        self._taken.append(line)
+        self.number += 1
+        return line
+
+    def mark(self) -> None:
+        self._taken.clear()
+
+    def after_first(self) -> str:
+        """Go on with the second line after the mark; returns the first."""
+        first, *others = self._taken
+        self._again += reversed(others)
+        self.number -= len(others)
+        return first
+
+
 def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
-    reader = csv.reader(_decoded(path, file), delimiter=delimiter, strict=True)
+    lines = _Lines(_decoded(path, file))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next((values for values in reader if values), [])
     except csv.Error as error:
@@ -229,16 +269,23 @@ def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int
         what = "has no column 'text'" if "text" not in header else "has a column name twice"
         shown = ", ".join(repr(name[:40]) for name in header[:8])
         raise UnreadableFile(f"{str(path)!r} {what}; its first line is {shown}.", hint="The first line must name the columns, one of them 'text'.")
+    suspect_to = 0    # the last line that a quote left open had swallowed
     while True:
-        line = reader.line_num + 1
+        lines.mark()
+        line = lines.number + 1
         try:
             values = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, BadRow(f"is not CSV ({error})")
+            # A stray quote at the start of a field takes in line after line: only the one that it stands in is given up.
+            suspect_to = max(suspect_to, lines.number)
+            open_quote = f", or a quote that it opens stays open to line {lines.number}" if lines.number > line else ""
+            yield line, BadRow(f"is not CSV ({error}{open_quote})", lines.after_first()[:200].rstrip("\r\n"))
             continue
-        if values:
+        if line <= suspect_to and any('"' in value for value in values):
+            yield line, BadRow("is not CSV (a quote before it is not closed, or this one is not opened)", delimiter.join(values)[:200])
+        elif values:
             yield line, _csv_row(header, values)
 
 

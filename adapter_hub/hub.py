@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from adapter_hub.adapters.checks import check_acts, check_fits
-from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder
-from adapter_hub.adapters.weights import Adapter, read_adapter
+from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
+from adapter_hub.adapters.weights import Adapter, adapter_of, read_adapter
 from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
-from adapter_hub.batch.job import Progress, Summary, run_job
+from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.errors import HubError, InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, WrongBase
+from adapter_hub.errors import HubError, InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, RegistryExists, WrongBase
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples
-from adapter_hub.refs import AdapterRef, check_name
+from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig
+from adapter_hub.registry.layout import Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
 from adapter_hub.routing.calibration import Calibration, calibrate
+from adapter_hub.routing.calibration import check_rate as _rate
 from adapter_hub.routing.decision import Decision
-from adapter_hub.routing.encoder import Encoder, load_encoder
+from adapter_hub.routing.encoder import Encoder, SentenceEncoder, load_encoder
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import RoutingState, build_state
 from adapter_hub.training.config import TrainConfig
@@ -63,6 +65,12 @@ class Prediction:
     truncated: bool = False                     # the input was longer than the hub's max_tokens
 
     def to_json(self) -> dict[str, Any]:
+        """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
+        scores = {label: rounded(score) for label, score in self.scores.items()}
+        return self.decision.to_json() | self.row() | ({"scores": scores} if scores else {})
+
+    def row(self) -> dict[str, Any]:
+        """The columns that the batch job adds to its input: flat, and the same for every row of a kind."""
         row: dict[str, Any] = {"adapter": str(self.adapter) if self.adapter else None, "reason": str(self.decision.reason)}
         row |= {"score": rounded(self.decision.score), "margin": rounded(self.decision.margin)}
         return row | self.answer() | ({"truncated": True} if self.truncated else {})
@@ -128,8 +136,10 @@ class Hub:
         `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise.
         Raises RegistryExists, ModelNotFound.
         """
+        if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
+            raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         base = FrozenBase.load(_absolute(base_model), max_tokens=max_tokens, device=device)
-        router_encoder = load_encoder(_absolute(encoder or DEFAULT_MODEL))
+        router_encoder = _encoder(_absolute(encoder or DEFAULT_MODEL), device)
         config = RegistryConfig(
             base_model=base.id,
             base_fingerprint=base.fingerprint,
@@ -176,7 +186,7 @@ class Hub:
         """The router's text encoder. Raises ModelNotFound, ModelChanged."""
         with self._lock:
             if self._encoder is None:
-                encoder = load_encoder(self.config.encoder)
+                encoder = _encoder(self.config.encoder, self.device)
                 _check_same("encoder", encoder.id, encoder.fingerprint, self.config.encoder_fingerprint)
                 self._encoder = encoder
             return self._encoder
@@ -189,10 +199,16 @@ class Hub:
             return self._engine
 
     def _load(self, ref: AdapterRef) -> Adapter:
-        """The adapter of a version, its files checked against their digests."""
+        """The adapter of a version, from the bytes that were checked against their digests."""
         manifest = self.registry.manifest(ref)
         _check_same("base model", self.base.id, self.base.fingerprint, manifest.base_fingerprint)
-        return _read_version(self.registry.open_version(ref), manifest)
+        config, weights = (self.registry.read(ref, file) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+        return adapter_of(
+            AdapterFiles(config, weights, str(ref)),
+            labels=manifest.labels,
+            prompt_template=manifest.prompt_template,
+            generation=manifest.generation,
+        )
 
     # ---- add ----------------------------------------------------------------------------------------------------
 
@@ -223,31 +239,34 @@ class Hub:
         check_name(name)
         rows = as_examples(examples)
         tags = _texts("tags", tags)
-        with adapter_folder(source) as folder:
-            adapter = read_adapter(folder, labels=tuple(labels) if labels else None, prompt_template=prompt_template, generation=generation)
-            self._check_named_base(adapter, assume_base)
-            check_fits(adapter, self.base)
-            check_acts(adapter, self.base)
-            files: dict[str, Path | bytes] = {file: (folder / file).read_bytes() for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-            state = build_state(self.encoder, rows, description)
-            files |= self._routing_files(state, rows)
-            facts = VersionFacts(
-                base_model=self.base.id,
-                base_fingerprint=self.base.fingerprint,
-                encoder_fingerprint=self.encoder.fingerprint,
-                peft=json.loads(bytes(files[ADAPTER_CONFIG])),
-                task_type=str(adapter.settings.task_type) if adapter.settings.task_type else None,
-                labels=adapter.labels,
-                prompt_template=prompt_template,
-                generation=dict(generation or {}),
-                metrics=dict(metrics or {}),
-                training_data_digest=training_data_digest,
-                parent=str(parent) if parent else None,
-                license=license,
-                description=description,
-                tags=tags,
-            )
-            return self.registry.add(name, facts, files, promote=promote)
+        names = _texts("labels", labels) if labels is not None else None
+        found = fetch_adapter(source)
+        adapter = adapter_of(found, labels=names or None, prompt_template=prompt_template, generation=generation)
+        self._check_named_base(adapter, assume_base)
+        settings = self.engine.check(adapter)
+        check_fits(adapter, self.base)
+        check_acts(adapter, self.base)
+        state = build_state(self.encoder, rows, description)
+        facts = VersionFacts(
+            base_model=self.base.id,
+            base_fingerprint=self.base.fingerprint,
+            encoder_fingerprint=self.encoder.fingerprint,
+            peft=adapter.settings.raw,
+            task_type=str(adapter.settings.task_type) if adapter.settings.task_type else None,
+            labels=adapter.labels,
+            prompt_template=prompt_template,
+            generation=settings,
+            metrics=dict(metrics or {}),
+            training_data_digest=training_data_digest,
+            parent=str(parent) if parent else None,
+            license=license,
+            description=description,
+            tags=tags,
+            source=found.repository,
+            revision=found.revision,
+        )
+        files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
+        return self.registry.add(name, facts, files | self._routing_files(state, rows), promote=promote)
 
     def _routing_files(self, state: RoutingState, rows: Sequence[Example]) -> dict[str, Path | bytes]:
         files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
@@ -265,7 +284,7 @@ class Hub:
         if not named:
             raise WrongBase("adapter_config.json does not name its base model.", hint=hint)
         try:
-            other = FrozenBase.load(named, max_tokens=self.base.max_tokens).fingerprint
+            other = FrozenBase.load(named, local=True).fingerprint    # a file from elsewhere names it: nothing is downloaded for that
         except ModelNotFound:
             raise WrongBase(f"the adapter was made for {named!r}, this registry serves {self.base.id!r}.", hint=hint) from None
         if other != self.base.fingerprint:
@@ -283,8 +302,9 @@ class Hub:
         """Train a classifier adapter on rows with text and label, register it, and promote it by the rule named.
 
         `promote` is "auto" (better than always answering the commonest label, and not worse than the version in
-        production on the same validation rows), "always" or "never". `facts` go to `register` (tags, license, …).
-        The base stays frozen: training happens on a copy. Raises InvalidInput, and what `register` raises.
+        production on the same rows), "always" or "never". It is judged on rows that had no part in training: half of the
+        validation rows, the other half having chosen the epoch, or as many held out of `train`. `facts` go to `register` (tags,
+        license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what `register` raises.
         """
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
@@ -292,7 +312,7 @@ class Hub:
         rows = _rows(train)
         held_out = _rows(validation) if validation is not None else None
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
-            result = train_classifier(self.base, rows, task=name, validation=held_out, config=config or TrainConfig(), folder=Path(folder))
+            result = train_classifier(self.base, rows, task=name, validation=held_out, config=config, folder=Path(folder))
             facts |= {"metrics": result.metrics, "training_data_digest": digest_of(rows)}
             ref = self.register(name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, **facts)
         good, reason = self._better(name, result.validation, result.metrics["accuracy"]) if promote == "auto" else (promote == "always", promote)
@@ -311,8 +331,13 @@ class Hub:
         current = sum(a.label == target for a, target in zip(answers, targets, strict=True)) / len(targets)
         return accuracy >= current, f"validation accuracy {accuracy:.3f}, version in production {current:.3f}"
 
-    def teach(self, ref: str | AdapterRef, texts: Iterable[str | Mapping[str, Any] | Example], *, promote: bool = True) -> AdapterRef:
-        """A new version with the same weights (stored once) whose routing state also knows `texts`."""
+    def teach(
+        self, ref: str | AdapterRef, texts: Iterable[str | Mapping[str, Any] | Example], *, promote: bool | None = None
+    ) -> AdapterRef:
+        """A new version with the same weights (stored once) whose routing state also knows `texts`.
+
+        By default it takes over `production` where the version that was taught has it, and nowhere else.
+        """
         old = self.registry.resolve(ref)
         manifest, rows = self.registry.manifest(old), as_examples(texts)
         if not rows:
@@ -322,6 +347,8 @@ class Hub:
         files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
         kept = read_examples(folder / EXEMPLARS_FILE) if EXEMPLARS_FILE in manifest.files else []
         files |= self._routing_files(state, [*kept, *rows])
+        if promote is None:
+            promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
         return self.registry.add(old.name, manifest.facts(parent=str(old)), files, promote=promote, reason=f"taught {len(rows)} texts")
 
     # ---- route and run ------------------------------------------------------------------------------------------
@@ -380,22 +407,37 @@ class Hub:
     ) -> Summary:
         """The batch job: every row of `input` answered into `output`, in order; bad rows to OUTPUT.errors.jsonl.
 
-        The router is held as it is at the start; a resumed job is refused where the registry has changed since.
+        The router is held as it is at the start, also by a job that is resumed after the registry has changed: the same versions
+        and calibration answer to the end. It is refused where they cannot, or an option is another one.
         """
-        router = self._snapshot()
+        started = interrupted(output) if resume else None
+        router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._snapshot()
         rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
             "encoder": self.config.encoder_fingerprint,
+            "max_tokens": self.config.max_tokens,
+            "device": self.device.partition(":")[0],
             "router": router.digest,
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
         }
+        calibration = router.calibration.id if router.calibration else None
+        facts = {"versions": [str(ref) for ref in router.states], "calibration": calibration}
 
         def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
-            return [p.to_json() for p in self._run(texts, self._route(router, texts, 1, rate), generation)]
+            return [p.row() for p in self._run(texts, self._route(router, texts, 1, rate), generation)]
 
-        return run_job(input, output, answer, resume=resume, overwrite=overwrite, settings=settings, progress=progress)
+        return run_job(
+            input, output, answer, resume=resume, overwrite=overwrite, settings=settings, facts=facts, progress=progress
+        )
+
+    def _router_of(self, versions: Iterable[str | AdapterRef], calibration: int | None) -> Router:
+        """The router over these versions under a stored calibration: what `_snapshot` was when they were in production."""
+        with self._lock:
+            states = {ref: self._state(ref) for ref in map(self.registry.resolve, versions)}
+            record = None if calibration is None else Calibration.from_bytes(self.registry.calibration(calibration), id=calibration)
+            return Router.build(states, record)
 
     def evaluate(
         self, data: str | Path | Iterable[Mapping[str, Any] | Example], names: Iterable[str] | None = None, max_false_reject: float | None = 0.0
@@ -404,7 +446,8 @@ class Hub:
 
         `names` restricts to rows of those adapters. Rates are 0-1; keys that do not apply are absent.
         """
-        rows = [row for row in _rows(data) if names is None or row.extra.get("adapter") in set(names)]
+        wanted = None if names is None else set(_texts("names", names))
+        rows = [row for row in _rows(data) if wanted is None or row.extra.get("adapter") in wanted]
         if not rows or any(row.label is None for row in rows):
             raise InvalidInput("evaluation needs rows, each with a label.", hint='Rows look like {"text": …, "label": …, "adapter": …}.')
         texts, targets = [row.text for row in rows], [row.label for row in rows]
@@ -583,23 +626,23 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Ex
     return read_examples(source) if isinstance(source, str | Path) else as_examples(source)
 
 
-def _texts(what: str, texts: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(texts, str):
-        raise InvalidInput(f"{what} is one string.", hint=f"Give a list: [{texts[:20]!r}].")
+def _encoder(id: str, device: str) -> Encoder:
+    encoder = load_encoder(id)
+    return SentenceEncoder(id, device=device) if isinstance(encoder, SentenceEncoder) else encoder
+
+
+def _texts(what: str, texts: Any) -> tuple[str, ...]:
+    """Of any iterable but one text. Raises InvalidInput."""
+    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
+        hint = f"Give a list: [{texts[:20]!r}]." if isinstance(texts, str) else "Give a list of texts."
+        raise InvalidInput(f"{what} is {'one string' if isinstance(texts, str) else type(texts).__name__}.", hint=hint)
     return tuple(texts)
 
 
-def _rate(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InvalidInput(f"max_false_reject={value!r} is not a rate between 0 and 1.", hint="0 never abstains; 0.05 is the default.")
-    return float(value)
-
-
-def _aligned(
-    adapters: Sequence[str | AdapterRef | None] | str | AdapterRef, count: int
-) -> Sequence[str | AdapterRef | None]:
+def _aligned(adapters: Any, count: int) -> Sequence[str | AdapterRef | None]:
     if isinstance(adapters, str | AdapterRef):
         return [adapters] * count
-    if len(adapters) != count:
-        raise InvalidInput(f"{len(adapters)} adapters were named for {count} texts.", hint="Name one for each text, or one for all.")
-    return adapters
+    named: Sequence[str | AdapterRef | None] = _texts("adapters", adapters)
+    if len(named) != count:
+        raise InvalidInput(f"{len(named)} adapters were named for {count} texts.", hint="Name one for each text, or one for all.")
+    return named

@@ -57,10 +57,6 @@ class AdapterRef:
             return cls(name, version=int(tail))
         return cls(name, alias=check_alias(tail))
 
-    @property
-    def resolved(self) -> bool:
-        return self.version is not None
-
     def __str__(self) -> str:
         return f"{self.name}@{self.alias if self.version is None else self.version}"
 

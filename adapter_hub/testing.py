@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from adapter_hub.base_model import BaseKind, FrozenBase, without_bars
+from adapter_hub.base_model import BUILDING, RANDOMNESS, BaseKind, FrozenBase, without_bars
 from adapter_hub.routing.encoder import HashEncoder
 
 __all__ = ["SHAPES", "HashEncoder", "make_adapter", "tiny_model"]
@@ -53,7 +53,7 @@ def tiny_model(folder: str | Path, shape: str = "bert", *, seed: int = 0, width:
     """Write a tiny transformer of this shape, random weights by `seed`, with a tokenizer for any text. Returns the folder."""
     folder = Path(folder)
     if not (folder / "model.safetensors").exists():
-        with torch.random.fork_rng():
+        with RANDOMNESS, torch.random.fork_rng():
             torch.manual_seed(seed)
             model = _tiny(shape, width)
         # Trained weights are larger than fresh ones: without this every output would look alike.
@@ -89,7 +89,7 @@ def make_adapter(
         task_type = {BaseKind.ENCODER: "SEQ_CLS", BaseKind.CAUSAL: "CAUSAL_LM", BaseKind.SEQ2SEQ: "SEQ_2_SEQ_LM"}[base.kind]
     if task_type == "TOKEN_CLS" and target_modules == "all-linear":
         lora.setdefault("exclude_modules", ["classifier", "score"])    # PEFT would take the head for one of the linear layers
-    with torch.random.fork_rng():
+    with RANDOMNESS, torch.random.fork_rng():
         torch.manual_seed(seed)
         model = task_model(base, task_type, outputs)
         peft = get_peft_model(model, LoraConfig(task_type=task_type, r=r, target_modules=target_modules, **lora))
@@ -112,7 +112,7 @@ def task_model(base: FrozenBase, task_type: str | None, outputs: int = 2) -> Pre
     verbosity = logging.get_verbosity()
     cast(Any, logging).set_verbosity_error()
     try:
-        with without_bars():
+        with RANDOMNESS, BUILDING, without_bars():
             model = auto.from_pretrained(base.path, dtype=base.dtype, local_files_only=True, **more)
     finally:
         logging.set_verbosity(verbosity)

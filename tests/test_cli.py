@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ import typer
 from typer.testing import CliRunner
 
 from adapter_hub.cli import app
+from adapter_hub.cli.arguments import label_names, shown_url
 from adapter_hub.cli.console import plain, shown
+from adapter_hub.errors import InvalidInput
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -151,6 +154,23 @@ def test_bytes_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     assert done.returncode == 2 and "is not UTF-8" in done.stderr
 
 
+def test_label_names_of_any_length_are_names_and_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    """Previously a long list was taken for the name of a file, which no system holds."""
+    names = [f"some_intent_name_{i:02d}" for i in range(200)]
+    assert label_names(",".join(names)) == names
+    (tmp_path / "labels.txt").write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(InvalidInput, match=r"labels\.txt is not UTF-8"):
+        label_names(str(tmp_path / "labels.txt"))
+    (tmp_path / "labels.json").write_text('["a", "b"]')
+    assert label_names(str(tmp_path / "labels.json")) == ["a", "b"]
+
+
+def test_a_password_is_not_shown() -> None:
+    assert shown_url("postgresql+psycopg://me:s3cr@t@host/db") == "postgresql+psycopg://me:***@host/db"
+    assert shown_url("postgresql://me@host/db?x=1") == "postgresql://me@host/db?x=1"
+    assert shown_url("/a/folder:with@signs") == "/a/folder:with@signs"
+
+
 # ---- completion -----------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +206,101 @@ def test_the_completion_script_can_be_shown() -> None:
     command = f"{shlex.quote(sys.executable)} -m adapter_hub.cli --show-completion; true"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "_ADAPTER_HUB_COMPLETE=complete_bash" in done.stdout and done.stdout.rstrip().endswith("adapter-hub")
+
+
+# ---- a registry from end to end -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small base, an adapter for it, and a registry made by the command line."""
+    from adapter_hub.base_model import FrozenBase
+    from adapter_hub.testing import make_adapter, tiny_model
+
+    root = tmp_path_factory.mktemp("cli")
+    base = FrozenBase.load(tiny_model(root / "bert"))
+    make_adapter(base, root / "colours", seed=1)
+    code, out, err = invoke("init", str(root / "registry"), "--base-model", str(root / "bert"), "--encoder", "hash", "--json")
+    assert code == 0, err
+    assert json.loads(out)["base_fingerprint"] == base.fingerprint
+    return root
+
+
+def lines(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path, tmp_path: Path) -> None:
+    registry = ["--registry", str(made / "registry")]
+    shades = [{"text": f"paint the {thing} {shade}", "label": shade} for thing in ("wall", "door", "car") for shade in ("red", "blue")]
+    words = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
+
+    register = ["register", "colours", str(made / "colours"), "--examples", lines(tmp_path / "shades.jsonl", shades), "--labels", "red,blue"]
+    code, out, err = invoke(*register, *registry, "--json")
+    assert (code, json.loads(out)) == (0, {"ref": "colours@1", "production": True, "examples": 6}), err
+    code, out, err = invoke(*register, *registry, "--labels", "red")
+    assert code == 2 and "1 labels were given for a head of 2 outputs" in err
+
+    settings = '{"epochs": 8, "steps_min": 0, "learning_rate": 0.005}'
+    code, out, err = invoke("learn", "words", lines(tmp_path / "words.jsonl", words), "--config", settings, *registry, "--json")
+    report = json.loads(out)
+    assert report["ref"] == "words@1" and code == (0 if report["promoted"] else 1), err
+    assert {"accuracy", "choice_accuracy", "epoch"} <= report["metrics"].keys()
+    assert invoke("promote", "words@1", *registry)[:2] == (0, "production is now words@1\n")
+
+    asked = [{"text": "paint the gate red", "id": 1}, {"text": ""}, {"text": "zebra number 40", "label": "zebra"}]
+    run = ["run", lines(tmp_path / "in.jsonl", asked), str(tmp_path / "out.jsonl"), "--max-false-reject", "0", *registry, "--json"]
+    code, out, err = invoke(*run)
+    summary = json.loads(out)
+    assert (code, summary["rows"], summary["answered"], summary["failed"]) == (1, 3, 2, 1), err    # 1: a row failed
+    first, second = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert (first["adapter"], first["id"], second["adapter"], second["target"]) == ("colours@1", 1, "words@1", "zebra")
+    assert invoke(*run)[0] == 2
+    code, out, _ = invoke(*run, "--resume")
+    assert code == 1 and json.loads(out)["adapters"] == summary["adapters"]
+
+    code, out, err = invoke("predict", "paint the gate red", "--max-false-reject", "0", *registry, "--json")
+    [prediction] = json.loads(out)
+    assert code == 0 and prediction["adapter"] == "colours@1" and prediction["scores"].keys() == {"red", "blue"}, err
+    assert {"threshold", "calibration", "candidates", "margin", "reason"} <= prediction.keys()
+    assert invoke("predict", "x", "--adapter", "nobody", *registry)[0] == 2
+
+    code, out, err = invoke("verify", *registry, "--json")
+    assert code == 0 and json.loads(out)["problems"] == [], err
+    weights = made / "registry" / "adapters" / "colours" / "1" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    code, out, _ = invoke("verify", *registry, "--json")
+    assert code == 1 and "colours" in str(json.loads(out)["problems"])
+    weights.write_bytes(whole)
+
+    other = tmp_path / "other"
+    assert invoke("init", str(other), "--base-model", str(made / "bert"), "--encoder", "hash")[0] == 0
+    shutil.copytree(made / "registry" / "adapters" / "colours", other / "adapters" / "colours")
+    code, out, err = invoke("adopt", "--registry", str(other), "--json")
+    assert code == 0 and json.loads(out)["adopted"] == ["colours@1"], err
+    code, out, err = invoke("predict", "x", "--adapter", "colours@1", "--registry", str(other), "--json")
+    assert code == 0 and json.loads(out)[0]["adapter"] == "colours@1", err
+
+
+def test_ctrl_c_says_the_command_that_goes_on_with_every_option(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapter_hub.batch import job
+
+    class Stopped(job.Progress):
+        def __init__(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "Progress", Stopped)
+    source, output = lines(tmp_path / "in.jsonl", [{"text": f"row {i}"} for i in range(300)]), str(tmp_path / "out.jsonl")
+    options = ["--max-false-reject", "0.0", "--generation", '{"max_new_tokens": 5}']
+    code, _, err = invoke("--registry", str(made / "registry"), "--device", "cpu", "run", source, output, *options)
+    assert code == 130
+    [words] = examples(err.replace("Go on with: ", "\n  "))
+    assert words == ["--registry", str(made / "registry"), "--device", "cpu", "run", source, output, "--resume", *options]
+    monkeypatch.undo()
+    code, out, err = invoke(*words)
+    assert code == 0 and "300" in out, err
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------

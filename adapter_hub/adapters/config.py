@@ -6,12 +6,12 @@ The list is an allow-list. An option that the engine does not execute is refused
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from adapter_hub.adapters.patterns import check_pattern, matches_end
 from adapter_hub.errors import CorruptAdapter, UnsupportedOption
 
 
@@ -77,12 +77,12 @@ def parse_config(config: Mapping[str, Any], source: object = "adapter_config.jso
         if key not in _EXECUTED and key not in _INERT and not _is_default(key, value):
             raise UnsupportedOption(key, value)
     init = config.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init not in _HARMLESS_INITS:
+    if not isinstance(init, bool) and not (isinstance(init, str) and init in _HARMLESS_INITS):
         raise UnsupportedOption(
             "init_lora_weights", init, "it alters the base's weights; save with path_initial_model_for_weight_conversion to get a plain LoRA"
         )
     task = config.get("task_type")
-    if task is not None and task not in TaskType.__members__:
+    if task is not None and not (isinstance(task, str) and task in TaskType.__members__):
         raise UnsupportedOption("task_type", task, f"known are {', '.join(TaskType)}")
     targets = config.get("target_modules")
     try:
@@ -93,17 +93,17 @@ def parse_config(config: Mapping[str, Any], source: object = "adapter_config.jso
             alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
             use_rslora=bool(config.get("use_rslora")),
             use_dora=bool(config.get("use_dora")),
-            target_modules=targets if targets is None or isinstance(targets, str) else tuple(map(str, targets)),
-            modules_to_save=tuple(config.get("modules_to_save") or ()),
+            target_modules=targets if targets is None or isinstance(targets, str) else _names("target_modules", targets),
+            modules_to_save=_names("modules_to_save", config.get("modules_to_save") or ()),
             task_type=TaskType(task) if task else None,
-            base_model_name_or_path=config.get("base_model_name_or_path") or None,
+            base_model_name_or_path=_text_or_none(config.get("base_model_name_or_path")),
             raw=dict(config),
         )
-        for pattern in (*settings.rank_pattern, *settings.alpha_pattern, *([targets] if isinstance(targets, str) else [])):
-            re.compile(pattern)
+        for pattern in _patterns(settings):
+            check_pattern(pattern)
     except KeyError as error:
         raise CorruptAdapter(str(source), f"it has no {error.args[0]!r}") from error
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptAdapter(str(source), f"a value has the wrong form ({error})") from error
     if not math.isfinite(settings.lora_alpha):
         raise CorruptAdapter(str(source), "lora_alpha is not finite")
@@ -111,8 +111,28 @@ def parse_config(config: Mapping[str, Any], source: object = "adapter_config.jso
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The first pattern that matches the whole name or its end after a dot, as PEFT's get_pattern_key does."""
-    return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)), default)
+    return next((value for pattern, value in patterns.items() if matches_end(pattern, module)), default)
+
+
+def _patterns(settings: LoraSettings) -> tuple[str, ...]:
+    """Everything in a config that PEFT reads as a regular expression."""
+    found: list[str] = [*settings.rank_pattern, *settings.alpha_pattern, *settings.modules_to_save]
+    for value in (settings.target_modules, settings.raw.get("exclude_modules"), settings.raw.get("layers_pattern")):
+        found += [value] if isinstance(value, str) else []
+    listed = settings.raw.get("layers_pattern")
+    return (*found, *(_names("layers_pattern", listed) if isinstance(listed, list) else ()))
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{key}={value!r} is not a list of names")
+    return tuple(value)
+
+
+def _text_or_none(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{value!r} is not text")
+    return value or None
 
 
 def _whole(value: Any) -> int:

@@ -1,11 +1,11 @@
-"""Where an adapter comes from: a PEFT folder, a hub repository id, or a PeftModel in memory. All end as a PEFT folder."""
+"""Where an adapter comes from: a PEFT folder, a hub repository id, or a PeftModel in memory. All end as PEFT's two files."""
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,16 +20,26 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _HUB_ID = re.compile(r"(?P<id>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 
 
-@contextmanager
-def adapter_folder(source: str | Path | PeftModel) -> Iterator[Path]:
-    """Yield a folder that holds PEFT's two files; it may be temporary and is gone afterwards.
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterFiles:
+    """PEFT's two files as they were read, once: what is checked is what is stored."""
+
+    config: bytes
+    weights: bytes
+    origin: str                       # where they were read, for people
+    repository: str | None = None     # of a hub id
+    revision: str | None = None       # the commit that the hub gave
+
+
+def fetch_adapter(source: str | Path | PeftModel) -> AdapterFiles:
+    """PEFT's two files of a folder, a hub repository or a model in memory.
 
     An existing folder wins over a hub id of the same spelling. Only the two files are ever fetched from a hub:
     pickled weights and code stay where they are. Raises CorruptAdapter, InvalidInput.
     """
     if isinstance(source, str | Path):
-        yield _existing(Path(source)) if Path(source).expanduser().exists() else _from_hub(str(source))
-        return
+        path = os.path.expanduser(source)
+        return read_files(path) if os.path.exists(path) else _from_hub(str(source))
     if not hasattr(source, "save_pretrained") or not hasattr(source, "peft_config"):
         raise InvalidInput(
             f"the source of an adapter cannot be {type(source).__name__}.",
@@ -39,24 +49,28 @@ def adapter_folder(source: str | Path | PeftModel) -> Iterator[Path]:
         name = source.active_adapter
         source.save_pretrained(folder, safe_serialization=True, selected_adapters=[name])
         # PEFT writes any adapter but "default" into a folder of its own.
-        yield Path(folder) if name == "default" else Path(folder) / name
+        return read_files(Path(folder) if name == "default" else Path(folder) / name)
 
 
-def _existing(folder: Path) -> Path:
-    folder = folder.expanduser()
+def read_files(folder: str | Path) -> AdapterFiles:
+    """Raises CorruptAdapter where one of the two is missing or cannot be read."""
+    folder = Path(folder)
     if not folder.is_dir():
-        raise CorruptAdapter(folder, "it is a file; a PEFT adapter is a folder with adapter_config.json and adapter_model.safetensors")
+        raise CorruptAdapter(folder, "it is no folder; a PEFT adapter is one with adapter_config.json and adapter_model.safetensors")
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / file).is_file():
             pickled = file == ADAPTER_WEIGHTS and (folder / "adapter_model.bin").exists()
             raise CorruptAdapter(folder, f"there is no {file}" + (", only pickled weights, and pickle is never read" if pickled else ""))
-    return folder
+    try:
+        return AdapterFiles((folder / ADAPTER_CONFIG).read_bytes(), (folder / ADAPTER_WEIGHTS).read_bytes(), str(folder))
+    except OSError as error:
+        raise CorruptAdapter(folder, f"it cannot be read ({error.strerror})") from error
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str) -> AdapterFiles:
     match = _HUB_ID.fullmatch(source)
     if match is None:
-        raise InvalidInput(f"there is no folder {source!r}, and it is no hub id.", hint="Give a PEFT folder or 'org/name@revision'.")
+        raise InvalidInput(f"there is no folder {source[:200]!r}, and it is no hub id.", hint="Give a PEFT folder or 'org/name@revision'.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -64,7 +78,8 @@ def _from_hub(source: str) -> Path:
         folder = snapshot_download(match["id"], revision=match["revision"], allow_patterns=[ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise InvalidInput(
-            f"there is no folder {source!r}, and the model hub did not give that repository ({type(error).__name__}).",
+            f"there is no folder {source[:200]!r}, and the model hub did not give that repository ({type(error).__name__}).",
             hint="Check the spelling, the revision and the network.",
         ) from error
-    return _existing(Path(folder))
+    # The hub client keeps a snapshot in a folder named by its commit.
+    return replace(read_files(folder), origin=source, repository=match["id"], revision=Path(folder).name)

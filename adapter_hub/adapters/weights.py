@@ -1,4 +1,4 @@
-"""An adapter in tensors: the low-rank pair of each module it changes, and its head. Read and written as PEFT's two files."""
+"""An adapter in tensors: the low-rank pair of each module it changes, and its head, read from PEFT's two files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from adapter_hub.adapters.config import HEADED, LoraSettings, TaskType, parse_config
-from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from adapter_hub.errors import CorruptAdapter, DoesNotFit, LabelsRequired, NonFinite, UnsupportedOption
+from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, read_files
+from adapter_hub.errors import CorruptAdapter, DoesNotFit, InvalidInput, LabelsRequired, NonFinite, UnsupportedOption
 
 # i inputs of a module, o its outputs, r rank
 KEY_PREFIX = "base_model.model."
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)    # torch cannot test eight bits for NaN
+_DTYPES_SHOWN = "float32, bfloat16 or float16"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,34 +59,32 @@ class Adapter:
         return found
 
 
-def read_adapter(
-    folder: str | Path,
+def read_adapter(folder: str | Path, **facts: Any) -> Adapter:
+    """The adapter of a PEFT folder; `facts` and errors as of `adapter_of`."""
+    return adapter_of(read_files(folder), **facts)
+
+
+def adapter_of(
+    files: AdapterFiles,
     *,
     labels: tuple[str, ...] | None = None,
     prompt_template: str | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> Adapter:
-    """Read PEFT's two files. Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired."""
-    folder = Path(folder)
-    settings = parse_config(_read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
-    tensors = _read_tensors(folder / ADAPTER_WEIGHTS)
+    """Parse PEFT's two files. Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired, InvalidInput."""
+    settings = parse_config(_json_of(files), files.origin)
+    try:
+        tensors = load(files.weights)
+    except (SafetensorError, KeyError, ValueError) as error:    # a type or shape that torch does not know
+        raise CorruptAdapter(files.origin, f"{ADAPTER_WEIGHTS} is not a whole safetensors file ({error})") from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise DoesNotFit(f"tensor {key!r} is {tensor.dtype}, not floating point.", hint="Save the adapter in float32, bfloat16 or float16.")
+        if tensor.dtype not in _DTYPES:
+            raise DoesNotFit(f"tensor {key!r} is {tensor.dtype}, not floating point of 16 bits or more.", hint=f"Save it in {_DTYPES_SHOWN}.")
         if not torch.isfinite(tensor).all():
             raise NonFinite(f"tensor {key!r} holds NaN or infinity.", hint="Training diverged: lower the learning rate and train again.")
     deltas, head = _paired(settings, tensors)
     _check_labels(settings, head, labels)
     return Adapter(settings, deltas, head, labels, _checked_template(prompt_template), dict(generation or {}))
-
-
-def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
-    """Write PEFT's two files; `PeftModel.from_pretrained` loads them. Returns the folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(dict(adapter.settings.raw), indent=2, sort_keys=True) + "\n")
-    save_file({key: tensor.contiguous() for key, tensor in adapter.tensors.items()}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    return folder
 
 
 def outputs_of(head: Mapping[str, Tensor]) -> int:
@@ -101,23 +101,11 @@ def _lastness(name: str) -> int:
     return {"out_proj": 4, "classifier": 3, "score": 2, "logits_proj": 1}.get(layer, 0)
 
 
-def _read_json(path: Path) -> Any:
+def _json_of(files: AdapterFiles) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CorruptAdapter(path, f"it cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CorruptAdapter(path, f"it is not JSON ({error})") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        pickled = path.with_suffix(".bin").exists()
-        raise CorruptAdapter(path, "it does not exist" + ("; there are only pickled weights, and pickle is never read" if pickled else ""))
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptAdapter(path, f"it is not a whole safetensors file ({error})") from error
+        return json.loads(files.config)
+    except (ValueError, RecursionError) as error:
+        raise CorruptAdapter(files.origin, f"{ADAPTER_CONFIG} is not JSON ({error})") from error
 
 
 def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LoraDelta], dict[str, Tensor]]:
@@ -166,7 +154,9 @@ def _check_labels(settings: LoraSettings, head: Mapping[str, Tensor], labels: tu
         raise LabelsRequired("labels must be distinct texts that are not empty.", hint="Name each output once, in order.")
 
 
-def _checked_template(template: str | None) -> str | None:
+def _checked_template(template: Any) -> str | None:
+    if template is not None and not isinstance(template, str):
+        raise InvalidInput(f"the prompt template is {type(template).__name__}, not text.", hint='For example "Question: {text}\\nAnswer:".')
     if template is not None and template.count("{text}") != 1:
         raise DoesNotFit(f"the prompt template {template!r} does not hold {{text}} exactly once.", hint='For example "Question: {text}\\nAnswer:".')
     return template

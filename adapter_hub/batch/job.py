@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, UnreadableFile, storage_error
-from adapter_hub.examples import BadRow, RowReader, fault, format_of
+from adapter_hub.examples import BadRow, RowReader, fault, format_of, read_rows
 
 JSON = Any
 Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON]]]
@@ -73,6 +73,7 @@ class _State:
     failed: int = 0
     abstained: int = 0
     adapters: dict[str, int] = field(default_factory=dict)
+    facts: dict[str, JSON] = field(default_factory=dict)    # the caller's, to go on with
 
     def save(self, path: Path) -> None:
         write_durably(path, (json.dumps(asdict(self), ensure_ascii=False) + "\n").encode())
@@ -85,12 +86,19 @@ class _State:
             raise InvalidInput(f"{path} is not a job's progress ({error}).", hint=BEGIN_AGAIN) from error
 
 
+def interrupted(output: str | Path) -> dict[str, JSON] | None:
+    """The facts that an interrupted job for this output was begun with; None where there is no such job. Raises InvalidInput."""
+    path = JobFiles(Path(output)).progress
+    return _State.load(path).facts if path.exists() else None
+
+
 def run_job(
     input: str | Path,
     output: str | Path,
     answer: Answer,
     *,
     settings: Mapping[str, JSON],
+    facts: Mapping[str, JSON] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     chunk_rows: int = CHUNK_ROWS,
@@ -99,7 +107,8 @@ def run_job(
     """Answer every row of `input` into `output`; the suffixes say the formats (JSONL, CSV, TSV, Parquet).
 
     A row out is the row in plus what `answer` gives for its text. An input's `label` is kept as `target`, any other field whose
-    name the answer needs as `input_<name>`. Bad rows go to OUTPUT.errors.jsonl. `settings` is everything the answers depend on.
+    name the answer needs as `input_<name>`. Bad rows go to OUTPUT.errors.jsonl. `settings` is everything the answers depend on;
+    `facts` is kept for `interrupted` to tell. To resume a job that is done tells what it did, and does nothing.
     Raises UnreadableFile, InvalidInput (output exists, or the job cannot be resumed with this input and settings), RegistryError.
     """
     source, files = Path(input), JobFiles(Path(output))
@@ -116,8 +125,10 @@ def run_job(
             what = "input and output are one file" if path == files.output else f"the input {str(input)!r} is a file that this job would write"
             raise InvalidInput(f"{what}.", hint="Choose another output.")
     settings = {**settings, "chunk_rows": chunk_rows}
-    fresh = _State(hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(), _identity(source))
+    fresh = _State(hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(), _identity(source), facts=dict(facts or {}))
     with files.locked():
+        if resume and not overwrite and files.output.exists() and not files.progress.exists():
+            return _done(reader, files)
         try:
             state = _begin(files, fresh, resume, overwrite)
             started, rows_before = time.perf_counter(), state.rows
@@ -126,18 +137,7 @@ def run_job(
             finish(files)
         except OSError as error:
             raise storage_error(error, files.output) from error
-    seconds = time.perf_counter() - started
-    return Summary(
-        rows=state.rows,
-        answered=state.rows - state.failed,
-        abstained=state.abstained,
-        failed=state.failed,
-        adapters=dict(sorted(state.adapters.items(), key=lambda item: (-item[1], item[0]))),
-        seconds=seconds,
-        rows_per_s=(state.rows - rows_before) / max(seconds, 1e-9),
-        output=str(files.output),
-        errors=str(files.errors) if state.failed else None,
-    )
+    return _summary(state, files, time.perf_counter() - started, state.rows - rows_before)
 
 
 def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _State:
@@ -146,8 +146,7 @@ def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _St
         raise InvalidInput("resume and overwrite exclude each other.", hint="Choose one.")
     started = files.progress.exists()
     if files.output.exists() and not overwrite and not (resume and started):
-        done = " It is complete." if resume else ""
-        raise InvalidInput(f"{str(files.output)!r} exists.{done}", hint="Choose another output, or pass overwrite=True (`--overwrite`).")
+        raise InvalidInput(f"{str(files.output)!r} exists.", hint="Choose another output, or pass overwrite=True (`--overwrite`).")
     if started and not resume and not overwrite:
         raise InvalidInput(
             f"a job for {str(files.output)!r} was interrupted.",
@@ -171,6 +170,39 @@ def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _St
             file.truncate(size)
     state.save(files.progress)
     return state
+
+
+def _done(reader: RowReader, files: JobFiles) -> Summary:
+    """What a job did whose output is whole, read from its files. Raises InvalidInput where they do not answer this input, row by row."""
+    started = time.perf_counter()
+    failed = {row["line"] for _, row in read_rows(files.errors) if isinstance(row, dict)} if files.errors.exists() else set()
+    answered, counts = (row for _, row in read_rows(files.output)), Counter[str | None]()
+    for line, row in reader:
+        if line in failed:
+            continue
+        answer = next(answered, None)
+        if isinstance(row, BadRow) or not isinstance(answer, dict) or answer.get("text") != row.get("text"):
+            raise InvalidInput(f"{str(files.output)!r} exists, and does not answer line {line} of this input.", hint=BEGIN_AGAIN)
+        counts[answer.get("adapter") or None] += 1
+    if next(answered, None) is not None:
+        raise InvalidInput(f"{str(files.output)!r} exists, and has more rows than this input.", hint=BEGIN_AGAIN)
+    adapters = {name: count for name, count in counts.items() if name is not None}
+    state = _State("", "", counts.total() + len(failed), failed=len(failed), abstained=counts[None], adapters=adapters)
+    return _summary(state, files, time.perf_counter() - started, 0)
+
+
+def _summary(state: _State, files: JobFiles, seconds: float, rows_now: int) -> Summary:
+    return Summary(
+        rows=state.rows,
+        answered=state.rows - state.failed,
+        abstained=state.abstained,
+        failed=state.failed,
+        adapters=dict(sorted(state.adapters.items(), key=lambda item: (-item[1], item[0]))),
+        seconds=seconds,
+        rows_per_s=rows_now / max(seconds, 1e-9),
+        output=str(files.output),
+        errors=str(files.errors) if state.failed else None,
+    )
 
 
 def _answer_all(

@@ -6,6 +6,8 @@ Nothing here opens a registry: completion reads folder names, so that a press of
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +65,7 @@ def read_texts(texts: Sequence[str] | None, file: str) -> list[str]:
     if not texts and not file and sys.stdin.isatty():
         raise InvalidInput("there is no input.", hint="Give TEXT, --file FILE, or lines on stdin.")
     try:
-        found = list(texts) if texts else _lines(sys.stdin.read() if file in ("", "-") else Path(file).read_text(encoding="utf-8"))
+        found = list(texts) if texts else _lines(sys.stdin.read() if file in ("", "-") else read_utf8(file))
         "".join(found).encode("utf-8")    # bytes of an argument that are not UTF-8 arrive as lone surrogates
     except UnicodeError as error:
         raise InvalidInput(f"{file or 'the input'} is not UTF-8: {error}.") from error
@@ -79,7 +81,7 @@ def json_object(option: str, text: str) -> dict[str, JSON] | None:
         return None
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{option} is not JSON: {error}.", hint="""Write '{"key": value}' in single quotes.""") from error
     if not isinstance(value, dict):
         raise InvalidInput(f"{option} is not a JSON object.", hint="""Write '{"key": value}'.""")
@@ -90,12 +92,25 @@ def label_names(text: str) -> list[str] | None:
     """`a,b,c`, or a file that holds a JSON list or one name a line."""
     if not text:
         return None
-    if not Path(text).is_file():
+    if not os.path.isfile(text):    # unlike Path.is_file, it takes names of any length
         return [label.strip() for label in text.split(",")]
-    content = Path(text).read_text(encoding="utf-8")
+    content = read_utf8(text)
     if not content.lstrip().startswith("["):
         return [line.strip() for line in content.splitlines() if line.strip()]
     try:
         return [str(label) for label in json.loads(content)]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{text} is not a JSON list of label names: {error}.") from error
+
+
+def read_utf8(path: str) -> str:
+    """Raises InvalidInput for bytes that are not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path} is not UTF-8: {error}.", hint="Save it as UTF-8.") from error
+
+
+def shown_url(registry: str) -> str:
+    """A registry as it may stand on a screen: the password of a database URL is not for everyone who looks."""
+    return re.sub(r"(://[^:/@]*:)[^/]*@", r"\1***@", registry)

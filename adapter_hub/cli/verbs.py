@@ -32,6 +32,8 @@ from adapter_hub.cli.arguments import (
     json_object,
     label_names,
     read_texts,
+    read_utf8,
+    shown_url,
 )
 from adapter_hub.cli.console import decisions, emit, events, explanations, facts, line, predictions, progress_bar, versions
 from adapter_hub.errors import HubError, InvalidInput
@@ -195,7 +197,7 @@ def _train_config(text: str) -> TrainConfig | None:
         return None
     from adapter_hub.training.config import TrainConfig
 
-    written = Path(text).read_text(encoding="utf-8") if text.endswith((".json", ".toml")) else text
+    written = read_utf8(text) if text.endswith((".json", ".toml")) else text
     if not text.endswith(".toml"):
         return TrainConfig.from_dict(json_object("--config", written) or {})
     try:
@@ -213,7 +215,7 @@ def teach(
 ) -> None:
     """Show the router more inputs that belong to REF.
 
-    The result is a new version with the same weights.
+    The result is a new version with the same weights, in production where REF is.
     """
     from adapter_hub.examples import read_examples
 
@@ -388,12 +390,24 @@ def run(
                 progress=lambda at: show(at.rows, at.share),
             )
         except KeyboardInterrupt:
-            again = shlex.join(["adapter-hub", "--registry", registry, "run", input, output, "--resume"])
+            again = _resuming(ctx, registry, input, output, max_false_reject, generation)
             typer.echo(f"interrupted; what is done is kept. Go on with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
     emit(summary, as_json, facts)
     if summary.failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _resuming(ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str) -> str:
+    """The command that goes on with this job, each option that it depends on included."""
+    before = {"--registry": shown_url(registry), "--artifacts": ctx.find_root().obj["artifacts"], "--device": ctx.find_root().obj["device"]}
+    after = {"--max-false-reject": max_false_reject, "--generation": generation or None}
+    words: list[Any] = ["adapter-hub", *_options(before), "run", input, output, "--resume", *_options(after)]
+    return shlex.join(map(str, words))
+
+
+def _options(values: dict[str, Any]) -> list[Any]:
+    return [word for option, value in values.items() if value is not None for word in (option, value)]
 
 
 @_verb("evaluate", "adapter-hub evaluate --data held_out.jsonl")

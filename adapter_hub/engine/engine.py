@@ -5,7 +5,7 @@ The engine is told which adapter; it never chooses one. plan -> hold adapters ->
 
 from __future__ import annotations
 
-import threading
+import bisect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,18 +20,19 @@ from transformers import GenerationConfig
 from adapter_hub.adapters.config import HEADED, TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
+from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.heads import probabilities
 from adapter_hub.engine.lora_layers import MixedLayers
 from adapter_hub.engine.plan import Batch, Row, plan_batches
 from adapter_hub.engine.slots import Facts, Resident, Slots
 from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
 
 # n rows, t tokens, d hidden width, c labels
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
 _BASE = Facts(None, None, None)
-_SAMPLING = threading.Lock()    # torch has one random state for the whole process: seeded rows are drawn by one thread at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +82,17 @@ class Engine:
     def predict(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output]:
         """One output for each request, in order. `generation` overrides the adapters' own settings.
 
-        A row's result depends on its neighbours by no more than rounding (1e-5); the same request gives the same bytes.
+        A row's result depends on its neighbours by no more than rounding (1e-5); the same request gives the same bytes. What is
+        sampled depends on the row and its `seed` alone, so rows of one text and seed get one answer; without a seed each draws anew.
         Raises InvalidInput for an empty text (with its position) or an unknown generation setting, and what `load` raises.
         """
         call = check_generation(generation or {})
         for position, request in enumerate(requests, 1):
-            if fault := _fault(request.text):
+            if fault := text_fault(request.text):
                 raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
         facts = [_BASE if request.adapter is None else self.slots.facts(request.adapter) for request in requests]
         kinds = [self._kind(fact, call) for fact in facts]
-        texts = [_prompt(fact, request.text) for fact, request in zip(facts, requests, strict=True)]
-        encoded = [_of_text(fact, request.text, ids) for fact, request, ids in zip(facts, requests, self._encode(texts, kinds), strict=True)]
+        encoded = self._encode([request.text for request in requests], facts, kinds)
         rows = [Row(request.adapter, kind, len(ids)) for request, kind, ids in zip(requests, kinds, encoded, strict=True)]
         outputs: dict[int, Output] = {}
         for batch in plan_batches(rows, slots_max=self.slots.slots_max).batches:
@@ -100,6 +101,16 @@ class Engine:
                 outputs |= run(batch, held, facts, encoded)
         return [outputs[i] for i in range(len(requests))]
 
+    def check(self, adapter: Adapter) -> dict[str, Any]:
+        """The adapter's generation settings, checked by name and type, and with its template by what the base can take.
+
+        Raises InvalidInput, as every later request would.
+        """
+        settings = check_generation(adapter.generation)
+        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, settings)
+        self._encode(["text"], [facts], [self._kind(facts, {})])
+        return settings
+
     def _kind(self, facts: Facts, call: Mapping[str, Any]) -> Hashable:
         """HIDDEN, or the generation settings of this row."""
         generates = facts.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
@@ -107,17 +118,40 @@ class Engine:
             generates = self.base.kind is not BaseKind.ENCODER
         return merged(facts.generation, call) if generates else HIDDEN
 
-    def _encode(self, texts: Sequence[str], kinds: Sequence[Hashable]) -> list[Encoded]:
-        """Cut to what the model can take, with room for what a causal model will write."""
+    def _encode(self, texts: Sequence[str], facts: Sequence[Facts], kinds: Sequence[Hashable]) -> list[Encoded]:
+        """Cut to what the model can take, with room for what a causal model will write. What is cut is the text, never its template."""
         found: list[Encoded | None] = [None] * len(texts)
         for kind in dict.fromkeys(kinds):
             rows = [i for i, other in enumerate(kinds) if other == kind]
             limit = self.base.max_tokens
             if kind != HIDDEN:
                 limit = self._prompt_limit(int(dict(cast(Any, kind))["max_new_tokens"]))
-            for i, ids in zip(rows, self.base.encode([texts[i] for i in rows], max_tokens=limit), strict=True):
-                found[i] = ids
+            for i, ids in zip(rows, self.base.encode([_prompt(facts[i], texts[i]) for i in rows], max_tokens=limit), strict=True):
+                found[i] = ids if facts[i].prompt_template is None else self._in_template(facts[i], texts[i], ids, limit)
         return cast(list[Encoded], found)
+
+    def _in_template(self, facts: Facts, text: str, ids: Encoded, limit: int) -> Encoded:
+        """With offsets that count in the text, not in the prompt made of it; where the prompt was cut, with less of the text instead."""
+        if ids.truncated:
+            kept = self._fitting(facts, text, limit)
+            text = text[:kept]
+            ids = replace(self.base.encode([_prompt(facts, text)], max_tokens=limit)[0], truncated=True)
+        return _of_text(facts, text, ids)
+
+    def _fitting(self, facts: Facts, text: str, limit: int) -> int:
+        """How many characters of the text the template leaves room for. Raises InvalidInput for none."""
+
+        def cut(characters: int) -> bool:
+            return self.base.encode([_prompt(facts, text[:characters])], max_tokens=limit)[0].truncated
+
+        most = limit    # doubled until it is too many: the search takes no longer for a longer text
+        while most < len(text) and not cut(most):
+            most *= 2
+        kept = bisect.bisect_left(range(min(most, len(text))), True, key=cut) - 1
+        if kept < 1:
+            shown = repr((facts.prompt_template or "")[:60])
+            raise InvalidInput(f"the prompt template {shown} leaves no room for a text in {limit} tokens.", hint="Shorten the template.")
+        return kept
 
     def _prompt_limit(self, new: int) -> int:
         """Longest prompt when `new` tokens are to be written. Raises InvalidInput."""
@@ -177,13 +211,12 @@ class Engine:
         config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(model, tokenizer))
         if stop:
             config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
-        with _SAMPLING if seed is not None else nullcontext(), self._open(batch, held), torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        draws = Draws(len(batch.rows), seed, self.base.device) if settings["do_sample"] else nullcontext()
+        with self._open(batch, held), draws:
             written: Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
         if self.base.kind is BaseKind.CAUSAL:
             written = written[:, inputs["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = self.base.decode(written)
         return {i: Output(text=text, truncated=encoded[i].truncated) for i, text in zip(batch.rows, texts, strict=True)}
 
 
@@ -191,24 +224,9 @@ def _prompt(facts: Facts, text: str) -> str:
     return text if facts.prompt_template is None else facts.prompt_template.replace("{text}", text)
 
 
-def _fault(text: object) -> str | None:
-    """Why this text cannot be read, to be said after its position; None if it can."""
-    if not isinstance(text, str):
-        return f"is {type(text).__name__}, not text"
-    if not text.strip():
-        return "is empty"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "has half of a surrogate pair, which is not Unicode"
-    return None
-
-
 def _of_text(facts: Facts, text: str, ids: Encoded) -> Encoded:
-    """With offsets that count in the text, not in the prompt made of it; the template's own tokens get (0, 0)."""
-    if facts.prompt_template is None:
-        return ids
-    shift = facts.prompt_template.index("{text}")
+    """The template's own tokens get the offsets (0, 0)."""
+    shift = cast(str, facts.prompt_template).index("{text}")
     moved = ((max(start - shift, 0), min(end - shift, len(text))) for start, end in ids.offsets)
     return replace(ids, offsets=tuple((start, end) if start < end else (0, 0) for start, end in moved))
 

@@ -26,7 +26,7 @@ _ALLOWED: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "repetition_penalty": ((int, float), "a number above 0"),
     "no_repeat_ngram_size": (int, "a whole number"),
     "stop_strings": ((list, tuple, str), "texts that are not empty"),
-    "seed": (int, "a whole number, for do_sample"),
+    "seed": (int, "a whole number, for do_sample"),    # of every row's own draws
 }
 _AT_LEAST_ONE = ("max_new_tokens", "num_beams")
 _ABOVE_ZERO = ("temperature", "top_p", "repetition_penalty")
@@ -34,8 +34,10 @@ _AT_MOST_ONE = ("top_p", "min_p")
 _SEED_MAX = 2**63 - 1    # torch's
 
 
-def check_generation(settings: Mapping[str, Any], source: str = "generation") -> dict[str, Any]:
+def check_generation(settings: Any, source: str = "generation") -> dict[str, Any]:
     """The settings, checked by name and type. Raises InvalidInput."""
+    if not isinstance(settings, Mapping):
+        raise InvalidInput(f"{source}: {type(settings).__name__} holds no settings.", hint='Give a mapping: {"max_new_tokens": 64}.')
     for key, value in settings.items():
         if key not in _ALLOWED:
             closest = difflib.get_close_matches(str(key), _ALLOWED, n=1)

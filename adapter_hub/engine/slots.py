@@ -14,6 +14,7 @@ from torch import nn
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.heads import Head
 from adapter_hub.engine.lora_layers import Bound, MixedLayers, Stack, stack_bound
 from adapter_hub.engine.plan import missing
@@ -90,12 +91,16 @@ class Slots:
     def stacks(self, refs: tuple[AdapterRef, ...], held: Sequence[Resident]) -> dict[nn.Module, Stack]:
         """The stacked weights of these adapters, remembered for the next batch of the same set."""
         with self._lock:
-            if refs not in self._stacks:
-                self._stacks[refs] = stack_bound([adapter.bound for adapter in held])
+            if refs in self._stacks:
+                self._stacks.move_to_end(refs)
+                return self._stacks[refs]
+            made = stack_bound([adapter.bound for adapter in held])
+            # A batch may hold what was evicted while it ran: that is used this once, and not kept.
+            if all(self._resident.get(ref) is adapter for ref, adapter in zip(refs, held, strict=True)):
+                self._stacks[refs] = made
                 while len(self._stacks) > STACKS_KEPT:
                     self._stacks.popitem(last=False)
-            self._stacks.move_to_end(refs)
-            return self._stacks[refs]
+            return made
 
     def evict(self, ref: AdapterRef) -> None:
         """Forget this adapter: its file is gone. A running batch keeps what it holds."""
@@ -110,5 +115,6 @@ class Slots:
 
     def _bind(self, ref: AdapterRef) -> Resident:
         adapter = self._load(ref)
-        self._facts[ref] = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, adapter.generation)
+        generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
+        self._facts[ref] = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation)
         return Resident(self._layers.bind(adapter), Head(self._base, adapter) if adapter.head else None)

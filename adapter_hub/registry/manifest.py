@@ -37,11 +37,13 @@ class VersionFacts:
     license: str | None = None
     description: str = ""
     tags: tuple[str, ...] = ()
+    source: str | None = None                       # the hub repository that the adapter was fetched from
+    revision: str | None = None                     # and the commit of it
 
     def __post_init__(self) -> None:
         for key in ("base_model", "base_fingerprint", "description"):
             _check(isinstance(getattr(self, key), str), key, getattr(self, key), "text")
-        for key in ("encoder_fingerprint", "task_type", "prompt_template", "training_data_digest", "parent", "license"):
+        for key in ("encoder_fingerprint", "task_type", "prompt_template", "training_data_digest", "parent", "license", "source", "revision"):
             _check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, getattr(self, key), "text or None")
         texts = [value for item in fields(VersionFacts) if isinstance(value := getattr(self, item.name), str)]
         _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
@@ -119,8 +121,9 @@ class Manifest(VersionFacts):
         row = {"schema": MANIFEST_SCHEMA, "name": self.name, "version": self.version, "digest": self.digest} | asdict(self)
         row["labels"] = None if self.labels is None else list(self.labels)
         row["tags"] = list(self.tags)
-        if self.purged_at is None:
-            del row["purged_at"]
+        for key in ("purged_at", "source", "revision"):    # what most versions lack is not in their manifest
+            if row[key] is None:
+                del row[key]
         return row
 
     def to_bytes(self) -> bytes:

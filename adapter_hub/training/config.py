@@ -32,7 +32,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     label_smoothing: float = 0.05          # 0 to below 1; keeps the head from being surer than it is right
     probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise
-    validation_share: float = 0.1          # held out of the training rows where no validation rows are given
+    validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
     progress: bool = False                 # show the trainer's own bar and losses
 

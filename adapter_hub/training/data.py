@@ -6,9 +6,10 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, text_fault
 
 ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, if any other label can spare one
 
@@ -25,8 +26,8 @@ def check_rows(rows: Sequence[Example], what: str = "training") -> tuple[str, ..
         raise InvalidInput(f"{len(rows)} {what} rows are too few.", hint="Give at least two rows with different labels.")
     labels: set[str] = set()
     for position, row in enumerate(rows, 1):
-        if not row.text.strip():
-            raise InvalidInput(f"{what} row {position} has an empty text.", hint="Remove it or write its text.")
+        if reason := text_fault(row.text):
+            raise InvalidInput(f"{what} row {position} has a text that {reason}.", hint="Remove it or write its text.")
         if row.label is None or not row.label.strip():
             raise InvalidInput(f"{what} row {position} has no label.", hint='A row to learn from is {"text": …, "label": …}.')
         labels.add(row.label)
@@ -42,8 +43,9 @@ def check_task(rows: Sequence[Example], validation: Sequence[Example] | None) ->
         if not validation:
             raise InvalidInput("the validation rows are empty.", hint="Leave validation out: then some training rows are held out.")
         for position, row in enumerate(validation, 1):
-            if not row.text.strip() or row.label not in labels:
-                fact = f"has the label {row.label!r}, which no training row has" if row.text.strip() else "has an empty text"
+            reason = text_fault(row.text)
+            if reason or row.label not in labels:
+                fact = f"has a text that {reason}" if reason else f"has the label {row.label!r}, which no training row has"
                 raise InvalidInput(f"validation row {position} {fact}.", hint=f"Labels to learn: {', '.join(labels[:10])}.")
     return labels
 
@@ -69,3 +71,28 @@ def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Exa
         chosen.update(random.Random(f"{seed}\x00{label}").sample(positions, count))
     train = [row for position, row in enumerate(rows) if position not in chosen]
     return train, [row for position, row in enumerate(rows) if position in chosen]
+
+
+class Parts(NamedTuple):
+    """Which rows do what. The best of many epochs is flattered by the rows that chose it, so others measure it."""
+
+    train: Sequence[Example]
+    choice: Sequence[Example]        # tell which epoch is kept; the training rows, where there are too few for rows of their own
+    validation: Sequence[Example]    # tell how good it is
+
+
+def split(rows: Sequence[Example], validation: Sequence[Example] | None, share: float, seed: int) -> Parts:
+    """Given validation rows choose and measure by halves; without any, `share` of each label is held out for the one and for the other.
+
+    Raises InvalidInput when no label has a second row.
+    """
+    if validation is None:
+        rest, measuring = hold_out(rows, share, seed)
+        try:
+            return Parts(*hold_out(rest, share, seed), measuring)
+        except InvalidInput:
+            return Parts(rest, rest, measuring)
+    try:
+        return Parts(rows, *hold_out(validation, 0.5, seed))
+    except InvalidInput:
+        return Parts(rows, rows, validation)

@@ -6,7 +6,6 @@ and how it tokenizes. Which rows may be used is `data`'s to say.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import random
@@ -34,11 +33,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from adapter_hub.base_model import BaseKind, FrozenBase
+from adapter_hub.base_model import BUILDING, RANDOMNESS, BaseKind, FrozenBase
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.config import TrainConfig
-from adapter_hub.training.data import check_task, hold_out, task_seed
+from adapter_hub.training.data import check_task, split, task_seed
 from adapter_hub.training.evaluate import classifier_metrics
 from adapter_hub.training.probe import start_from_probe
 
@@ -55,8 +54,9 @@ class TrainResult:
 
     folder: Path
     labels: tuple[str, ...]              # in the order of the head's outputs
-    metrics: Mapping[str, float]         # on `validation`: accuracy, macro_f1, log_loss; and epoch, the one that was kept
-    validation: tuple[Example, ...]      # the rows measured on: those given, or those held out
+    # accuracy, macro_f1 and log_loss on `validation`; epoch, the one that was kept, and its choice_accuracy, on the rows that chose it
+    metrics: Mapping[str, float]
+    validation: tuple[Example, ...]      # of those given, or held out: they had no part in training, nor in choosing the epoch
     seconds: float
 
 
@@ -69,50 +69,54 @@ def train_classifier(
     config: TrainConfig | None = None,
     folder: Path,
 ) -> TrainResult:
-    """Train a LoRA classifier on a copy of `base`; the epoch that is best on the validation rows is written to `folder`.
+    """Train a LoRA classifier on a copy of `base`; the epoch that is best on rows it was not trained on is written to `folder`.
 
-    The same rows, config, task name, threads and package versions give the same bytes, whatever ran before. Without validation
-    rows some training rows are held out, of every label its share. Raises InvalidInput, with the position of the row where a row
-    is at fault.
+    The same rows, config, task name, threads and package versions give the same bytes, whatever ran before: trainings of one process
+    wait for each other. Half of the validation rows choose the epoch, the others measure it; without any, training rows are held out
+    for both, of every label its share. Raises InvalidInput, with the position of the row where a row is at fault.
     """
-    config = config or TrainConfig()
+    config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise InvalidInput(f"the training config is {type(config).__name__}, not a TrainConfig.", hint="Use TrainConfig.from_dict for a mapping.")
     started = time.perf_counter()
     if base.kind is BaseKind.SEQ2SEQ:
         raise InvalidInput(f"{base.id} is a sequence-to-sequence model; it takes no classifier.", hint="Use an encoder or a causal model.")
     labels = check_task(rows, validation)
     seed = task_seed(config.seed, task, labels)
-    train, held_out = (list(rows), list(validation)) if validation is not None else hold_out(rows, config.validation_share, seed)
+    parts = split(rows, validation, config.validation_share, seed)
     with _own_randomness(seed), _quiet(not config.progress), tempfile.TemporaryDirectory(prefix="train-") as scratch:
         tokenizer, classifier = _tokenizer_copy(base), _classifier_copy(base, labels)
-        features, held_out_features = (_features(tokenizer, base.max_tokens, labels, part) for part in (train, held_out))
+        features, choosing, measuring = (_features(tokenizer, base.max_tokens, labels, part) for part in parts)
         if config.probe:
             start_from_probe(classifier, _batches(tokenizer, features), np.array([row["labels"] for row in features]))
-        model = get_peft_model(classifier, _lora_config(config))
-        trainer = _trainer(model, tokenizer, features, held_out_features, config, seed, Path(scratch))
+        with _building():
+            model = get_peft_model(classifier, _lora_config(config))
+        trainer = _trainer(model, tokenizer, features, choosing, config, seed, Path(scratch))
         trainer.train()
-        metrics = _metrics(trainer)
+        metrics = _chosen(trainer) | _measured(trainer, measuring)
         _write(model, base.id, Path(folder))
-    return TrainResult(Path(folder), labels, metrics, tuple(held_out), time.perf_counter() - started)
+    return TrainResult(Path(folder), labels, metrics, tuple(parts.validation), time.perf_counter() - started)
 
 
 def _tokenizer_copy(base: FrozenBase) -> PreTrainedTokenizerBase:
     """Its own, since fast tokenizers remember how they last padded and other threads may be predicting; padded as the engine does."""
-    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer = base.copy_tokenizer()
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def _classifier_copy(base: FrozenBase, labels: Sequence[str]) -> PreTrainedModel:
     """The base's weights once more, with a fresh head for these labels."""
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        base.path,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
-        dtype=torch.float32,
-        local_files_only=True,
-        trust_remote_code=False,
-    ).to(base.device)
+    with _building():
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            base.path,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: number for number, label in enumerate(labels)},
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+        ).to(base.device)
     # Causal models find the last token that is not padding by this number.
     model.config.pad_token_id = base.tokenizer.pad_token_id
     return model
@@ -135,7 +139,7 @@ def _trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Features],
-    held_out: Sequence[Features],
+    choosing: Sequence[Features],
     config: TrainConfig,
     seed: int,
     scratch: Path,
@@ -173,7 +177,7 @@ def _trainer(
         args=arguments,
         data_collator=DataCollatorWithPadding(tokenizer),
         train_dataset=train,
-        eval_dataset=held_out,
+        eval_dataset=choosing,
         compute_metrics=_measure,
     )
     if not config.progress:
@@ -202,12 +206,17 @@ def _measure(predicted: EvalPrediction) -> dict[str, float]:
     return metrics | {"rank": metrics["accuracy"] - 1e-5 * min(metrics["log_loss"], 10.0)}
 
 
-def _metrics(trainer: Trainer) -> dict[str, float]:
-    """The metrics of the epoch that was kept."""
+def _chosen(trainer: Trainer) -> dict[str, float]:
+    """The epoch that was kept, and its accuracy on the rows that chose it: more than it will be, since it is the best of many."""
     evaluations = [entry for entry in trainer.state.log_history if "eval_rank" in entry]
     best = max(evaluations, key=lambda entry: entry["eval_rank"])
-    kept = {name: float(best[f"eval_{name}"]) for name in ("accuracy", "macro_f1", "log_loss")}
-    return kept | {"epoch": float(best["epoch"])}
+    return {"epoch": float(best["epoch"]), "choice_accuracy": float(best["eval_accuracy"])}
+
+
+def _measured(trainer: Trainer, rows: Sequence[Features]) -> dict[str, float]:
+    """How good the weights that were kept are on rows of their own."""
+    found = trainer.evaluate(rows, metric_key_prefix="own")  # type: ignore[arg-type]
+    return {name: float(found[f"own_{name}"]) for name in ("accuracy", "macro_f1", "log_loss")}
 
 
 def _write(model: PeftModel, base_id: str, folder: Path) -> None:
@@ -225,9 +234,9 @@ def _write(model: PeftModel, base_id: str, folder: Path) -> None:
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """Run with every generator seeded; the caller's are as before afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    """Run with every generator seeded, one thread at a time; the caller's are as before afterwards."""
+    with RANDOMNESS, torch.random.fork_rng():
+        python, numpy = random.getstate(), np.random.get_state()
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -239,8 +248,16 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def _building() -> Iterator[None]:
+    """One thread at a time: a model is built by patching torch, and Python's warning filters, too, are the process's."""
+    with BUILDING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)    # PEFT asks transformers by an old name
+        yield
+
+
+@contextmanager
 def _quiet(quiet: bool) -> Iterator[None]:
-    """No report of the fresh head's missing weights, no bars, no notices between transformers and PEFT: the library does not print."""
+    """No report of the fresh head's missing weights, no bars: the library does not print."""
     if not quiet:
         yield
         return
@@ -248,9 +265,7 @@ def _quiet(quiet: bool) -> Iterator[None]:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
+        yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

@@ -27,9 +27,11 @@ from transformers import (
 
 from adapter_hub.adapters.checks import PROBE, applied, check_acts, check_fits
 from adapter_hub.adapters.config import parse_config
-from adapter_hub.adapters.weights import read_adapter, write_adapter
+from adapter_hub.adapters.patterns import check_pattern, matches_end
+from adapter_hub.adapters.source import fetch_adapter
+from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
-from adapter_hub.errors import CorruptAdapter, DoesNotFit, LabelsRequired, NoEffect, NonFinite, UnsupportedOption, WrongBase
+from adapter_hub.errors import CorruptAdapter, DoesNotFit, InvalidInput, LabelsRequired, NoEffect, NonFinite, UnsupportedOption, WrongBase
 from adapter_hub.testing import load_peft, make_adapter, task_model, tiny_model
 
 MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query"]}
@@ -85,6 +87,16 @@ def test_scaling_is_pefts_own_for_every_module(bert: FrozenBase, rslora: bool) -
         ({"init_lora_weights": "olora"}, UnsupportedOption, "it alters the base's weights"),
         ({"peft_type": "ADALORA"}, UnsupportedOption, "only LORA adapters"),
         ({"peft_type": None}, UnsupportedOption, "only LORA adapters"),
+        ({"task_type": ["SEQ_CLS"]}, UnsupportedOption, "task_type=['SEQ_CLS']"),
+        ({"init_lora_weights": {}}, UnsupportedOption, "init_lora_weights={}"),
+        ({"exclude_modules": "("}, CorruptAdapter, "'(' is not a regular expression"),
+        ({"layers_pattern": "("}, CorruptAdapter, "'(' is not a regular expression"),
+        ({"layers_pattern": ["h", "("]}, CorruptAdapter, "'(' is not a regular expression"),
+        ({"rank_pattern": {"(?i)QUERY": 4}}, CorruptAdapter, "'(?i)QUERY' is not a regular expression"),
+        ({"modules_to_save": "classifier"}, CorruptAdapter, "modules_to_save='classifier' is not a list of names"),
+        ({"modules_to_save": ["("]}, CorruptAdapter, "'(' is not a regular expression"),
+        ({"lora_alpha": 10**400}, CorruptAdapter, "wrong form"),
+        ({"base_model_name_or_path": 5}, CorruptAdapter, "5 is not text"),
     ],
 )
 def test_a_config_is_refused_by_the_name_of_the_key(changes: dict[str, Any], error: type[Exception], fact: str) -> None:
@@ -98,17 +110,43 @@ def test_a_config_without_a_rank_is_refused() -> None:
         parse_config({"peft_type": "LORA", "lora_alpha": 8})
 
 
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"])
+def test_a_pattern_that_could_run_for_ever_is_refused_unmatched(key: str) -> None:
+    pattern = "([a-z0-9._]+)+!"
+    with pytest.raises(CorruptAdapter, match="could run for ever"):
+        parse_config(MINIMAL | {key: {pattern: 3} if key.endswith("k_pattern") or key.startswith("alpha") else pattern})
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(\w+)*x", "(a|ab)+x", "(?>(a+)+b)", "(.|.)" * 20, "a?" * 30, ".*.*.*.*x", "(?=(a*)*b)", "(a*){30}", r"(a)\1(\w*\w*)+"]
+)
+def test_choices_within_repetitions_are_counted_as_endless(pattern: str) -> None:
+    with pytest.raises(ValueError, match="could run for ever"):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["(", "*", "a{99999999999}", "(" * 5000 + ")" * 5000, "(?P<a>x", r"\1"])
+def test_what_is_no_regular_expression_is_told(pattern: str) -> None:
+    with pytest.raises(ValueError, match="is not a regular expression"):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module"),
+    [
+        (r".*\.(q_proj|k_proj|v_proj|o_proj)", "layers.3.self_attn.q_proj"),
+        (r"model\.layers\.\d+\.self_attn\.(q|k|v|o)_proj", "model.layers.11.self_attn.v_proj"),
+        (r"(?!.*vision).*(?:query|key|value)", "encoder.layer.0.attention.self.key"),
+        (r".*layers\.(" + "|".join(map(str, range(40))) + r")\..*\.(gate|up|down)_proj", "model.layers.39.mlp.up_proj"),
+        ("query", "encoder.layer.0.attention.self.query"),
+    ],
+)
+def test_patterns_that_people_write_are_fine(pattern: str, module: str) -> None:
+    check_pattern(pattern)
+    assert matches_end(pattern, module)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_is_read_and_written_again_is_the_same_and_peft_loads_it(bert: FrozenBase, tmp_path: Path) -> None:
-    folder = make_adapter(bert, tmp_path / "a", use_dora=True)
-    again = write_adapter(read_adapter(folder, labels=("x", "y")), tmp_path / "b")
-    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, again))
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    inputs = bert.tokenize(PROBE)
-    one, two = (load_peft(bert, path, "SEQ_CLS", 2)(**inputs).logits for path in (folder, again))
-    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -156,6 +194,7 @@ def rename(tensors: Tensors, old: str, new: str) -> None:
     ("spoil", "error", "fact"),
     [
         (lambda t: t[first(t, "lora_A")].fill_(float("nan")), NonFinite, "holds NaN or infinity"),
+        (lambda t: t.update({(k := first(t, "lora_A")): t[k].to(torch.float8_e4m3fn)}), DoesNotFit, "not floating point of 16 bits or more"),
         (lambda t: t.pop(first(t, "lora_B")), DoesNotFit, "lacks lora_B"),
         (lambda t: t.pop(first(t, "lora_magnitude")), DoesNotFit, "lacks lora_magnitude_vector"),
         (lambda t: t.update({(k := first(t, "lora_A")): t[k][:, :-1]}), DoesNotFit, "has shape (4, 31)"),
@@ -212,6 +251,25 @@ def test_an_adapter_being_checked_does_not_reach_another_threads_answers(bert: F
         done.set()
         thread.join()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in bert.model.modules())
+
+
+def test_a_check_leaves_the_models_that_other_threads_build_where_they_belong(bert: FrozenBase, tmp_path: Path) -> None:
+    """Previously modules that another thread made while an adapter was checked had no memory behind them."""
+    adapter, done, devices = read_adapter(make_adapter(bert, tmp_path / "a"), labels=("x", "y")), threading.Event(), set()
+
+    def build() -> None:
+        while not done.is_set():
+            devices.add(torch.nn.Linear(2, 2).weight.device.type)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    try:
+        for _ in range(8):
+            check_fits(adapter, bert)
+    finally:
+        done.set()
+        thread.join()
+    assert devices == {"cpu"}
 
 
 def test_a_module_whose_input_all_rows_share_is_refused_before_it_fails_in_a_batch(bert: FrozenBase, tmp_path: Path) -> None:
@@ -325,6 +383,42 @@ def test_labels_without_a_head_are_refused(bert: FrozenBase, tmp_path: Path) -> 
 def test_a_prompt_template_holds_the_text_once(bert: FrozenBase, tmp_path: Path, template: str) -> None:
     with pytest.raises(DoesNotFit, match="exactly once"):
         read_adapter(make_adapter(bert, tmp_path / "a", task_type=None), prompt_template=template)
+
+
+def test_a_prompt_template_that_is_no_text_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="the prompt template is int, not text"):
+        read_adapter(make_adapter(bert, tmp_path / "a", task_type=None), prompt_template=5)
+
+
+def test_a_bottomless_config_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a")
+    (folder / "adapter_config.json").write_text("[" * 200_000)
+    with pytest.raises(CorruptAdapter, match=r"adapter_config\.json is not JSON"):
+        read_adapter(folder, labels=("x", "y"))
+
+
+# ---- where it comes from --------------------------------------------------------------------------------------------
+
+
+def test_a_source_of_any_length_is_a_folder_or_a_hub_id_or_refused() -> None:
+    for source in ("a" * 300, "~nobody/x", "x\0y", "a/" * 500):
+        with pytest.raises(InvalidInput, match="there is no folder"):
+            fetch_adapter(source)
+
+
+def test_a_hub_repository_is_read_from_the_clients_cache_at_its_commit(bert: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--someone--colours"
+    folder = make_adapter(bert, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    for source in ("someone/colours", "someone/colours@main", f"someone/colours@{commit}"):
+        files = fetch_adapter(source)
+        assert (files.repository, files.revision) == ("someone/colours", commit)
+        assert files.weights == (folder / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InvalidInput, match="the model hub did not give that repository"):
+        fetch_adapter("someone/colours@v2")
 
 
 def test_a_real_peft_model_loads_a_made_adapter(bert: FrozenBase, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import pytest
 
 from adapter_hub.batch import job as job_module
 from adapter_hub.batch.files import JobFiles
+from adapter_hub.batch.job import interrupted as facts_of
 from adapter_hub.batch.job import merged, run_job
 from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged, ReadOnlyRegistry, StorageFull, UnreadableFile
 from tests.soak import batch_kill
@@ -68,7 +69,7 @@ def test_bad_rows_go_aside_with_line_and_reason(tmp_path: Path) -> None:
     assert [row["text"] for row in read(tmp_path / "out.jsonl")] == ["a", "b"]
     assert [error["line"] for error in errors] == [2, 3, 4, 5, 6] and summary.failed == 5 and summary.errors
     assert [error["reason"][:28] for error in errors][1:] == [
-        "the row has an empty 'text'", "the row has a 'text' that is", "the row has no 'text', only ", "the row is not UTF-8 (byte 1",
+        "the row has a 'text' that is", "the row has a 'text' that is", "the row has no 'text', only ", "the row is not UTF-8 (byte 1",
     ]
     assert errors[1]["row"] == '{"text": ""}'
 
@@ -132,7 +133,7 @@ def test_half_a_surrogate_pair_fails_its_row_and_the_errors_stay_readable(tmp_pa
     (tmp_path / "in.jsonl").write_text('{"text": "a\\ud800"}\n{"text": "b"}\n')
     assert run_job(tmp_path / "in.jsonl", tmp_path / "out.jsonl", answer, settings=SETTINGS).failed == 1
     [error] = read(tmp_path / "out.jsonl.errors.jsonl")
-    assert error == {"line": 1, "reason": "the row has a 'text' with half of a surrogate pair, which is not Unicode", "row": '{"text": "a?"}'}
+    assert error == {"line": 1, "reason": "the row has a 'text' that has half of a surrogate pair, which is not Unicode", "row": '{"text": "a?"}'}
 
 
 def test_progress_is_told_after_each_chunk(source: Path, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_an_output_that_exists_is_kept_unless_told_otherwise(source: Path, tmp_p
     (tmp_path / "out.jsonl").write_text("precious")
     with pytest.raises(InvalidInput, match=r"out\.jsonl' exists"):
         run_job(source, tmp_path / "out.jsonl", answer, settings=SETTINGS)
-    with pytest.raises(InvalidInput, match="It is complete"):
+    with pytest.raises(InvalidInput, match="exists, and does not answer line 1 of this input"):
         run_job(source, tmp_path / "out.jsonl", answer, settings=SETTINGS, resume=True)
     assert (tmp_path / "out.jsonl").read_text() == "precious"
     assert run_job(source, tmp_path / "out.jsonl", answer, settings=SETTINGS, overwrite=True).rows == 50
@@ -255,6 +256,45 @@ def test_a_job_that_another_process_runs_is_refused(source: Path, tmp_path: Path
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert run_job(source, output, answer, settings=SETTINGS, resume=True).rows == 50    # the lock died with its holder
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_to_resume_a_job_that_is_done_tells_what_it_did_and_does_nothing(source: Path, tmp_path: Path, suffix: str) -> None:
+    """Previously it was an error, so a script could not simply run again."""
+    source.write_text("not json\n" + source.read_text() + '{"text": ""}\n')
+    output = tmp_path / f"out{suffix}"
+    first = run_job(source, output, answer, settings=SETTINGS)
+    before = output.read_bytes()
+    again = run_job(source, output, lambda texts: pytest.fail("answered again"), settings=SETTINGS, resume=True)
+    assert counts(again) == counts(first) and (again.output, again.errors) == (first.output, first.errors)
+    assert output.read_bytes() == before and not JobFiles(output).progress.exists()
+
+
+def test_an_output_of_another_input_is_not_taken_for_done(source: Path, tmp_path: Path) -> None:
+    output, lines = tmp_path / "out.jsonl", source.read_text().splitlines(keepends=True)
+    run_job(source, output, answer, settings=SETTINGS)
+    for changed, fact in (
+        ([*lines[:4], '{"text": "another"}\n', *lines[5:]], "does not answer line 5 of this input"),
+        ([*lines, '{"text": "one more"}\n'], "does not answer line 51 of this input"),
+        (lines[:-1], "has more rows than this input"),
+    ):
+        source.write_text("".join(changed))
+        with pytest.raises(InvalidInput, match=fact):
+            run_job(source, output, answer, settings=SETTINGS, resume=True)
+
+
+def test_what_a_job_was_begun_with_is_told_until_it_is_done(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    assert facts_of(output) is None
+
+    def stop(progress: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(source, output, answer, settings=SETTINGS, facts={"versions": ["a@1"]}, chunk_rows=8, progress=stop)
+    assert facts_of(output) == {"versions": ["a@1"]}
+    run_job(source, output, answer, settings=SETTINGS, chunk_rows=8, resume=True)
+    assert facts_of(output) is None
 
 
 def test_two_jobs_cannot_write_one_output(source: Path, tmp_path: Path) -> None:

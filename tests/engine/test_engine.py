@@ -17,6 +17,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.errors import InvalidInput
 from adapter_hub.refs import AdapterRef
@@ -187,8 +188,8 @@ def test_adapters_of_different_layers_share_a_batch(shelf: Shelf) -> None:
     [
         ("", "is empty"),
         ("  \n", "is empty"),
-        (None, "is NoneType, not text"),
-        (b"x", "is bytes, not text"),
+        (None, "is null, not a string"),
+        (b"x", "is bytes, not a string"),
         ("a\ud800", "has half of a surrogate pair"),
     ],
 )
@@ -224,6 +225,17 @@ def test_a_batch_that_another_thread_holds_is_not_evicted_and_no_more_than_the_s
         assert a not in engine.slots.resident
 
 
+def test_an_adapter_that_is_evicted_while_a_batch_holds_it_is_not_kept_in_its_stacks(shelf: Shelf) -> None:
+    """Previously the batch cached the stacked weights of an adapter that was purged meanwhile."""
+    engine, refs = Engine(shelf.base, shelf.load), tuple(shelf.folders)[:2]
+    with engine.slots.hold(refs) as held:
+        engine.evict(refs[0])
+        assert engine.slots.stacks(refs, held)
+    assert not engine.slots._stacks
+    with engine.slots.hold(refs) as held:
+        assert engine.slots.stacks(refs, held) is engine.slots.stacks(refs, held)
+
+
 def test_no_requests_give_no_outputs(shelf: Shelf) -> None:
     assert Engine(shelf.base, shelf.load).predict([]) == []
 
@@ -245,6 +257,48 @@ def test_templates_and_settings_are_each_adapters_own_and_the_call_wins(llama: F
     assert [called[1].text] == references(llama, folder, "CAUSAL_LM", ["say hello now"], max_new_tokens=5, do_sample=False)
 
 
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+def test_a_text_too_long_for_its_template_is_cut_and_the_template_stays_whole(tmp_path: Path, shape: str) -> None:
+    """Previously the end of the prompt was cut, and with it what the template asks."""
+    base = FrozenBase.load(tiny_model(tmp_path / shape, shape), max_tokens=48)
+    shelf = Shelf(base, tmp_path)
+    read = {"labels": None, "prompt_template": "Q: {text}\nAnswer:"}
+    ref, fits = shelf.put("asks", read, task_type="CAUSAL_LM" if shape == "llama" else None), "word " * 3
+    engine = Engine(base, shelf.load)
+    facts = engine.slots.facts(ref)
+    for text in ("word " * 400, "nospaces" * 4000, "\U0001f642 " * 90):
+        [ids] = engine._encode([text], [facts], [engine._kind(facts, {"max_new_tokens": 8})])
+        prompt = base.tokenizer.decode(ids.ids["input_ids"], skip_special_tokens=True)
+        assert prompt.startswith("Q: " + text[:4]) and prompt.endswith("\nAnswer:") and ids.truncated
+        assert 44 <= len(ids) <= 48 and max(end for _, end in ids.offsets) <= len(text)
+    [ids] = engine._encode([fits], [facts], [engine._kind(facts, {"max_new_tokens": 8})])
+    assert not ids.truncated
+    assert engine.predict([Request("word " * 400, ref)], generation={"max_new_tokens": 4})[0].truncated
+
+
+def test_a_template_without_room_for_a_text_and_settings_that_cannot_run_are_refused(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    engine, folder = Engine(llama, shelf.load), shelf.folders[shelf.put("a", {"labels": None})][0]
+    for read, fact in (
+        ({"prompt_template": "word " * 400 + "{text}"}, "leaves no room for a text"),
+        ({"generation": {"bad_words_ids": [[5]]}}, "'bad_words_ids' is not a generation setting"),
+        ({"generation": {"max_new_tokens": 5000}}, "max_new_tokens=5000 leaves no room for a prompt"),
+        ({"generation": {"temperature": "hot"}}, "temperature='hot' is not"),
+    ):
+        with pytest.raises(InvalidInput, match=fact):
+            engine.check(read_adapter(folder, **read))
+    with pytest.raises(InvalidInput, match="list holds no settings"):
+        engine.predict([Request("x", None)], generation=[1])    # type: ignore[arg-type]
+    assert engine.check(read_adapter(folder, generation={"temperature": 2})) == {"temperature": 2.0}
+
+
+def test_settings_of_a_manifest_from_elsewhere_are_checked_when_it_is_loaded(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    ref = shelf.put("a", {"labels": None, "generation": {"bad_words_ids": [[5]]}})
+    with pytest.raises(InvalidInput, match="the settings of a@1: 'bad_words_ids' is not a generation setting"):
+        Engine(llama, shelf.load).predict([Request("x", ref)])
+
+
 def test_sampling_with_a_seed_repeats_itself_and_leaves_the_callers_generator_alone(llama: FrozenBase, tmp_path: Path) -> None:
     engine = Engine(llama, Shelf(llama, tmp_path).load)
     settings = {"do_sample": True, "seed": 7, "max_new_tokens": 10}
@@ -252,6 +306,31 @@ def test_sampling_with_a_seed_repeats_itself_and_leaves_the_callers_generator_al
     first, again = (engine.predict([Request("hello", None)], generation=settings)[0].text for _ in range(2))
     assert first == again and torch.equal(state, torch.random.get_rng_state())
     assert engine.predict([Request("hello", None)], generation={**settings, "seed": 8})[0].text != first
+
+
+def test_what_a_row_samples_by_its_seed_is_its_own_whatever_stands_beside_it(llama: FrozenBase, tmp_path: Path) -> None:
+    """Previously all rows of a batch drew from one state, so a neighbour changed a text."""
+    engine = Engine(llama, Shelf(llama, tmp_path).load)
+    for settings in ({}, {"num_beams": 2}, {"top_k": 5, "temperature": 2.0}):
+        asked = {"do_sample": True, "seed": 7, "max_new_tokens": 10, **settings}
+        alone = [engine.predict([Request(text, None)], generation=asked)[0].text for text in TEXTS]
+        assert [output.text for output in engine.predict([Request(text, None) for text in TEXTS], generation=asked)] == alone
+
+
+def test_sampling_without_a_seed_draws_anew_and_moves_no_generator_of_the_process(llama: FrozenBase, tmp_path: Path) -> None:
+    engine, state = Engine(llama, Shelf(llama, tmp_path).load), torch.random.get_rng_state()
+    outputs = engine.predict([Request("hello", None)] * 4, generation={"do_sample": True, "max_new_tokens": 12})
+    assert len({output.text for output in outputs}) > 1
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_draws_are_by_the_weights_that_were_given() -> None:
+    """Held to the shares themselves."""
+    weights = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    with Draws(1, 3, torch.device("cpu")):
+        drawn = torch.cat([torch.multinomial(weights[None], num_samples=1)[0] for _ in range(4000)])
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    assert (shares - weights).abs().max() < 0.03 and shares[3] == 0
 
 
 @pytest.mark.parametrize(

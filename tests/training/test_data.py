@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
-from adapter_hub.training.data import check_task, hold_out, task_seed
+from adapter_hub.training.data import check_task, hold_out, split, task_seed
 
 GOOD = [Example("a sharp saw", "tool"), Example("a ripe pear", "fruit")]
 
@@ -22,7 +22,7 @@ def rows_of(counts: dict[str, int]) -> list[Example]:
     [
         ([], "0 training rows are too few"),
         (GOOD[:1], "1 training rows are too few"),
-        ([*GOOD, Example("   ", "tool")], "training row 3 has an empty text"),
+        ([*GOOD, Example("   ", "tool")], "training row 3 has a text that is empty"),
         ([GOOD[0], Example("a ripe fig"), GOOD[1]], "training row 2 has no label"),
         ([*GOOD, Example("a ripe fig", " ")], "training row 3 has no label"),
         ([GOOD[0]] * 3, "all 3 training rows have the label 'tool'"),
@@ -39,7 +39,7 @@ def test_rows_that_cannot_be_learned_from_are_refused_with_their_position(rows: 
         ([], "the validation rows are empty"),
         ([GOOD[0], Example("a red car", "vehicle")], "validation row 2 has the label 'vehicle', which no training row has"),
         ([Example("a red car")], "validation row 1 has the label None"),
-        ([Example("", "tool")], "validation row 1 has an empty text"),
+        ([Example("", "tool")], "validation row 1 has a text that is empty"),
     ],
 )
 def test_validation_rows_that_cannot_be_measured_are_refused_with_their_position(validation: list[Example], says: str) -> None:
@@ -80,3 +80,25 @@ def test_a_new_label_does_not_reshuffle_what_is_held_out_of_the_others() -> None
 def test_the_share_is_taken_of_each_label() -> None:
     _, held_out = hold_out(rows_of({"a": 100, "b": 20, "c": 4}), 0.1, 0)
     assert [sum(row.label == label for row in held_out) for label in "abc"] == [10, 2, 1]
+
+
+def test_without_validation_each_row_trains_or_chooses_or_measures() -> None:
+    rows = rows_of({"a": 20, "b": 20})
+    parts = split(rows, None, 0.1, 7)
+    assert sorted(row.text for part in parts for row in part) == sorted(row.text for row in rows)
+    assert [sum(row.label == label for row in part) for part in parts for label in "ab"] == [16, 16, 2, 2, 2, 2]
+
+
+def test_given_validation_rows_choose_and_measure_by_halves() -> None:
+    rows, validation = rows_of({"a": 20, "b": 20}), rows_of({"a": 6, "b": 4})
+    parts = split(rows, validation, 0.1, 7)
+    assert parts.train == rows
+    assert [sum(row.label == label for row in part) for part in parts[1:] for label in "ab"] == [3, 2, 3, 2]
+    assert sorted(row.text for part in parts[1:] for row in part) == sorted(row.text for row in validation)
+
+
+@pytest.mark.parametrize(("validation", "measured"), [(None, 2), (rows_of({"a": 1, "b": 1}), 2)])
+def test_where_rows_are_too_few_to_choose_by_the_training_rows_choose(validation: list[Example] | None, measured: int) -> None:
+    parts = split(rows_of({"a": 2, "b": 2}), validation, 0.1, 7)
+    assert parts.choice == parts.train and len(parts.validation) == measured
+    assert not {id(row) for row in parts.validation} & {id(row) for row in parts.choice}

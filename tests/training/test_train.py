@@ -8,6 +8,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +20,12 @@ import torch
 from adapter_hub.adapters.checks import check_acts, check_fits
 from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.testing import load_peft, tiny_model
 from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.data import split, task_seed
 from adapter_hub.training.train import TrainResult, train_classifier
 
 WORDS = {
@@ -29,9 +33,9 @@ WORDS = {
     "tool": ("hammer", "saw", "drill", "pliers"),
     "animal": ("horse", "goat", "zebra", "yak"),
 }
-FRAMES = ("i see a {}", "{} on the table", "who has the {} now", "my {} is gone", "two of them: {}", "{}")
+FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}", "that {}")
 ROWS = [Example(frame.format(word), label) for frame in FRAMES for label, words in WORDS.items() for word in words]
-CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, batch_size=8, learning_rate=5e-3)
+CONFIG = TrainConfig(r=4, epochs=12, steps_min=0, batch_size=8, learning_rate=5e-3)
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -51,7 +55,7 @@ def digests(folder: Path) -> list[str]:
 
 def test_it_learns_a_task_that_can_be_learned(trained: TrainResult) -> None:
     assert trained.labels == ("animal", "fruit", "tool")
-    assert trained.metrics["accuracy"] > 0.8    # a third by chance, and the words of the held-out rows were seen in other frames
+    assert trained.metrics["accuracy"] > 0.7    # a third by chance, and the words of the held-out rows were seen in other frames
     assert {row.label for row in trained.validation} == set(WORDS)
 
 
@@ -141,23 +145,51 @@ def test_training_prints_nothing(base: FrozenBase, tmp_path: Path, capfd: pytest
     assert capfd.readouterr() == ("", "")
 
 
-def test_given_validation_rows_are_measured_and_no_training_row_is_held_out(base: FrozenBase, tmp_path: Path) -> None:
-    validation = [Example("the apple fell", "fruit"), Example("a hammer fell", "tool")]
-    result = train_classifier(base, ROWS, validation=validation, config=CONFIG, folder=tmp_path)
-    assert result.validation == tuple(validation)
-
-
-def test_the_epoch_that_is_kept_is_the_best_on_validation(base: FrozenBase, tmp_path: Path) -> None:
-    """At a rate that destroys the head within an epoch or two, an early epoch wins."""
+def test_rows_that_chose_the_epoch_do_not_measure_it(base: FrozenBase, tmp_path: Path) -> None:
+    """At a rate that destroys the head within an epoch or two, an early epoch wins; what it is worth is told by other rows."""
     wild = TrainConfig(r=4, epochs=8, steps_min=0, batch_size=8, learning_rate=1.0, warmup_ratio=0.0)
+    parts = split(ROWS, None, wild.validation_share, task_seed(wild.seed, "things", ("animal", "fruit", "tool")))
     result = train_classifier(base, ROWS, task="things", config=wild, folder=tmp_path)
-    assert result.metrics["epoch"] < 8
-    encoded = base.tokenize([row.text for row in result.validation])
-    with torch.no_grad():
-        logits = load_peft(base, tmp_path, "SEQ_CLS", outputs=3)(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits
-    answers = [result.labels[number] for number in logits.argmax(dim=1).tolist()]
-    right = sum(answer == row.label for answer, row in zip(answers, result.validation, strict=True))
-    assert result.metrics["accuracy"] == right / len(answers)
+    assert result.metrics["epoch"] < 8 and result.validation == tuple(parts.validation)
+    model = load_peft(base, tmp_path, "SEQ_CLS", outputs=3)
+    for name, rows in (("choice_accuracy", parts.choice), ("accuracy", parts.validation)):
+        encoded = base.tokenize([row.text for row in rows])
+        with torch.no_grad():
+            logits = model(**{k: encoded[k] for k in ("input_ids", "attention_mask")}).logits
+        answers = [result.labels[number] for number in logits.argmax(dim=1).tolist()]
+        right = sum(answer == row.label for answer, row in zip(answers, rows, strict=True))
+        assert result.metrics[name] == right / len(rows)
+
+
+def test_given_validation_rows_leave_every_training_row_to_train_on(base: FrozenBase, tmp_path: Path) -> None:
+    validation = [Example(f"{n} {word} fell", label) for n in ("one", "the") for word, label in (("apple", "fruit"), ("hammer", "tool"))]
+    result = train_classifier(base, ROWS, validation=validation, config=CONFIG, folder=tmp_path)
+    assert len(result.validation) == 2 and all(row in validation for row in result.validation)
+
+
+def test_trainings_at_once_give_the_bytes_of_one_at_a_time(base: FrozenBase, tmp_path: Path) -> None:
+    """Previously each moved the random state under the other, and so its weights."""
+    alone = {task: digests(train_classifier(base, ROWS[:24], task=task, config=CONFIG, folder=tmp_path / task).folder) for task in "ab"}
+    engine, stop = Engine(FrozenBase.load(tiny_model(tmp_path / "llama", "llama")), lambda ref: pytest.fail(f"{ref} was loaded")), threading.Event()
+
+    def sample() -> None:
+        while not stop.is_set():
+            engine.predict([Request("once", None)], generation={"do_sample": True, "max_new_tokens": 4})
+
+    def train(task: str) -> list[str]:
+        return digests(train_classifier(base, ROWS[:24], task=task, config=CONFIG, folder=tmp_path / f"{task}2").folder)
+
+    with ThreadPoolExecutor(3) as pool:
+        sampling = pool.submit(sample)
+        together = dict(zip("ab", pool.map(train, "ab"), strict=True))
+        stop.set()
+        sampling.result()
+    assert together == alone
+
+
+def test_a_config_that_is_no_train_config_is_refused(base: FrozenBase, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"the training config is dict, not a TrainConfig\. Use TrainConfig\.from_dict"):
+        train_classifier(base, ROWS, config={"epochs": 1}, folder=tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +218,6 @@ def test_a_sequence_to_sequence_base_is_refused(tmp_path: Path) -> None:
 
 
 def test_bad_rows_write_nothing(base: FrozenBase, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="training row 3 has an empty text"):
+    with pytest.raises(InvalidInput, match="training row 3 has a text that is empty"):
         train_classifier(base, [*ROWS[:2], Example(" ", "fruit")], config=CONFIG, folder=tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,34 @@
+"""Sampling that no other row and no other thread has a part in: each row of a batch draws from a generator of its own.
+
+transformers samples by torch.multinomial from the one random state of the process, all rows at once. While a `Draws` is open, this
+thread's calls are answered row by row instead, and the process's state is neither read nor moved.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# n rows, v tokens to choose from
+SEED_BITS = 63
+
+
+class Draws(TorchFunctionMode):
+    """`seed` makes every row's draws the same each time; without one, each row's come from the system's randomness."""
+
+    def __init__(self, rows: int, seed: int | None, device: torch.device) -> None:
+        super().__init__()
+        self._generators = [torch.Generator(device).manual_seed(secrets.randbits(SEED_BITS) if seed is None else seed) for _ in range(rows)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.multinomial:
+            return self._multinomial(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _multinomial(self, input: torch.Tensor, num_samples: int, replacement: bool = False) -> torch.Tensor:
+        """(n, num_samples) of weights (n, v)"""
+        rows = zip(input, self._generators, strict=True)
+        return torch.stack([torch.multinomial(row, num_samples, replacement, generator=generator) for row, generator in rows])
