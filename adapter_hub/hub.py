@@ -22,7 +22,7 @@ from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.errors import HubError, InvalidInput, ModelChanged, ModelNotFound, ReadOnlyRegistry, RegistryExists, WrongBase
+from adapter_hub.errors import HubError, InvalidInput, ModelChanged, ModelNotFound, RegistryExists, WrongBase
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig
@@ -30,10 +30,14 @@ from adapter_hub.registry.layout import Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
-from adapter_hub.routing.calibration import Calibration, calibrate
+from adapter_hub.routing.calibration import Calibration
 from adapter_hub.routing.calibration import check_rate as _rate
 from adapter_hub.routing.decision import Decision
+from adapter_hub.routing.effect import Effect, effect
 from adapter_hub.routing.encoder import Encoder, SentenceEncoder, load_encoder
+from adapter_hub.routing.explain import Explanation, explain
+from adapter_hub.routing.features import extract
+from adapter_hub.routing.live import ROUTING_FILE, LiveRouter
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import RoutingState, build_state
 from adapter_hub.training.config import TrainConfig
@@ -44,8 +48,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapter_hub")
 
-ROUTING_FILE = "routing.safetensors"
 EXEMPLARS_FILE = "exemplars.jsonl"
+EVALUATION_FILE = "evaluation.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +116,7 @@ class Hub:
         self._base: FrozenBase | None = None
         self._encoder: Encoder | None = None
         self._engine: Engine | None = None
-        self._router: Router | None = None
-        self._router_event = -1
-        self._states: dict[AdapterRef, RoutingState] = {}
-        self._unsaved_calibration: Calibration | None = None
+        self._live = LiveRouter(registry, self._check_state)
 
     # ---- open and close -----------------------------------------------------------------------------------------
 
@@ -223,6 +224,7 @@ class Hub:
         tags: Iterable[str] = (),
         promote: bool = True,
         assume_base: bool = False,
+        evaluation: Iterable[str | Mapping[str, Any] | Example] = (),
         license: str | None = None,
         prompt_template: str | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -234,10 +236,12 @@ class Hub:
 
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
         label) tell the router what belongs to it; without any, the description does. `labels` name the head's outputs.
+        `evaluation` are further inputs that belong to it, not among the examples: thresholds are measured on them. With
+        `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
         check_name(name)
-        rows = as_examples(examples)
+        rows, held_out = as_examples(examples), as_examples(evaluation)
         tags = _texts("tags", tags)
         names = _texts("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
@@ -246,7 +250,7 @@ class Hub:
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
-        state = build_state(self.encoder, rows, description)
+        state = build_state(self.encoder, rows, description, held_out)
         facts = VersionFacts(
             base_model=self.base.id,
             base_fingerprint=self.base.fingerprint,
@@ -266,13 +270,27 @@ class Hub:
             revision=found.revision,
         )
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
-        return self.registry.add(name, facts, files | self._routing_files(state, rows), promote=promote)
+        return self._added(name, facts, files | self._routing_files(state, rows, held_out), promote=promote)
 
-    def _routing_files(self, state: RoutingState, rows: Sequence[Example]) -> dict[str, Path | bytes]:
+    def _added(self, name: str, facts: VersionFacts, files: Mapping[str, Path | bytes], *, promote: bool, reason: str = "") -> AdapterRef:
+        """Stored, and promoted if that is wanted and takes no more from the others than hub.toml allows."""
+        if not promote or self.config.max_taken >= 1:
+            return self.registry.add(name, facts, files, promote=promote, reason=reason)
+        ref = self.registry.add(name, facts, files, promote=False, reason=reason)
+        found = self.effect(ref)
+        if found.most_taken > self.config.max_taken:
+            worst = found.others[0]
+            log.warning(
+                "%s is registered and not promoted: it would take %.1f %% of the inputs of %s, hub.toml allows %.1f %%.",
+                ref, 100 * worst.taken, worst.adapter, 100 * self.config.max_taken,
+            )    # fmt: skip
+            return ref
+        return self.promote(ref, reason=reason)
+
+    def _routing_files(self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example] = ()) -> dict[str, Path | bytes]:
         files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
-        if self.config.keep == "text" and rows:
-            lines = ({"text": row.text} | ({"label": row.label} if row.label is not None else {}) for row in rows)
-            files[EXEMPLARS_FILE] = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        if self.config.keep == "text":
+            files |= {file: _jsonl(given) for file, given in ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out)) if given}
         return files
 
     def _check_named_base(self, adapter: Adapter, assume_base: bool) -> None:
@@ -313,7 +331,7 @@ class Hub:
         held_out = _rows(validation) if validation is not None else None
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
             result = train_classifier(self.base, rows, task=name, validation=held_out, config=config, folder=Path(folder))
-            facts |= {"metrics": result.metrics, "training_data_digest": digest_of(rows)}
+            facts = {"evaluation": held_out or (), "metrics": result.metrics, "training_data_digest": digest_of(rows)} | facts
             ref = self.register(name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, **facts)
         good, reason = self._better(name, result.validation, result.metrics["accuracy"]) if promote == "auto" else (promote == "always", promote)
         if good:
@@ -342,14 +360,14 @@ class Hub:
         manifest, rows = self.registry.manifest(old), as_examples(texts)
         if not rows:
             raise InvalidInput("there is nothing to teach: no texts were given.")
-        state = self._state(old).extended(self.encoder, rows)
+        state = self._live.state(old).extended(self.encoder, rows)
         folder = self.registry.open_version(old)
         files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-        kept = read_examples(folder / EXEMPLARS_FILE) if EXEMPLARS_FILE in manifest.files else []
-        files |= self._routing_files(state, [*kept, *rows])
+        kept, held_out = (read_examples(folder / f) if f in manifest.files else [] for f in (EXEMPLARS_FILE, EVALUATION_FILE))
+        files |= self._routing_files(state, [*kept, *rows], held_out)
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
-        return self.registry.add(old.name, manifest.facts(parent=str(old)), files, promote=promote, reason=f"taught {len(rows)} texts")
+        return self._added(old.name, manifest.facts(parent=str(old)), files, promote=promote, reason=f"taught {len(rows)} texts")
 
     # ---- route and run ------------------------------------------------------------------------------------------
 
@@ -359,7 +377,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._snapshot(), _texts("texts", texts), k, max_false_reject)
+        return self._route(self._live.snapshot(), _texts("texts", texts), k, max_false_reject)
 
     def predict(
         self,
@@ -375,7 +393,7 @@ class Hub:
         """
         texts = _texts("texts", texts)
         if adapters is None:
-            decisions = self._route(self._snapshot(), texts, 1, max_false_reject)
+            decisions = self._route(self._live.snapshot(), texts, 1, max_false_reject)
         else:
             decisions = [self._named(ref) for ref in _aligned(adapters, len(texts))]
         return self._run(texts, decisions, generation)
@@ -384,7 +402,7 @@ class Hub:
         rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
         if not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
-        return router.route_vectors(self.encoder.encode(texts), k=k, max_false_reject=rate) if texts else []
+        return router.route_features(extract(self.encoder, texts), k=k, max_false_reject=rate) if texts else []
 
     def _named(self, ref: str | AdapterRef | None) -> Decision:
         return Decision.named(None if ref is None else self.registry.resolve(ref))
@@ -411,7 +429,7 @@ class Hub:
         and calibration answer to the end. It is refused where they cannot, or an option is another one.
         """
         started = interrupted(output) if resume else None
-        router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._snapshot()
+        router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._live.snapshot(settled=True)
         rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
@@ -423,7 +441,7 @@ class Hub:
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
         }
         calibration = router.calibration.id if router.calibration else None
-        facts = {"versions": [str(ref) for ref in router.states], "calibration": calibration}
+        facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration}
 
         def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
             return [p.row() for p in self._run(texts, self._route(router, texts, 1, rate), generation)]
@@ -433,11 +451,42 @@ class Hub:
         )
 
     def _router_of(self, versions: Iterable[str | AdapterRef], calibration: int | None) -> Router:
-        """The router over these versions under a stored calibration: what `_snapshot` was when they were in production."""
-        with self._lock:
-            states = {ref: self._state(ref) for ref in map(self.registry.resolve, versions)}
-            record = None if calibration is None else Calibration.from_bytes(self.registry.calibration(calibration), id=calibration)
-            return Router.build(states, record)
+        """The router over these versions under a stored calibration: what it was when they were in production."""
+        return self._live.of(map(self.registry.resolve, versions), calibration)
+
+    def explain(self, text: str, k: int = 3, max_false_reject: float | None = None) -> Explanation:
+        """Where a text goes and why: the `k` best candidates, their closest exemplars, the reason in words. Raises InvalidInput.
+
+        The exemplars' texts are shown where the registry keeps them (`keep = "text"` in hub.toml).
+        """
+        rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
+        features = extract(self.encoder, [text])
+        decision = self._live.snapshot().route_features(features, k=k, max_false_reject=rate)[0]
+        refs = [ref for ref, _ in decision.candidates]
+        texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
+        return explain(decision, features, {ref: self._live.state(ref) for ref in refs}, texts, rate)
+
+    def _kept(self, ref: AdapterRef, file: str) -> list[Example]:
+        return read_examples(self.registry.open_version(ref) / file) if file in self.registry.manifest(ref).files else []
+
+    def effect(self, ref: str | AdapterRef) -> Effect:
+        """What a version takes, or would take, from each adapter in production, on their evaluation inputs or exemplars.
+
+        Both sides are solved in full: some seconds for thousands of exemplars. Raises AdapterNotFound, NotRoutable, InvalidInput.
+        """
+        newcomer = self.registry.resolve(ref)
+        now = self._live.snapshot(settled=True)
+        others = [other for other in now.refs if other.name != newcomer.name]
+        calibration = now.calibration.id if now.calibration else None
+        states = {other: self._live.state(other) for other in (*others, newcomer)}
+        if not states[newcomer].count:
+            raise InvalidInput(f"{newcomer} has no examples and no description: it takes nothing.", hint="Only its name reaches it.")
+        without = now.without(newcomer) if newcomer in now.refs else now
+        return effect(without, self._router_of((*others, newcomer), calibration), newcomer, states)
+
+    def settle(self) -> Router:
+        """Wait until the router's head knows every version in production; returns that router, an immutable snapshot."""
+        return self._live.snapshot(settled=True)
 
     def evaluate(
         self, data: str | Path | Iterable[Mapping[str, Any] | Example], names: Iterable[str] | None = None, max_false_reject: float | None = 0.0
@@ -462,52 +511,12 @@ class Hub:
             facts["accuracy_named"] = _share(p.label == t for p, t in zip(named, targets, strict=True))
         return facts
 
-    # ---- the router's snapshot ----------------------------------------------------------------------------------
-
-    def _snapshot(self) -> Router:
-        """The router over the versions in production now; rebuilt only when the registry's events say so."""
-        with self._lock:
-            event = self.registry.last_event()
-            if self._router is None or event != self._router_event:
-                refs = self.registry.production()
-                states = {ref: self._state(ref) for ref in refs}
-                self._states = dict(states)
-                self._router = Router.build(states, self._calibration(states))
-                self._router_event = self.registry.last_event()
-            return self._router
-
-    def _state(self, ref: AdapterRef) -> RoutingState:
-        if ref not in self._states:
-            path = self.registry.open_version(ref) / ROUTING_FILE
-            state = RoutingState.from_bytes(path.read_bytes(), source=path)
-            _check_same("encoder", self.config.encoder, state.encoder_fingerprint, self.config.encoder_fingerprint)
-            self._states[ref] = state
-        return self._states[ref]
-
-    def _calibration(self, states: Mapping[AdapterRef, RoutingState]) -> Calibration | None:
-        latest = self.registry.latest_calibration()
-        if latest is not None:
-            return Calibration.from_bytes(self.registry.calibration(latest), id=latest)
-        return self._calibrate(states, "the first inputs are about to be routed") if any(s.count for s in states.values()) else None
-
-    def _calibrate(self, states: Mapping[AdapterRef, RoutingState], reason: str) -> Calibration:
-        calibration = calibrate(states)
-        try:
-            number = self.registry.add_calibration(calibration.to_bytes(), sorted(states), reason)
-        except ReadOnlyRegistry:
-            log.warning("the registry is read-only: calibrated for this process alone")
-            return calibration
-        return Calibration.from_bytes(calibration.to_bytes(), id=number)
-
     def calibrate(self, reason: str = "asked for") -> Calibration:
-        """Fit the shared metric and the thresholds anew on the versions in production; the record gets the next number."""
-        with self._lock:
-            states = {ref: self._state(ref) for ref in self.registry.production()}
-            if not any(state.count for state in states.values()):
-                raise InvalidInput("no version in production has examples to calibrate on.", hint="Register one with examples.")
-            calibration = self._calibrate(states, reason)
-            self._router = None
-            return calibration
+        """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
+        return self._live.calibrate(reason)
+
+    def _check_state(self, state: RoutingState) -> None:
+        _check_same("encoder", self.config.encoder, state.encoder_fingerprint, self.config.encoder_fingerprint)
 
     # ---- the registry's own verbs -------------------------------------------------------------------------------
 
@@ -529,7 +538,7 @@ class Hub:
     def purge(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
         """Erase the version's weights, vectors and text; a tombstone stays and the number is never used again."""
         resolved = self.registry.purge(ref, reason)
-        self._states.pop(resolved, None)
+        self._live.forget()
         if self._engine is not None:
             self._engine.evict(resolved)
         return resolved
@@ -620,6 +629,11 @@ def _fault(check: Callable[[], None]) -> HubError | None:
     except HubError as error:
         return error
     return None
+
+
+def _jsonl(rows: Sequence[Example]) -> bytes:
+    lines = ({"text": row.text} | ({"label": row.label} if row.label is not None else {}) for row in rows)
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
 def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Example]:

@@ -91,6 +91,7 @@ def add(hub: Hub, name: str, rows: Mapping[str, Sequence[Example]], folder: Path
         name,
         folder,
         examples=rows["train"],
+        evaluation=rows["val"],
         description=f"{DESCRIPTIONS[name]} {CREDIT}",
         labels=json.loads((folder / "labels.json").read_text()),
         tags=("clinc150",),

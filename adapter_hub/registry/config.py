@@ -15,7 +15,7 @@ from adapter_hub.errors import InvalidConfig, RegistryNotFound, storage_error
 
 MAX_TOKENS_MAX = 1_000_000
 KEEP = ("vectors", "text")
-POLICY = ("max_false_reject", "keep")    # keys of the [policy] table; the others stand at the top
+POLICY = ("max_false_reject", "max_taken", "keep")    # keys of the [policy] table; the others stand at the top
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class RegistryConfig:
     base_fingerprint: str = ""        # "sha256:…" of the base model's content; empty until known
     encoder_fingerprint: str = ""
     max_false_reject: float = 0.05    # share of belonging inputs that the router may turn away, 0-1
+    max_taken: float = 1.0            # share of another adapter's inputs that a newcomer may take and still be promoted, 0-1; 1: no limit
     keep: str = "vectors"             # what is stored of the examples: "vectors", or "text" as well
 
     def __post_init__(self) -> None:
@@ -55,6 +56,7 @@ _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "base_fingerprint": ("a fingerprint, or empty", _text),
     "encoder_fingerprint": ("a fingerprint, or empty", _text),
     "max_false_reject": ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
+    "max_taken": ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
     "keep": ('"vectors" or "text"', lambda value: value in KEEP),
 }
 
@@ -113,6 +115,10 @@ max_tokens = {config.max_tokens}
 [policy]
 # Share of the inputs that belong to an adapter which the router may leave to the base model, 0 to 1. 0 never abstains.
 max_false_reject = {config.max_false_reject!r}
+
+# Share of the inputs of any other adapter that a newcomer may take over, 0 to 1. With more it is registered and not promoted.
+# 1 sets no limit. `adapter-hub effect` shows what a version takes from whom.
+max_taken = {config.max_taken!r}
 
 # What is stored of the examples given to `register`: "vectors", or "text" to keep the texts as well.
 keep = {_toml(config.keep)}

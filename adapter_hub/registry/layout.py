@@ -53,6 +53,11 @@ class Layout:
         return self.root / "calibrations"
 
     @property
+    def index(self) -> Path:
+        """Derived, and made again when absent."""
+        return self.root / "index"
+
+    @property
     def staging(self) -> Path:
         return self.root / ".staging"
 

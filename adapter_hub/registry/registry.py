@@ -214,6 +214,10 @@ class Registry:
         self._mirror(name)
         return ref
 
+    @property
+    def writable(self) -> bool:
+        return self._catalog.writable
+
     def _check_writable(self) -> None:
         if not self._catalog.writable:
             raise ReadOnlyRegistry(f"{self.layout.root} is open for reading only.", hint="Open a registry you own.")

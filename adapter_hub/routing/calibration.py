@@ -1,4 +1,4 @@
-"""What all adapters share: the metric, and the score below which an input is turned away. An immutable, numbered record.
+"""What all adapters share: how scores add up, and the score below which an input is turned away. An immutable, numbered record.
 
 Adapters registered later are measured by the record as it stands: nothing moves for the others until a new one is asked for.
 """
@@ -8,93 +8,101 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from adapter_hub.errors import InvalidInput, ModelChanged
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.metric import F64, I64, Metric, Moments
-from adapter_hub.routing.prototypes import Member, Panel, expected_scores
-from adapter_hub.routing.statistics import Exemplars, RoutingState, corrupt, read_tensors
+from adapter_hub.routing.features import F32
+from adapter_hub.routing.head import BLOCK, Head, Solver, can_solve, digest_of
+from adapter_hub.routing.prototypes import Prototypes, closeness, left_out_products
+from adapter_hub.routing.scoring import Scoring, columns_of
+from adapter_hub.routing.statistics import F64, I64, Exemplars, RoutingState, corrupt, read_tensors
 
-# a adapters, d encoder width, n left-out exemplars
-SCHEMA = 1
-FOLDS = 5
-QUANTILES = 1025           # kept of the left-out scores, evenly spaced from 0 to 1
-QUANTILE_RANK_MIN = 5.0    # with fewer scores in the tail, a Student t bound stands in for their quantile
-TAIL = 0.05                # where the standard error of the quantiles is measured
-CLASS_FULL = 5.0           # classes with more exemplars than this count the same in the quantiles
-POOLED_WEIGHT = 50.0       # left-out exemplars that an adapter needs to outweigh the pool in its own centre
-PRIOR_WEIGHT = 2.0         # what the expectation before any score was seen weighs, in scores
-PRIOR_FREEDOM = 4.0        # how well the prior is known, in degrees of freedom
-SINGLE_CENTRE = 0.5        # of the expected score: what inputs score for a description, as on CLINC150's validation split
-SINGLE_SCALE = 0.25
-PRIOR_SCALE = 0.35         # standard deviation over mean of the scores of inputs that belong, as on CLINC150's validation split
-
-
-@dataclass(frozen=True, slots=True)
-class Normal:
-    """How the inputs of an adapter usually score. acceptance = (score - centre) / scale."""
-
-    centre: float    # nats
-    scale: float     # nats, above 0
+# a adapters, n scored inputs, p prototypes, w weights tried
+SCHEMA = 2
+QUANTILES = 1025               # kept of the scores, evenly spaced from 0 to 1
+LEFT_OUT_MAX = 20_000          # exemplars that are left out, evenly spread over all; fewer where they are scored for very many classes
+LEFT_OUT_NUMBERS_MAX = 2**26
+NUMBERS_MAX = 2**25            # of products held at once
+EVALUATION_MIN = 10            # evaluation inputs of an adapter that take the place of its left-out exemplars
+CENTRE_WEIGHT = 50.0           # scored inputs that an adapter needs to outweigh all others in its own centre
+CLASS_FULL = 5.0               # classes with more exemplars than this count the same
+WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25)    # of closeness that are tried
+TOLERANCE = 0.001              # left-out accuracy that the greatest weight may cost: what it gains lies where there are no exemplars
+ACCURACY_MIN = 50              # left-out exemplars that can tell one weight from another
+PRIOR_DEVIATION = 0.35         # of scores, before any was seen, and what that weighs, in scores and in degrees of freedom
+PRIOR_WEIGHT = 2.0
+PRIOR_FREEDOM = 4.0
+PRIOR_PRODUCT = 0.7            # of an input with the prototype of its class, before any was seen
+TAIL = 0.05                    # where the standard error of the quantiles is measured
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibration:
-    """Metric, normalisation and quantiles."""
+    """Scoring, each adapter's centre, and the distribution of acceptance scores (score - centre) of inputs that belong."""
 
-    id: int | None                     # the registry's number; None: not stored
     encoder: str
     encoder_fingerprint: str
-    normals: Mapping[AdapterRef, Normal]   # of each version that it was fitted on, sorted
-    pool: Normal                       # over all members
-    metric: Metric
-    quantiles: F64                     # (QUANTILES,) of left-out acceptance scores, ascending; empty if nothing could be left out
-    count: float                       # how many independent scores the quantiles are worth: exemplars of one class are alike
-    mean: float                        # of the left-out acceptance scores
-    deviation: float
+    scoring: Scoring
+    centres: Mapping[AdapterRef, float]    # of each version that it was fitted on, sorted
+    centre: float                          # of all others
+    quantiles: F64                         # (QUANTILES,) of acceptance scores, ascending; empty if nothing could be scored
+    count: float                           # how many independent scores the quantiles are worth: exemplars of one class are alike
+    deviation: float                       # of acceptance scores, whose mean is `mean`
+    mean: float
+    facts: Mapping[str, float] = field(default_factory=dict)    # how it was made, for people
+    id: int | None = None                  # the registry's number; None: not stored
 
     @property
     def members(self) -> tuple[AdapterRef, ...]:
         """The versions that it was fitted on, sorted."""
-        return tuple(self.normals)
+        return tuple(self.centres)
+
+    def centre_of(self, ref: AdapterRef) -> float:
+        return self.centres.get(ref, self.centre)
 
     def threshold(self, max_false_reject: float) -> float:
-        """The acceptance score below which at most this share of belonging inputs falls; -inf for 0, which never abstains.
+        """The acceptance score below which this share of belonging inputs falls; -inf for 0, which never abstains.
 
-        A quantile of the left-out scores, every class counting the same, lowered by one standard error: the rate is a maximum.
-        With too few scores in that tail, a one-sided Student t prediction bound. Raises InvalidInput for a rate outside 0 to 1.
+        The conformal quantile: of n scores the one of rank rate × (n + 1) (Vovk, Gammerman and Shafer 2005). With too few scores
+        for that rank, a one-sided Student t prediction bound. Raises InvalidInput for a rate outside 0 to 1.
         """
         rate = check_rate(max_false_reject)
         if rate in (0.0, 1.0):
             return -math.inf if rate == 0 else math.inf
-        seldom = QUANTILE_RANK_MIN / self.count if self.count > QUANTILE_RANK_MIN else 1.0
-        if rate >= seldom:
-            return self._quantile(rate)
+        seldom = 1 / (self.count + 1)
+        if rate >= seldom and self.count > 1:
+            return self._ranked(rate)
         from scipy.stats import t
 
         known = self.count + PRIOR_WEIGHT
         bound = self.mean + float(t.ppf(rate, self.count + PRIOR_FREEDOM)) * self.deviation * math.sqrt(1 + 1 / known)
         # A lower rate never turns away more.
-        return min(bound, self._quantile(seldom)) if seldom < 1 else bound
+        return min(bound, self._ranked(seldom)) if self.count > 1 else bound
 
-    def _quantile(self, rate: float) -> float:
-        share = rate - math.sqrt(rate * (1 - rate) / self.count)
+    def _ranked(self, rate: float) -> float:
+        share = min(1.0, max(0.0, (rate * (self.count + 1) - 1) / (self.count - 1)))
         return float(np.interp(share, np.linspace(0, 1, QUANTILES), self.quantiles))
 
-    def normal_of(self, ref: AdapterRef, member: Member) -> Normal:
-        """By the adapter's own left-out scores, and the pool's where it has few. Depends on no other adapter registered since."""
-        if ref in self.normals:
-            return self.normals[ref]
-        return _normal(self.metric, member, member.left_out_scores(self.metric, member.exemplars.testable()), self.pool)
+    def false_reject_range(self, max_false_reject: float) -> tuple[float, float]:
+        """(low, high): what share of belonging inputs will be turned away, nine times in ten, by how many scores there were.
+
+        The share that a conformal threshold turns away is Beta distributed (Vovk 2012, "Conditional validity of inductive
+        conformal predictors"). Inputs unlike the exemplars and evaluation inputs are not in it.
+        """
+        rate = check_rate(max_false_reject)
+        if rate in (0.0, 1.0):
+            return rate, rate
+        from scipy.stats import beta
+
+        rank = max(rate * (self.count + 1), 0.5)
+        low, high = beta.ppf([0.05, 0.95], rank, max(self.count + 1 - rank, 0.5))
+        return float(low), float(high)
 
     @property
     def digest(self) -> str:
@@ -102,162 +110,258 @@ class Calibration:
 
     def to_bytes(self) -> bytes:
         """The same bytes for the same record; its number is the registry's to give."""
+        scoring = self.scoring
         facts = {
             "schema": SCHEMA,
             "encoder": self.encoder,
             "encoder_fingerprint": self.encoder_fingerprint,
-            "pool": [self.pool.centre, self.pool.scale],
-            "normals": [[str(ref), normal.centre, normal.scale] for ref, normal in self.normals.items()],
+            "scoring": [scoring.closeness, scoring.slope, scoring.intercept, scoring.typical_count],
+            "centre": self.centre,
+            "centres": [[str(ref), centre] for ref, centre in self.centres.items()],
             "count": self.count,
             "mean": self.mean,
             "deviation": self.deviation,
-        }
-        tensors: dict[str, NDArray[Any]] = {
-            "quantiles": self.quantiles,
-            "metric.mean": self.metric.mean.astype(np.float32),
-            "metric.transform": self.metric.transform.astype(np.float32),
-            "metric.spread": self.metric.spread.astype(np.float32),
+            "facts": dict(self.facts),
         }
         # One key: safetensors writes several in no fixed order.
-        return safetensors.numpy.save(tensors, {"calibration": json.dumps(facts, sort_keys=True)})
+        return safetensors.numpy.save({"quantiles": self.quantiles}, {"calibration": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, data: bytes, id: int | None = None, source: Path | str = "calibration.safetensors") -> Calibration:
         """Raises CorruptVersion if these are not the bytes of a record."""
         tensors, facts = read_tensors(data, "calibration", SCHEMA, source)
         try:
-            metric = Metric(*(tensors[f"metric.{key}"].astype(np.float64) for key in ("mean", "transform", "spread")))
             record = cls(
-                id=id,
                 encoder=str(facts["encoder"]),
                 encoder_fingerprint=str(facts["encoder_fingerprint"]),
-                pool=Normal(*map(float, facts["pool"])),
-                normals={AdapterRef.parse(ref): Normal(float(centre), float(scale)) for ref, centre, scale in facts["normals"]},
-                metric=metric,
+                scoring=Scoring(*map(float, facts["scoring"])),
+                centres={AdapterRef.parse(ref): float(centre) for ref, centre in facts["centres"]},
+                centre=float(facts["centre"]),
                 quantiles=tensors["quantiles"],
                 count=float(facts["count"]),
                 mean=float(facts["mean"]),
                 deviation=float(facts["deviation"]),
+                facts={str(key): float(value) for key, value in facts["facts"].items()},
+                id=id,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise corrupt(source, f"{error} is missing or has another form") from error
         record._check(source)
         return record
 
     def _check(self, source: Path | str) -> None:
-        mean, transform, spread = self.metric.mean, self.metric.transform, self.metric.spread
-        d, quantiles = mean.size, QUANTILES if self.count else 0
-        shapes = (mean.shape, transform.shape, spread.shape, self.quantiles.shape)
-        if shapes != ((d,), (d, d), (d,), (quantiles,)):
-            raise corrupt(source, f"the shapes are {', '.join(map(str, shapes))}")
-        normals = [self.pool, *self.normals.values()]
-        numbers = np.array([self.count, self.mean, self.deviation, *(n.centre for n in normals), *(n.scale for n in normals)])
-        if not all(np.isfinite(a).all() for a in (mean, transform, spread, self.quantiles, numbers)):
+        if self.quantiles.shape != (QUANTILES if self.count else 0,) or self.quantiles.dtype != np.float64:
+            raise corrupt(source, f"the quantiles are {self.quantiles.dtype} {self.quantiles.shape}")
+        scoring = self.scoring
+        numbers = [self.count, self.mean, self.deviation, self.centre, *self.centres.values(), scoring.closeness, scoring.slope]
+        numbers += [scoring.intercept, scoring.typical_count]
+        if not np.isfinite(self.quantiles).all() or not np.isfinite(numbers).all():
             raise corrupt(source, "a number is not finite")
-        if (spread < 0).any() or min(n.scale for n in normals) <= 0 or self.count < 0 or self.deviation <= 0 or (np.diff(self.quantiles) < 0).any():
+        if self.count < 0 or self.deviation <= 0 or scoring.closeness < 0 or (np.diff(self.quantiles) < 0).any():
             raise corrupt(source, "a number is out of range")
 
 
-def calibrate(states: Mapping[AdapterRef, RoutingState]) -> Calibration:
-    """Fit metric and acceptance scores on these versions. Pure, and the same bytes in whatever order they are given.
+@dataclass(frozen=True, slots=True, eq=False)
+class Fitted:
+    """A calibration and the head that was solved on the way; None where there is nothing to solve, or too much."""
 
+    calibration: Calibration
+    head: Head | None
+
+
+def calibrate(states: Mapping[AdapterRef, RoutingState]) -> Calibration:
+    """The record alone; see `fit`."""
+    return fit(states).calibration
+
+
+def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
+    """Solve the head and measure acceptance scores on these versions. Pure, and the same bytes in whatever order they are given.
+
+    An adapter's scores are those of its evaluation inputs, or of its exemplars, each scored as if it had never been given.
     Raises InvalidInput where no version has an exemplar, ModelChanged where two encoders met.
     """
-    # On one thread, so that sums run in one order; small eigenproblems are no slower for it.
-    with threadpool_limits(1):
-        return _calibrated(states)
-
-
-def _calibrated(states: Mapping[AdapterRef, RoutingState]) -> Calibration:
-    refs = tuple(sorted(ref for ref, state in states.items() if state.count))
-    if not refs:
+    states = {ref: states[ref] for ref in sorted(states) if states[ref].count}
+    if not states:
         hint = "Register one with examples or a description."
         raise InvalidInput("there is nothing to calibrate on: no version has an exemplar.", hint=hint)
-    first = states[refs[0]]
-    for ref in refs:
-        check_encoder(str(ref), states[ref], first.encoder_fingerprint, first.encoder)
-    adapters = [Exemplars.of(states[ref]) for ref in refs]
-    moments = _moments(adapters)
-    metric = Metric.fit(moments)
-    left_out = _left_out(adapters, moments)
-    members = [Member.of(one, metric) for one in adapters]
-    expected = float(np.concatenate([expected_scores(metric, member) for member in members]).mean())
-    own = [scores[:, place] for place, scores in enumerate(left_out)]
-    pool = Normal(*_mean_and_deviation(np.concatenate(own), np.ones(sum(map(len, own))), expected, max(PRIOR_SCALE * abs(expected), 1e-3)))
-    normals = [_normal(metric, member, scores, pool) for member, scores in zip(members, own, strict=True)]
-
-    scores = np.concatenate(left_out)
-    best = scores.argmax(axis=1)
-    acceptance = (scores.max(axis=1) - np.array([n.centre for n in normals])[best]) / np.array([n.scale for n in normals])[best]
-    starts = np.cumsum([0, *(len(one.counts) for one in adapters)])
-    classes = np.concatenate([one.classes[one.testable()] + start for one, start in zip(adapters, starts, strict=False)])
-    weights = 1 / np.maximum(np.concatenate([one.counts for one in adapters]), CLASS_FULL)[classes]
-    # Acceptance scores are normalised: before any was seen they have mean 0 and deviation 1.
-    mean, deviation = _mean_and_deviation(acceptance, weights / max(weights.mean(), 1e-12) if len(weights) else weights, 0.0, 1.0)
-    return Calibration(
-        id=None,
+    first = next(iter(states.values()))
+    for ref, state in states.items():
+        check_encoder(str(ref), state, first.encoder_fingerprint, first.encoder)
+    exemplars = {ref: Exemplars.of(state) for ref, state in states.items()}
+    solver = Solver(exemplars, first.dim) if can_solve(exemplars) else None
+    head = solver.head(digest_of({ref: state.digest for ref, state in states.items()})) if solver else None
+    bench = _Bench(states, exemplars, solver, head)
+    scoring = bench.fitted_scoring()
+    scores = bench.scores(scoring)
+    own = [scores.values[scores.adapters == place] for place in range(len(states))]
+    prior = float(scoring.expected(np.full(1, PRIOR_PRODUCT, np.float32))[0]) + scoring.closeness * PRIOR_PRODUCT
+    centre = (float(scores.values.sum()) + PRIOR_WEIGHT * prior) / (len(scores.values) + PRIOR_WEIGHT)
+    centres = [(float(values.sum()) + CENTRE_WEIGHT * centre) / (len(values) + CENTRE_WEIGHT) for values in own]
+    acceptance = scores.values - np.array(centres)[scores.adapters]
+    mean, deviation = _mean_and_deviation(acceptance, scores.weights)
+    calibration = Calibration(
         encoder=first.encoder,
         encoder_fingerprint=first.encoder_fingerprint,
-        pool=pool,
-        normals=dict(zip(refs, normals, strict=True)),
-        metric=metric,
-        quantiles=_quantiles(acceptance, weights),
-        count=_independent(acceptance, weights, classes),
+        scoring=scoring,
+        centres=dict(zip(states, centres, strict=True)),
+        centre=centre,
+        quantiles=_quantiles(acceptance, scores.weights),
+        count=_independent(acceptance, scores.weights, scores.groups),
         mean=mean,
         deviation=deviation,
+        facts={
+            "adapters": float(len(states)),
+            "exemplars": float(sum(map(len, exemplars.values()))),
+            "left_out": float(scores.left_out),
+            "evaluation": float(len(acceptance) - scores.left_out),
+            "left_out_accuracy": round(bench.accuracy, 6),
+            "head": float(head is not None),
+        },
     )
+    return Fitted(calibration, head)
 
 
-def _left_out(adapters: Sequence[Exemplars], moments: Moments) -> list[F64]:
-    """For each adapter (n, a): the scores of its testable exemplars for every adapter.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scores:
+    """Of inputs that belong, each by the adapter that it would go to."""
 
-    Each exemplar is left out of its own class mean and centroid exactly, and of the metric with its fold: a metric that saw an
-    input scores it well whatever the class; with two exemplars a class, half of all belonging inputs were rejected at "5 %".
-    """
-    scores = [np.zeros((len(one.vectors), len(adapters))) for one in adapters]
-    # Ordered by class, exemplars are dealt to the folds in turn, so that every class is spread over them.
-    folds = [(np.arange(len(one.vectors)) + place) % FOLDS for place, one in enumerate(adapters)]
-    for fold in range(FOLDS):
-        rows = [(found := one.testable())[dealt[found] == fold] for one, dealt in zip(adapters, folds, strict=True)]
-        if not any(len(chosen) for chosen in rows):
-            continue
-        metric = Metric.fit(moments.minus(_moments(adapters, [dealt == fold for dealt in folds])))
-        members = [Member.of(one, metric) for one in adapters]
-        panel = Panel.of(members)
-        for place, (member, chosen) in enumerate(zip(members, rows, strict=True)):
-            x = member.exemplars.vectors[chosen]
-            scores[place][chosen] = panel.scores(x, metric.whiten(x))
-            scores[place][chosen, place] = member.left_out_scores(metric, chosen)
-    return [all_rows[one.testable()] for all_rows, one in zip(scores, adapters, strict=True)]
+    values: F64
+    adapters: I64       # place of that adapter
+    weights: F64        # every class counts the same
+    groups: I64         # inputs that are alike: exemplars of one class; an evaluation input is its own group
+    left_out: int       # how many are exemplars
 
 
-def _moments(adapters: Sequence[Exemplars], chosen: Sequence[NDArray[np.bool_]] | None = None) -> Moments:
-    """Of all exemplars, or of the chosen ones, in canonical order."""
-    starts = np.cumsum([0, *(len(one.counts) for one in adapters)])
-    vectors = np.concatenate([one.vectors for one in adapters])
-    classes = np.concatenate([one.classes + start for one, start in zip(adapters, starts, strict=False)])
-    if chosen is not None:
-        mask = np.concatenate(chosen)
-        vectors, classes = vectors[mask], classes[mask]
-    return Moments.of(vectors, classes, int(starts[-1]))
+class _Bench:
+    """All adapters side by side, and inputs to score: exemplars without themselves, and evaluation inputs."""
 
+    def __init__(
+        self, states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars], solver: Solver | None, head: Head | None
+    ) -> None:
+        self.states, self.exemplars = states, list(exemplars.values())
+        self.solver, self.head = solver, head
+        prototypes = [Prototypes.of(one, states[ref].from_description) for ref, one in exemplars.items()]
+        sizes = np.array([len(p.counts) for p in prototypes])
+        self.starts: I64 = np.cumsum([0, *sizes])[:-1]
+        self.means: F32 = np.concatenate([p.means for p in prototypes]).astype(np.float32)
+        self.counts: F32 = np.concatenate([p.counts for p in prototypes])
+        self.columns = columns_of(head, tuple(states), sizes)
+        self.owner = np.repeat(np.arange(len(sizes)), sizes)
+        self.rows = self._left_out_rows()
+        self.solved = self._left_out_responses()
+        self.accuracy = 0.0
 
-def _normal(metric: Metric, member: Member, own: F64, pool: Normal) -> Normal:
-    """From the left-out scores of the adapter's exemplars, and the pool's where it has few.
+    def _left_out_rows(self) -> list[I64]:
+        """For each adapter, its exemplars that are left out, evenly spread."""
+        testable = [np.flatnonzero(one.testable) for one in self.exemplars]
+        total = sum(map(len, testable))
+        most = min(LEFT_OUT_MAX, LEFT_OUT_NUMBERS_MAX // len(self.means)) if self.solver else LEFT_OUT_MAX
+        step = max(1, -(-total // most))
+        starts = np.cumsum([0, *map(len, testable)])
+        return [rows[(-start) % step :: step] for rows, start in zip(testable, starts, strict=False)]
 
-    The scale is the pool's: one of each adapter's own would even out the rates a little and cost 0.6 points of AUROC on CLINC150.
-    """
-    if member.exemplars.single:
-        expected = max(abs(float(expected_scores(metric, member).mean())), 1e-3)
-        return Normal(SINGLE_CENTRE * expected, SINGLE_SCALE * expected)
-    return Normal((float(own.sum()) + POOLED_WEIGHT * pool.centre) / (len(own) + POOLED_WEIGHT), pool.scale)
+    def _left_out_responses(self) -> list[F32 | None]:
+        """For each adapter (n, k), the head's responses to the exemplars that are left out."""
+        if self.solver is None:
+            return [None] * len(self.rows)
+        solved_before = np.cumsum([0, *(0 if one.single else len(one) for one in self.exemplars)])
+        chosen = np.concatenate([start + rows for start, rows in zip(solved_before, self.rows, strict=False)]).astype(np.int64)
+        blocks = [self.solver.left_out(chosen[start : start + BLOCK]) for start in range(0, len(chosen), BLOCK)]
+        if not blocks:
+            return [None] * len(self.rows)
+        return list(np.split(np.concatenate(blocks), np.cumsum([len(rows) for rows in self.rows])[:-1]))
 
+    def _blocks(self) -> Iterator[tuple[int, I64, F32, F32 | None]]:
+        """(adapter, exemplars left out, products (n, p), head's responses (n, k)), each as if the exemplar had never been given."""
+        size = max(16, NUMBERS_MAX // len(self.means))
+        for place, (one, rows, solved) in enumerate(zip(self.exemplars, self.rows, self.solved, strict=True)):
+            for start in range(0, len(rows), size):
+                chosen = rows[start : start + size]
+                products = one.features.dense[chosen] @ self.means.T
+                products[np.arange(len(chosen)), self.starts[place] + one.classes[chosen]] = left_out_products(one, chosen)
+                yield place, chosen, products, None if solved is None else solved[start : start + size]
 
-def _mean_and_deviation(values: F64, weights: F64, prior_mean: float, prior_deviation: float) -> tuple[float, float]:
-    """With the prior counted as PRIOR_WEIGHT further values."""
+    def fitted_scoring(self) -> Scoring:
+        """The line from products to responses, and the greatest weight of closeness that costs no accuracy to speak of."""
+        scoring = Scoring(typical_count=self._typical_count() if self.head else 0.0)
+        x, y = self._products_and_responses()
+        if len(x) >= ACCURACY_MIN and x.std() > 1e-3:
+            slope, intercept = np.polyfit(x, y, 1)
+            scoring = replace(scoring, slope=max(float(slope), 0.0), intercept=float(intercept))
+        return replace(scoring, closeness=self._weight(scoring))
+
+    def _products_and_responses(self) -> tuple[F64, F64]:
+        """Of each exemplar that is left out with its own class and with the closest other one."""
+        pairs = [(np.empty(0), np.empty(0))]
+        for place, rows, products, solved in self._blocks():
+            if solved is None:
+                continue
+            at = np.arange(len(rows))
+            own = self.starts[place] + self.exemplars[place].classes[rows]
+            others = products.copy()
+            others[at, own] = -np.inf
+            for seen in (own, others.argmax(axis=1)):
+                usable = np.isfinite(products[at, seen]) & (self.columns[seen] >= 0)
+                pairs.append((products[at, seen][usable], solved[at, self.columns[seen]][usable]))
+        x, y = (np.concatenate([pair[i] for pair in pairs]).astype(np.float64) for i in (0, 1))
+        return x, y
+
+    def _typical_count(self) -> float:
+        counts = np.sort(self.counts[self.columns >= 0])
+        return float(counts[np.searchsorted(np.cumsum(counts), counts.sum() / 2)])
+
+    def _weight(self, scoring: Scoring) -> float:
+        right, total = np.zeros(len(WEIGHTS)), 0
+        for place, _, products, solved in self._blocks():
+            responses = np.maximum.reduceat(scoring.responses(products, solved, self.columns, self.counts), self.starts, axis=1)
+            close = closeness(products, self.starts)
+            for i, weight in enumerate(WEIGHTS):
+                right[i] += ((responses + np.float32(weight) * close).argmax(axis=1) == place).sum()
+            total += len(products)
+        if total < ACCURACY_MIN or len(self.starts) < 2:
+            return scoring.closeness
+        accuracy = right / total
+        chosen = int(np.flatnonzero(accuracy >= accuracy.max() - TOLERANCE)[-1])
+        self.accuracy = float(accuracy[chosen])
+        return WEIGHTS[chosen]
+
+    def scores(self, scoring: Scoring) -> _Scores:
+        values: list[F64] = []
+        adapters: list[I64] = []
+        weights: list[F64] = []
+        groups: list[I64] = []
+        evaluated = {place for place, state in enumerate(self.states.values()) if len(state.evaluation) >= EVALUATION_MIN}
+        left_out = 0
+        for place, rows, products, solved in self._blocks():
+            if place not in evaluated:
+                classes = self.exemplars[place].classes[rows]
+                self._note(scoring, products, solved, values, adapters)
+                weights.append(1 / np.maximum(self.exemplars[place].counts[classes], CLASS_FULL))
+                groups.append(self.starts[place] + classes)
+                left_out += len(rows)
+        for place, state in enumerate(self.states.values()):
+            if place in evaluated:
+                features = state.evaluation.features
+                products = features.dense @ self.means.T
+                solved = self.head.responses(self.solver.hidden(features)) if self.head and self.solver else None
+                self._note(scoring, products, solved, values, adapters)
+                classes_here = len(self.exemplars[place].counts)
+                weights.append(np.full(len(features), classes_here / len(features)))
+                groups.append(len(self.means) + sum(map(len, groups)) + np.arange(len(features)))
+        if not values:
+            return _Scores(np.empty(0), np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), 0)
+        return _Scores(np.concatenate(values), np.concatenate(adapters), np.concatenate(weights), np.concatenate(groups), left_out)
+
+    def _note(self, scoring: Scoring, products: F32, solved: F32 | None, values: list[F64], adapters: list[I64]) -> None:
+        scores = scoring.scores(scoring.responses(products, solved, self.columns, self.counts), products, self.starts)
+        values.append(scores.max(axis=1).astype(np.float64))
+        adapters.append(scores.argmax(axis=1))
+def _mean_and_deviation(values: F64, weights: F64) -> tuple[float, float]:
+    """Of acceptance scores, which centre on 0; the prior counts as PRIOR_WEIGHT further values."""
+    weights = weights / max(weights.mean(), 1e-12) if len(weights) else weights
     total = float(weights.sum()) + PRIOR_WEIGHT
-    mean = (float(weights @ values) + PRIOR_WEIGHT * prior_mean) / total
-    squares = float(weights @ (values - mean) ** 2) + PRIOR_WEIGHT * (prior_deviation**2 + (prior_mean - mean) ** 2)
+    mean = float(weights @ values) / total
+    squares = float(weights @ (values - mean) ** 2) + PRIOR_WEIGHT * (PRIOR_DEVIATION**2 + mean**2)
     return mean, math.sqrt(squares / total)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from adapter_hub.refs import AdapterRef
 
+TEMPERATURE = 0.15    # of candidates' weights, in scores: on CLINC150's validation split a weight is then about a probability
+
 
 class Reason(StrEnum):
     """Why an input went where it went."""
@@ -19,6 +21,13 @@ class Reason(StrEnum):
     NAMED = "named"                          # the caller named the adapter (or the base): nothing was routed
 
 
+class Method(StrEnum):
+    """What scored the candidates."""
+
+    HEAD = "head"                # the solved head, and closeness to prototypes
+    PROTOTYPES = "prototypes"    # closeness to prototypes alone: not solved yet, or more adapters than a head holds
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """Where one input goes. `adapter is None` means the base answers: the router abstained, or the base was named."""
@@ -26,15 +35,25 @@ class Decision:
     adapter: AdapterRef | None
     score: float | None                              # acceptance score of the best candidate; higher belongs more; None: nothing was scored
     threshold: float | None                          # the least score that is accepted; -inf never abstains
-    margin: float | None                             # best candidate minus runner-up, in candidate scores (nats); None without a runner-up
+    margin: float | None                             # best candidate minus runner-up, in candidate scores; None without a runner-up
     reason: Reason
-    candidates: tuple[tuple[AdapterRef, float], ...]  # (adapter, log-likelihood ratio to the background, nats), best first
-    calibration: int | None                          # number of the record behind metric and threshold; None: not stored
+    candidates: tuple[tuple[AdapterRef, float], ...]  # (adapter, score), best first; 1 to 2.5 for inputs like the exemplars, near 0 for others
+    calibration: int | None                          # number of the record behind scores and threshold; None: not stored
+    method: Method | None = None                     # what scored the best candidate; None: nothing was scored
 
     @classmethod
     def named(cls, adapter: AdapterRef | None) -> Decision:
         """The decision of a caller who named the adapter, or the base by None."""
         return cls(adapter, None, None, None, Reason.NAMED, (), None)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """A share for each candidate, summing to 1: what a mixture of them would weigh. Aligned with `candidates`."""
+        if not self.candidates:
+            return ()
+        best = self.candidates[0][1]
+        shares = [math.exp((score - best) / TEMPERATURE) for _, score in self.candidates]
+        return tuple(share / sum(shares) for share in shares)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: references as text, and null where there is no finite number."""
@@ -46,6 +65,7 @@ class Decision:
             "reason": self.reason.value,
             "candidates": [{"adapter": str(ref), "score": _finite(score)} for ref, score in self.candidates],
             "calibration": self.calibration,
+            "method": self.method.value if self.method else None,
         }
 
 

@@ -23,7 +23,7 @@ Vectors = NDArray[np.float32]
 
 HASH_DIM = 256
 HASH_DIM_MAX = 2048    # the metric takes d × d numbers and d³ steps
-_WORD = re.compile(r"\w+", re.UNICODE)
+WORD = re.compile(r"\w+", re.UNICODE)
 # What changes an encoder's vectors. Model cards, training facts and other weight formats beside the safetensors do not.
 _WEIGHTS = ".safetensors"
 _PROMPTS = "config_sentence_transformers.json"
@@ -153,7 +153,7 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _features(text: str) -> Iterator[str]:
-    words = _WORD.findall(text.casefold())
+    words = WORD.findall(text.casefold())
     yield from (f"w {word}" for word in words)
     yield from (f"w {first} {second}" for first, second in pairwise(words))
     letters = f" {' '.join(words) or text} "    # a text of punctuation alone still has its characters

@@ -1,66 +1,259 @@
-"""Find the rows with the greatest inner product. `FaissIndex` answers; `ExactIndex` is the plain reference, right by reading."""
+"""Find the rows with the greatest inner product. `FaissIndex` answers fast; `ExactIndex` is the plain reference, right by reading.
+
+Knows neither adapters nor decisions: the router scores what is found here again, exactly. An index is made once from all of its rows.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import hashlib
+import math
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-# n queries, m stored rows, f width, k results
+from adapter_hub.errors import CorruptVersion, InvalidInput
+from adapter_hub.registry.artifacts import CHUNK_BYTES, storage_errors, sync_folder
+
+# n queries, p stored rows, d width, k results
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
+Stored = NDArray[np.float16] | NDArray[np.float32]
+
+# Chosen by benchmarks/routing_scale.py; benchmarks/LOG.md has what was compared.
+FLAT_MAX = 20_000            # rows searched one by one, exactly: some 2 ms a query
+LISTS_PER_ROOT = 4.5         # inverted lists for each √p
+PROBES = 16                  # lists read for a query
+SAMPLE_PER_LIST = 32         # rows that place the centre of a list
+ITERATIONS = 6               # of k-means
+SEED = 20_240
+BLOCK = 65_536               # rows that are float32 at a time while building
+PARALLEL_MIN = 8             # queries; fewer would wait for threads longer than they work
+MAGIC = b"adapter_hub index 1\n"
+DIGEST_BYTES = 32
 
 
 class Index(Protocol):
-    """Add and search. Rows are numbered 0, 1, 2, … in the order of `add`."""
-
-    def add(self, rows: Floats) -> None: ...
+    """Rows 0, 1, 2, … to search by inner product; nothing is added after it is made."""
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-        """Return (scores, rows), both (n, k), best first; score -inf and row -1 where fewer than k exist."""
+        """Return (scores, rows), both (n, k), best first, the lower row first where scores are equal; -inf and -1 where fewer exist.
+
+        Raises InvalidInput for queries that are not finite rows of the index's width, and for k below 1.
+        """
         ...
 
     def __len__(self) -> int: ...
 
 
-class FaissIndex:
-    """Exact flat search by FAISS. Not to be shared with a writer: a router builds its own and never adds to it again."""
-
-    def __init__(self, width: int) -> None:
-        import faiss
-
-        self._index = faiss.IndexFlatIP(width)
-
-    def add(self, rows: Floats) -> None:
-        self._index.add(np.ascontiguousarray(rows, np.float32))
-
-    def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-        scores, rows = self._index.search(np.ascontiguousarray(queries, np.float32), k)
-        # FAISS pads with the lowest float, which a later subtraction would overflow.
-        return np.where(rows < 0, np.float32(-np.inf), scores), rows
-
-    def __len__(self) -> int:
-        return int(self._index.ntotal)
-
-
 class ExactIndex:
-    """The same by one float64 product and one stable sort."""
+    """One float64 product and one stable sort."""
 
-    def __init__(self, width: int) -> None:
-        self._rows = np.empty((0, width), np.float64)
-
-    def add(self, rows: Floats) -> None:
-        self._rows = np.vstack([self._rows, rows.astype(np.float64)])
+    def __init__(self, rows: Stored) -> None:
+        """Over rows (p, d). Raises InvalidInput."""
+        _bounds(rows)
+        self._rows = rows.astype(np.float64)
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
-        products = queries.astype(np.float64) @ self._rows.T
+        products = _checked(queries, self._rows.shape[1], k).astype(np.float64) @ self._rows.T
         order = np.argsort(-products, axis=1, kind="stable")[:, :k]
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
+        scores, rows = _nothing(len(queries), k)
         scores[:, : order.shape[1]] = np.take_along_axis(products, order, axis=1)
         rows[:, : order.shape[1]] = order
         return scores, rows
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+class FaissIndex:
+    """Flat and exact while that is fast; above, inverted lists of one byte a number. Make one with `build` or `open`.
+
+    Any number of threads may search one index.
+    """
+
+    def __init__(self, index: Any) -> None:
+        self._index = index    # faiss.IndexFlatIP or faiss.IndexIVFScalarQuantizer
+
+    @classmethod
+    def build(cls, rows: Stored, *, flat_max: int = FLAT_MAX) -> FaissIndex:
+        """Over rows (p, d); up to `flat_max` of them exactly. Raises InvalidInput for rows that are not finite."""
+        import faiss
+
+        bounds = _bounds(rows)
+        if len(rows) > max(flat_max, 0):
+            return cls(_inverted(rows, bounds))
+        index = faiss.IndexFlatIP(rows.shape[1])
+        index.add(np.ascontiguousarray(rows, np.float32))
+        return cls(index)
+
+    @classmethod
+    def open(cls, path: Path) -> FaissIndex:
+        """What `save` wrote. Raises CorruptVersion where it is missing, cut short, changed or something else: then build it again."""
+        import faiss
+
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
+                if size < len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
+                    raise _unusable(path, "is not an index")
+                hasher, left = hashlib.sha256(MAGIC), size - len(MAGIC)
+                while chunk := file.read(min(CHUNK_BYTES, left)):
+                    hasher.update(chunk)
+                    left -= len(chunk)
+                # Before FAISS parses it: a wrong length in the file would be an allocation.
+                if file.read() != hasher.digest():
+                    raise _unusable(path, "is cut short or was changed")
+                file.seek(len(MAGIC))
+                index = faiss.read_index(faiss.PyCallbackIOReader(file.read, CHUNK_BYTES))
+        except OSError as error:
+            raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
+        except RuntimeError as error:
+            raise _unusable(path, "was written by another FAISS") from error
+        return cls(index)
+
+    def save(self, path: Path) -> None:
+        """Write the file, durably: all of it or nothing. Raises RegistryError, StorageFull, ReadOnlyRegistry."""
+        import faiss
+
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        hasher = hashlib.sha256(MAGIC)
+
+        with storage_errors(path):
+            try:
+                with temporary.open("xb") as file:
+
+                    def write(data: bytes) -> None:
+                        hasher.update(data)
+                        file.write(data)
+
+                    file.write(MAGIC)
+                    faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, CHUNK_BYTES))
+                    file.write(hasher.digest())
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync_folder(path.parent)
+
+    def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
+        queries = _checked(queries, self._index.d, k)
+        scores, rows = _nothing(len(queries), k)
+        count = min(k, len(self))
+        # One more than wanted: it shows whether the last place has rivals of the same score, among whom FAISS chooses as it likes.
+        asked, open_queries = min(count + 1, len(self)), np.arange(len(queries) if count else 0)
+        while len(open_queries):
+            found_scores, found = self._found(queries[open_queries], asked)
+            tied = (found_scores[:, count - 1] == found_scores[:, -1]) if asked > count and asked < len(self) else np.zeros(len(found), bool)
+            done = open_queries[~tied]
+            scores[done, :count], rows[done, :count] = found_scores[~tied, :count], found[~tied, :count]
+            open_queries, asked = open_queries[tied], min(4 * asked, len(self))
+        return scores, rows
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def _found(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
+        """The k ≤ p best of each query, equal scores by row."""
+        import faiss
+
+        with _threads(len(queries)):
+            scores, rows = self._index.search(queries, k)
+            short = np.flatnonzero(rows[:, -1] < 0)    # the lists that were read hold fewer than k
+            if len(short):
+                every = faiss.SearchParametersIVF(nprobe=self._index.nlist)
+                scores[short], rows[short] = self._index.search(queries[short], k, params=every)
+        equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
+        order = np.lexsort((rows[equal], -scores[equal]), axis=1)
+        rows[equal] = np.take_along_axis(rows[equal], order, axis=1)
+        return scores, rows
+
+
+def _inverted(rows: Stored, bounds: Floats) -> Any:
+    """Inverted lists around the centres of spherical k-means (Sivic and Zisserman 2003), one byte a number within `bounds` (2, d).
+
+    Bytes hold the rows themselves, not what is left after the centre, so a score does not depend on the batch a query came in.
+    """
+    import faiss
+
+    width = rows.shape[1]
+    lists = min(1 << round(math.log2(LISTS_PER_ROOT * math.sqrt(len(rows)))), len(rows))
+    centres = faiss.IndexFlatIP(width)
+    clustering = faiss.Clustering(width, lists)
+    clustering.spherical, clustering.niter, clustering.seed = True, ITERATIONS, SEED
+    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, SAMPLE_PER_LIST
+    sample = np.random.default_rng(SEED).choice(len(rows), min(SAMPLE_PER_LIST * lists, len(rows)), replace=False)
+    clustering.train(np.ascontiguousarray(rows[np.sort(sample)], np.float32), centres)
+
+    kind = faiss.ScalarQuantizer.QT_8bit
+    index = faiss.IndexIVFScalarQuantizer(centres, width, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
+    index.train(bounds)
+    index.nprobe = min(PROBES, lists)
+    homes = np.concatenate([centres.assign(block, 1)[:, 0] for block in _blocks(rows)])
+    # Lists that grow row by row take up to twice their size: give each its room first.
+    for number, length in enumerate(np.bincount(homes, minlength=lists).tolist()):
+        index.invlists.resize(number, length)
+        index.invlists.resize(number, 0)
+    for block in _blocks(rows):
+        home = homes[index.ntotal : index.ntotal + len(block)]
+        index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(home))
+    return index
+
+
+@contextmanager
+def _threads(queries: int) -> Iterator[None]:
+    """One thread for a few queries. FAISS's number of threads belongs to the thread that calls, so others do not notice."""
+    import faiss
+
+    usual = faiss.omp_get_max_threads()
+    if queries < PARALLEL_MIN:
+        faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(usual)
+
+
+def _blocks(rows: Stored) -> Iterator[Floats]:
+    for start in range(0, len(rows), BLOCK):
+        yield np.ascontiguousarray(rows[start : start + BLOCK], np.float32)
+
+
+def _bounds(rows: Stored) -> Floats:
+    """(2, d): the least and the greatest of each column. Raises InvalidInput."""
+    if rows.ndim != 2 or rows.dtype not in (np.float16, np.float32) or not rows.shape[1]:
+        raise InvalidInput(f"rows of shape {rows.shape} and type {rows.dtype} are not rows of float16 or float32.")
+    bounds = np.zeros((2, rows.shape[1]), np.float32)
+    for number, block in enumerate(_blocks(rows)):
+        pair = np.stack([block.min(axis=0), block.max(axis=0)])
+        if not np.isfinite(pair).all():    # NaN is the least and the greatest of whatever it is among
+            bad = number * BLOCK + int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])
+            raise InvalidInput(f"row {bad} of {len(rows)} is not finite.")
+        bounds = np.stack([np.minimum(bounds[0], pair[0]), np.maximum(bounds[1], pair[1])]) if number else pair
+    return bounds
+
+
+def _checked(queries: Floats, width: int, k: int) -> Floats:
+    queries = np.ascontiguousarray(queries, np.float32)
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise InvalidInput(f"queries of shape {queries.shape} do not fit an index of width {width}.")
+    if not np.isfinite(queries).all():
+        bad = int(np.flatnonzero(~np.isfinite(queries).all(axis=1))[0])
+        raise InvalidInput(f"query {bad + 1} of {len(queries)} is not finite.")
+    if k < 1:
+        raise InvalidInput(f"k={k} is not a positive count of results.")
+    return queries
+
+
+def _nothing(queries: int, k: int) -> tuple[Floats, Rows]:
+    return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64)
+
+
+def _unusable(path: Path, reason: str) -> CorruptVersion:
+    return CorruptVersion(f"{path} {reason}.", hint="It is derived: delete it, and it is built again.")

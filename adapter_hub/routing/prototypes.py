@@ -1,121 +1,67 @@
-"""One adapter under a metric: a prototype for each class, what they score, and what they would score without one exemplar.
+"""One adapter by its class means: how close an input comes to each, and how close to the adapter as a whole. Pure numpy.
 
-The score of an input for a class is the log-likelihood ratio of "drawn from this class, which is known from n exemplars" to
-"drawn from anywhere": a relative Mahalanobis distance (Ren et al. 2021) that knows how well each prototype is known. Two cosines
-are added, in nats. An adapter scores as its best class. Everything is linear in [x, q²], so an inner-product index can search it.
+A prototype is a class mean divided by the length that the mean of very many exemplars would have, so that a class known by one
+exemplar and one known by a hundred are measured alike. With many exemplars the product with an input is their cosine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from adapter_hub.routing.metric import F64, I64, PRIOR_WITHIN_TRACE, Metric
-from adapter_hub.routing.statistics import Exemplars
+from adapter_hub.routing.features import F32
+from adapter_hub.routing.statistics import F64, I64, Exemplars
 
-# n inputs, d encoder width, c classes of the adapter
+# n inputs, d encoder width, c classes of the adapter, p prototypes of all adapters, a adapters
 
-# Nats for a cosine of 1, chosen on CLINC150's validation split with all-MiniLM-L6-v2.
-CLASS_COSINE = 100.0      # to the class mean: the better half of abstention, and of few examples
-ADAPTER_COSINE = 50.0     # to the adapter's centroid: holds under shift, where the ratio is too sharp
+F16 = NDArray[np.float16]
+
+# Chosen on CLINC150's validation split with all-MiniLM-L6-v2: benchmarks/LOG.md.
+SHARPNESS = 2.0                 # of the soft maximum: 0 is the adapter's centroid, infinity its nearest class
+COHERENCE = 0.5                 # mean cosine of two exemplars of one class, before any pair was seen
+COHERENCE_WEIGHT = 3.0          # what that expectation weighs, in exemplars
+COHERENCE_MIN = 0.2
+DESCRIPTION_COHERENCE = 0.25    # inputs are less like a description than like each other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prototypes:
-    """score(x) = x · linear + q² · square + bias, by class; q is x whitened."""
+    """Of one adapter."""
 
-    linear: F64      # (c, d)
-    square: F64      # (c, d)
-    bias: F64        # (c,)
-    centres: F64     # (c, d), where the class's inputs are expected in whitened space
-    widths: F64      # (c, d), their variance there: above 1 by the uncertainty of the mean
+    means: F16          # (c, d), rounded once: every index and matrix is made from these
+    counts: F32         # (c,), distinct exemplars behind each
+    single: bool        # a description or one example: the head never sees it
 
     @classmethod
-    def fit(cls, metric: Metric, means: F64, counts: F64) -> Prototypes:
-        """From class means (c, d) and the distinct exemplars behind each (c,)."""
-        spread, known = metric.spread, counts[:, None] * metric.spread
-        widths = 1 + spread / (known + 1)
-        centres = known / (known + 1) * metric.whiten(means)
-        from_whitened = (centres / widths) @ metric.transform.T
-        bias = 0.5 * (np.log((1 + spread) / widths) - centres**2 / widths).sum(axis=1) - from_whitened @ metric.mean
-        return cls(from_whitened + CLASS_COSINE * unit(means), 0.5 * (1 / (1 + spread) - 1 / widths), bias, centres, widths)
-
-    def scores(self, vectors: F64, whitened: F64) -> F64:
-        """(n, c): every input for every class."""
-        return np.asarray(vectors @ self.linear.T + (whitened * whitened) @ self.square.T + self.bias)
-
-    def paired_scores(self, vectors: F64, whitened: F64) -> F64:
-        """(n,): input i for class i."""
-        return np.asarray((vectors * self.linear).sum(axis=1) + (whitened * whitened * self.square).sum(axis=1) + self.bias)
+    def of(cls, exemplars: Exemplars, described: bool) -> Prototypes:
+        coherence = np.full(len(exemplars.counts), DESCRIPTION_COHERENCE) if described else coherences(exemplars.sums, exemplars.counts)
+        means = exemplars.sums / (exemplars.counts * np.sqrt(coherence))[:, None]
+        return cls(means.astype(np.float16), exemplars.counts.astype(np.float32), exemplars.single)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """One adapter under a metric."""
-
-    exemplars: Exemplars
-    prototypes: Prototypes
-    centroid: F64             # (d,), unit; every class counts the same
-
-    @classmethod
-    def of(cls, exemplars: Exemplars, metric: Metric) -> Member:
-        means = exemplars.means
-        return cls(exemplars, Prototypes.fit(metric, means, exemplars.known), unit(means.sum(axis=0)))
-
-    def rows(self) -> tuple[F64, F64]:
-        """((c, 2d), (c,)): what an index over [x, q²] holds, and the biases."""
-        return np.hstack([self.prototypes.linear + ADAPTER_COSINE * self.centroid, self.prototypes.square]), self.prototypes.bias
-
-    def left_out_scores(self, metric: Metric, rows: I64) -> F64:
-        """(n,): the adapter's score of its own exemplars `rows`, each left out of its class mean and of the centroid.
-
-        Closed form. Honest where the metric was fitted without those rows.
-        """
-        e, class_means = self.exemplars, self.exemplars.means
-        x, own = e.vectors[rows], e.classes[rows]
-        q, n = metric.whiten(x), e.counts[own]
-        stays = n > 1
-        means = np.where(stays[:, None], (e.sums[own] - x) / np.maximum(n - 1, 1)[:, None], 0.0)
-        scores = self.prototypes.scores(x, q)
-        reduced = Prototypes.fit(metric, means, np.maximum(n - 1, 1)).paired_scores(x, q)
-        scores[np.arange(len(rows)), own] = np.where(stays, reduced, -np.inf)
-        centroids = unit(class_means.sum(axis=0) - class_means[own] + means)
-        return np.asarray(scores.max(axis=1) + ADAPTER_COSINE * (x * centroids).sum(axis=1))
+def coherences(sums: F64, counts: F64) -> F64:
+    """(c,): the mean cosine of two exemplars of each class, without the terms of an exemplar with itself."""
+    pairs = counts * (counts - 1)
+    observed = ((sums**2).sum(axis=1) - counts) / np.maximum(pairs, 1)
+    weight = np.maximum(counts - 1, 0)
+    return np.asarray(np.clip((weight * observed + COHERENCE_WEIGHT * COHERENCE) / (weight + COHERENCE_WEIGHT), COHERENCE_MIN, 1))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Panel:
-    """All adapters side by side, for scoring one adapter's exemplars against every other."""
-
-    prototypes: Prototypes
-    starts: I64          # (a,), the first class of each adapter
-    centroids: F64       # (a, d)
-
-    @classmethod
-    def of(cls, members: Sequence[Member]) -> Panel:
-        parts = [member.prototypes for member in members]
-        joined = Prototypes(*(np.concatenate([getattr(part, name) for part in parts]) for name in Prototypes.__slots__))
-        starts = np.cumsum([0, *(len(part.bias) for part in parts)])[:-1]
-        return cls(joined, starts, np.array([member.centroid for member in members]))
-
-    def scores(self, vectors: F64, whitened: F64) -> F64:
-        """(n, a): any inputs for every adapter."""
-        best = np.maximum.reduceat(self.prototypes.scores(vectors, whitened), self.starts, axis=1)
-        return np.asarray(best + ADAPTER_COSINE * (vectors @ self.centroids.T))
+def left_out_products(exemplars: Exemplars, rows: I64) -> F64:
+    """(n,): the product of each of these exemplars with its own class's prototype made without it; -inf where nothing is left."""
+    x, own = exemplars.features.dense[rows].astype(np.float64), exemplars.classes[rows]
+    rest, counts = exemplars.sums[own] - x, exemplars.counts[own] - 1
+    scale = np.maximum(counts, 1) * np.sqrt(coherences(rest, counts))
+    return np.where(counts > 0, (x * rest).sum(axis=1) / scale, -np.inf)
 
 
-def expected_scores(metric: Metric, member: Member) -> F64:
-    """(c,): what an input of each class would score on average, were the model true: the prior before any input was seen."""
-    spread, p = metric.spread, member.prototypes
-    ratio = 0.5 * (np.log((1 + spread) / p.widths) - 1 + (p.widths + p.centres**2) / (1 + spread)).sum(axis=1)
-    shared = 1 - PRIOR_WITHIN_TRACE
-    alike = shared / np.sqrt(shared + PRIOR_WITHIN_TRACE / member.exemplars.counts)
-    return np.asarray(ratio + (CLASS_COSINE + ADAPTER_COSINE) * alike)
+def closeness(products: F32, starts: I64) -> F32:
+    """(n, a): the soft maximum of an adapter's prototypes, from the products (n, p) and the first prototype of each adapter.
 
-
-def unit(rows: F64) -> F64:
-    """Each row at length 1. A zero row stays: contradictory exemplars that cancel have no direction and pull nowhere."""
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return np.asarray(rows / np.where(norms > 1e-12, norms, 1.0))
+    log mean exp, sharpened: an input unlike every class still prefers the adapter that it is like as a whole.
+    """
+    sizes = np.diff(np.append(starts, products.shape[1]))
+    sums = np.add.reduceat(np.exp(np.float32(SHARPNESS) * products), starts, axis=1)
+    return np.asarray(np.log(sums / sizes) / np.float32(SHARPNESS), np.float32)

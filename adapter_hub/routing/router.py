@@ -1,4 +1,4 @@
-"""An immutable snapshot that decides: every adapter's prototypes in one index, one calibration. It never embeds and never writes.
+"""An immutable snapshot that decides: every adapter's prototypes in segments, one calibration, one head. It never embeds a text of its own.
 
 Readers hold a snapshot while the next one is built; `with_added` and `without` share what stays the same.
 """
@@ -6,98 +6,143 @@ Readers hold a snapshot while the next one is built; `with_added` and `without` 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from numpy.typing import NDArray
 
 from adapter_hub.errors import InvalidInput, ModelChanged
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import Calibration, Normal, calibrate, check_encoder, check_rate
-from adapter_hub.routing.decision import Decision, Reason
+from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
+from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
-from adapter_hub.routing.index import FaissIndex, Index
-from adapter_hub.routing.metric import F64, I64
-from adapter_hub.routing.prototypes import Member
-from adapter_hub.routing.statistics import Exemplars, RoutingState
+from adapter_hub.routing.features import F32, Features, Hidden, extract
+from adapter_hub.routing.head import Head
+from adapter_hub.routing.index import FaissIndex
+from adapter_hub.routing.prototypes import Prototypes
+from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
+from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, corrupt, read_tensors
 
-# n inputs, d encoder width, a adapters, p prototypes of all, k candidates
+# n inputs, d encoder width, c candidates
+SCHEMA = 1
 CHUNK = 512             # inputs scored at once
-SEARCH_MIN = 16         # prototypes asked of the index; more where they belong to too few adapters
-SCORE_DECIMALS = 6      # so that an input decides the same alone and in a batch, where sums run in another order
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Entry:
-    """One adapter, compiled under a calibration."""
-
-    rows: F64          # (c, 2d)
-    biases: F64        # (c,)
-    normal: Normal
+SCORE_DECIMALS = 5      # so that an input decides the same alone and in a batch, where sums run in another order
 
 
 class Router:
-    """Make one with `build`."""
+    """Make one with `build`, or `open` a saved one."""
 
     def __init__(
         self,
-        states: Mapping[AdapterRef, RoutingState],
+        segments: Sequence[Segment],
         calibration: Calibration | None,
-        entries: Mapping[AdapterRef, _Entry],
-        index: Callable[[int], Index],
+        head: Head | None,
+        unroutable: Mapping[AdapterRef, str] | None = None,
+        gone: Collection[AdapterRef] = frozenset(),
     ) -> None:
-        self.states = states
         self.calibration = calibration      # None: no adapter has an exemplar
-        self._entries = entries
-        self._make_index = index
-        self._refs = tuple(sorted(entries))
-        if calibration is None or not self._refs:
-            return
-        parts = [entries[ref] for ref in self._refs]
-        self._rows = np.concatenate([part.rows for part in parts])
-        self._biases = np.concatenate([part.biases for part in parts])
-        self._owner = np.repeat(np.arange(len(parts)), [len(part.biases) for part in parts])
-        self._centres = np.array([part.normal.centre for part in parts])
-        self._scales = np.array([part.normal.scale for part in parts])
-        self._index = index(self._rows.shape[1] + 1)
-        self._index.add(np.hstack([self._rows, self._biases[:, None]]).astype(np.float32))
+        self.head = head                    # None: prototypes alone
+        self._segments = tuple(segments)
+        self._columns: list[I64] = [segment.columns(head) for segment in self._segments]
+        self._unroutable = dict(unroutable or {})    # digests of states without exemplars
+        self._gone = frozenset(gone)                 # of a segment too large to make again
+
+    # ---- make -------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def build(
-        cls, states: Mapping[AdapterRef, RoutingState], calibration: Calibration | None = None, index: Callable[[int], Index] = FaissIndex
-    ) -> Router:
-        """The router over these versions. Without a calibration, one is made from them. Raises ModelChanged."""
+    def build(cls, states: Mapping[AdapterRef, RoutingState], calibration: Calibration | None = None, head: Head | None = None) -> Router:
+        """The router over these versions. Without a calibration, calibration and head are made from them. Raises ModelChanged."""
         if calibration is None and any(state.count for state in states.values()):
-            calibration = calibrate(states)
-        states = {ref: states[ref] for ref in sorted(states)}
-        return cls(states, calibration, {ref: e for ref, s in states.items() if (e := _compiled(ref, s, calibration))}, index)
+            fitted = fit(states)
+            calibration, head = fitted.calibration, fitted.head
+        return cls((), calibration, head)._with(states)
+
+    def _with(self, states: Mapping[AdapterRef, RoutingState]) -> Router:
+        """This router and one segment more."""
+        unroutable = {ref: state.digest for ref, state in states.items() if not state.count}
+        entries = [self._entry(ref, state) for ref, state in states.items() if state.count]
+        segments = [*self._segments, Segment.of(entries)] if entries else self._segments
+        return Router(segments, self.calibration, self.head, self._unroutable | unroutable, self._gone)
+
+    def _entry(self, ref: AdapterRef, state: RoutingState) -> Entry:
+        assert self.calibration is not None
+        check_encoder(str(ref), state, self.calibration.encoder_fingerprint, self.calibration.encoder)
+        return Entry(ref, Prototypes.of(Exemplars.of(state), state.from_description), state.digest)
 
     def with_added(self, ref: AdapterRef, state: RoutingState) -> Router:
-        """The next snapshot, under the same calibration: nothing moves for the adapters that were there. Raises ModelChanged."""
-        states = {**self.states, ref: state}
+        """The next snapshot, under the same calibration and head: nothing moves for the adapters that were there. Raises ModelChanged.
+
+        Costs what the newcomer and its like cost, not what all cost: small segments merge like the digits of a binary counter.
+        """
         if self.calibration is None:
-            return Router.build(states, None, self._make_index)
-        entry = _compiled(ref, state, self.calibration)
-        kept = {other: e for other, e in self._entries.items() if other != ref}
-        return Router(dict(sorted(states.items())), self.calibration, {**kept, ref: entry} if entry else kept, self._make_index)
+            return Router.build({ref: state}) if state.count else self._with({ref: state})
+        added = self.without(ref)._with({ref: state})
+        segments = list(added._segments)
+        while len(segments) > 1 and len(segments[-2]) <= 2 * len(segments[-1]) and len(segments[-1]) + len(segments[-2]) <= DENSE_MAX:
+            last = segments.pop()
+            segments[-1] = segments[-1].merged(last)
+        return added._replaced(segments=segments)
 
     def without(self, ref: AdapterRef) -> Router:
-        """The next snapshot, under the same calibration, as if `ref` had never been added after it. Unknown refs change nothing."""
-        states = {other: state for other, state in self.states.items() if other != ref}
-        return Router(states, self.calibration, {other: e for other, e in self._entries.items() if other != ref}, self._make_index)
+        """The next snapshot, under the same calibration and head. Unknown references change nothing."""
+        unroutable = {other: digest for other, digest in self._unroutable.items() if other != ref}
+        for i, segment in enumerate(self._segments):
+            if ref not in segment.place or ref in self._gone:
+                continue
+            if len(segment) > DENSE_MAX:
+                return self._replaced(gone=self._gone | {ref}, unroutable=unroutable)
+            rest = segment.without(ref)
+            kept = [*self._segments[:i], *([rest] if len(rest) else []), *self._segments[i + 1 :]]
+            return self._replaced(segments=kept, unroutable=unroutable)
+        return self._replaced(unroutable=unroutable)
 
-    @property
+    def with_head(self, head: Head | None) -> Router:
+        """The same adapters, under another head."""
+        return self._replaced(head=head)
+
+    def _replaced(self, **changes: Any) -> Router:
+        parts = {"segments": self._segments, "head": self.head, "unroutable": self._unroutable, "gone": self._gone} | changes
+        return Router(parts["segments"], self.calibration, parts["head"], parts["unroutable"], parts["gone"])
+
+    # ---- look -------------------------------------------------------------------------------------------------------
+
+    @cached_property
     def refs(self) -> tuple[AdapterRef, ...]:
         """The adapters that can be routed to, sorted; those without exemplars are not among them."""
-        return self._refs
+        return tuple(sorted(ref for segment in self._segments for ref in segment.refs if ref not in self._gone))
+
+    @cached_property
+    def versions(self) -> tuple[AdapterRef, ...]:
+        """All adapters it was made of, sorted, those without exemplars too."""
+        return tuple(sorted([*self.refs, *self._unroutable]))
+
+    @cached_property
+    def digests(self) -> Mapping[AdapterRef, str]:
+        """Of the routing states of the adapters that can be routed to."""
+        pairs = ((ref, digest) for segment in self._segments for ref, digest in zip(segment.refs, segment.digests, strict=True))
+        return {ref: digest for ref, digest in pairs if ref not in self._gone}
 
     @property
+    def prototype_count(self) -> int:
+        return sum(map(len, self._segments))
+
+    @cached_property
     def digest(self) -> str:
         """Changes with anything that a decision depends on."""
-        parts = [self.calibration.digest if self.calibration else "", *(f"{ref} {self.states[ref].digest}" for ref in self.states)]
+        parts = [self.calibration.digest if self.calibration else "", self.head.digest if self.head else ""]
+        parts += [f"{ref} {digest}" for ref, digest in sorted({**self.digests, **self._unroutable}.items())]
         return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    # ---- decide -----------------------------------------------------------------------------------------------------
 
     def route(self, encoder: Encoder, texts: Sequence[str], k: int = 1, max_false_reject: float = 0.05) -> list[Decision]:
         """Encode and decide. Raises InvalidInput, and ModelChanged for another encoder than the exemplars'."""
@@ -106,91 +151,145 @@ class Router:
                 f"the router's exemplars were encoded by '{self.calibration.encoder}', not by '{encoder.id}' ({encoder.fingerprint[:19]}).",
                 hint="Route with the registry's encoder.",
             )
-        return self.route_vectors(encoder.encode(texts), k=k, max_false_reject=max_false_reject)
+        return self.route_features(extract(encoder, texts), k=k, max_false_reject=max_false_reject)
 
-    def route_vectors(self, vectors: NDArray[np.float32], k: int = 1, max_false_reject: float = 0.05) -> list[Decision]:
-        """Decide for each row of (n, d). `k` is how many candidates each decision shows. Raises InvalidInput."""
+    def route_features(self, features: Features, k: int = 1, max_false_reject: float = 0.05) -> list[Decision]:
+        """Decide for each of n texts. `k` is how many candidates each decision shows. Raises InvalidInput."""
         rate = check_rate(max_false_reject)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
-        vectors = np.asarray(vectors)
-        if vectors.ndim != 2 or not np.issubdtype(vectors.dtype, np.floating):
-            raise InvalidInput(f"vectors of shape {vectors.shape} and type {vectors.dtype} are not rows of floats.")
-        norms = np.linalg.norm(vectors, axis=1)
+        norms = np.linalg.norm(features.dense, axis=1)
         bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
         if len(bad):
-            raise InvalidInput(f"vector {bad[0] + 1} of {len(vectors)} is zero or not finite.")
-        if self.calibration is None or not self._refs:
+            raise InvalidInput(f"vector {bad[0] + 1} of {len(features)} is zero or not finite.")
+        if self.calibration is None or not self._segments:
             number = self.calibration.id if self.calibration else None
-            return [Decision(None, None, -math.inf if rate == 0 else None, None, Reason.NO_CANDIDATES, (), number)] * len(vectors)
-        if vectors.shape[1] != self.calibration.metric.dim:
-            raise InvalidInput(f"vectors of width {vectors.shape[1]} do not fit a router of width {self.calibration.metric.dim}.")
+            return [Decision(None, None, -math.inf if rate == 0 else None, None, Reason.NO_CANDIDATES, (), number)] * len(features)
+        if features.dense.shape[1] != self.dim:
+            raise InvalidInput(f"vectors of width {features.dense.shape[1]} do not fit a router of width {self.dim}.")
         threshold = self.calibration.threshold(rate)
         decisions: list[Decision] = []
-        for start in range(0, len(vectors), CHUNK):
-            decisions += self._decide(vectors[start : start + CHUNK].astype(np.float64), k, threshold)
+        for start in range(0, len(features), CHUNK):
+            decisions += self._decide(features[start : start + CHUNK], k, threshold)
         return decisions
 
-    def _decide(self, vectors: F64, k: int, threshold: float) -> list[Decision]:
+    @property
+    def dim(self) -> int:
+        return int(self._segments[0].means.shape[1]) if self._segments else 0
+
+    def _decide(self, features: Features, k: int, threshold: float) -> list[Decision]:
         assert self.calibration is not None
-        adapters, scores = self._candidates(vectors, min(max(k, 2), len(self._refs)))
-        acceptance = np.round((scores[:, 0] - self._centres[adapters[:, 0]]) / self._scales[adapters[:, 0]], SCORE_DECIMALS)
-        scores = np.round(scores, SCORE_DECIMALS)
         decisions = []
-        for row, row_scores, score in zip(adapters.tolist(), scores.tolist(), acceptance.tolist(), strict=True):
+        for found in self._candidates(features, max(k, 2)):
+            if not found:
+                decisions.append(Decision(None, None, None, None, Reason.NO_CANDIDATES, (), self.calibration.id))
+                continue
+            best, best_score = found[0]
+            score = round(best_score - self.calibration.centre_of(best), SCORE_DECIMALS)
             accepted = score >= threshold
             decisions.append(
                 Decision(
-                    adapter=self._refs[row[0]] if accepted else None,
+                    adapter=best if accepted else None,
                     score=score,
                     threshold=threshold,
-                    margin=round(row_scores[0] - row_scores[1], SCORE_DECIMALS) if len(row) > 1 else None,
+                    margin=round(best_score - found[1][1], SCORE_DECIMALS) if len(found) > 1 else None,
                     reason=Reason.ACCEPTED if accepted else Reason.BELOW_THRESHOLD,
-                    candidates=tuple((self._refs[a], s) for a, s in zip(row[:k], row_scores[:k], strict=True)),
+                    candidates=tuple(found[:k]),
                     calibration=self.calibration.id,
+                    method=Method.HEAD if self.head and best in self.head.columns else Method.PROTOTYPES,
                 )
             )
         return decisions
 
-    def _candidates(self, vectors: F64, wanted: int) -> tuple[I64, F64]:
-        """((n, wanted) adapters, their scores), best first; ties go to the first in name order."""
+    def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
+        """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
         assert self.calibration is not None
-        whitened = self.calibration.metric.whiten(vectors)
-        features = np.hstack([vectors, whitened * whitened])
-        queries = np.hstack([features, np.ones((len(features), 1))]).astype(np.float32)
-        adapters = np.zeros((len(vectors), wanted), np.int64)
-        scores = np.zeros((len(vectors), wanted))
-        open_rows, searched = np.arange(len(vectors)), min(max(SEARCH_MIN, 4 * wanted), len(self._biases))
-        while len(open_rows):
-            _, found = self._index.search(queries[open_rows], searched)
-            complete = searched == len(self._biases)
-            # The last hit may have shut out its equal: it does not count towards enough.
-            owners = self._owner[found if complete else found[:, :-1]]
-            enough = np.ones(len(open_rows), bool) if complete else _distinct(owners) >= wanted
-            done = open_rows[enough]
-            adapters[done], scores[done] = self._best(features[done], found[enough], wanted)
-            open_rows, searched = open_rows[~enough], min(4 * searched, len(self._biases))
-        return adapters, scores
+        solved: F32 | None = self.head.responses(Hidden.of(self.dim)(features)) if self.head else None
+        found: list[list[tuple[AdapterRef, float]]] = [[] for _ in range(len(features))]
+        for segment, columns in zip(self._segments, self._columns, strict=True):
+            more = wanted + (sum(ref in segment.place for ref in self._gone) if self._gone else 0)
+            adapters, scores = segment.scores(features.dense, solved, columns, self.calibration.scoring, more)
+            # Rounded in float64, as it will be shown: ties are then ties.
+            rounded = np.round(scores.astype(np.float64), SCORE_DECIMALS)
+            order = np.argsort(-rounded, axis=1, kind="stable")[:, :more]
+            best, best_scores = np.take_along_axis(adapters, order, 1).tolist(), np.take_along_axis(rounded, order, 1).tolist()
+            for row, row_adapters, row_scores in zip(found, best, best_scores, strict=True):
+                row += [
+                    (segment.refs[adapter], score)
+                    for adapter, score in zip(row_adapters, row_scores, strict=True)
+                    if adapter >= 0 and segment.refs[adapter] not in self._gone
+                ]
+        for row in found:
+            row.sort(key=lambda candidate: (-candidate[1], candidate[0]))
+            del row[wanted:]
+        return found
 
-    def _best(self, features: F64, found: I64, wanted: int) -> tuple[I64, F64]:
-        """Score the found prototypes again in float64, input by input, and keep each adapter's best."""
-        n = len(features)
-        exact = np.einsum("nf,nkf->nk", features, self._rows[found]) + self._biases[found]
-        best = np.full((n, len(self._refs)), -np.inf)
-        np.maximum.at(best, (np.arange(n)[:, None], self._owner[found]), exact)
-        order = np.argsort(-np.round(best, SCORE_DECIMALS), axis=1, kind="stable")[:, :wanted]
-        return order, np.take_along_axis(best, order, axis=1)
+    # ---- keep -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path) -> None:
+        """Write a snapshot that opens without the versions, wholly or not at all. Replaces what lies there."""
+        staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        staging.mkdir(parents=True)
+        try:
+            for name, data in self._files():
+                _write(staging / name, data)
+            for number, segment in enumerate(self._segments):
+                if len(segment) > DENSE_MAX:
+                    segment.index.save(staging / f"{number}.faiss")    # type: ignore[attr-defined]
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _files(self) -> Iterable[tuple[str, bytes]]:
+        facts = {
+            "schema": SCHEMA,
+            "digest": self.digest,
+            "segments": len(self._segments),
+            "unroutable": {str(ref): digest for ref, digest in self._unroutable.items()},
+            "gone": sorted(map(str, self._gone)),
+        }
+        yield "router.json", json.dumps(facts, sort_keys=True).encode()
+        if self.head:
+            yield "head.safetensors", self.head.to_bytes()
+        for number, segment in enumerate(self._segments):
+            facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
+            tensors: dict[str, NDArray[Any]] = {"means": segment.means, "counts": segment.counts, "sizes": segment.sizes}
+            yield f"{number}.safetensors", safetensors.numpy.save(tensors, {"segment": json.dumps(facts)})
+
+    @classmethod
+    def open(cls, folder: Path, calibration: Calibration | None) -> Router:
+        """What `save` wrote, under the calibration that it was made with. Raises CorruptVersion where it is cut short or another's."""
+        try:
+            facts = json.loads((folder / "router.json").read_bytes())
+            head_file = folder / "head.safetensors"
+            head = Head.from_bytes(head_file.read_bytes(), head_file) if head_file.exists() else None
+            segments = [_read_segment(folder, number) for number in range(int(facts["segments"]))]
+            unroutable = {AdapterRef.parse(ref): str(digest) for ref, digest in facts["unroutable"].items()}
+            gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
+            router = cls(segments, calibration, head, unroutable, gone)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise corrupt(folder, f"not a saved router ({error})") from error
+        if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:
+            raise corrupt(folder, "not the router of these versions and this calibration")
+        return router
 
 
-def _compiled(ref: AdapterRef, state: RoutingState, calibration: Calibration | None) -> _Entry | None:
-    """None for a version without exemplars. Raises ModelChanged."""
-    if calibration is None or not state.count:
-        return None
-    check_encoder(str(ref), state, calibration.encoder_fingerprint, calibration.encoder)
-    member = Member.of(Exemplars.of(state), calibration.metric)
-    return _Entry(*member.rows(), calibration.normal_of(ref, member))
+def _read_segment(folder: Path, number: int) -> Segment:
+    path = folder / f"{number}.safetensors"
+    tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path)
+    means, counts, sizes = tensors["means"], tensors["counts"], tensors["sizes"]
+    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(facts["refs"])
+    if means.dtype != np.float16 or means.ndim != 2 or not whole:
+        raise corrupt(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
+    index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
+    if index is not None and len(index) != len(means):
+        raise corrupt(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
+    return Segment([AdapterRef.parse(ref) for ref in facts["refs"]], facts["digests"], sizes, means, counts, index)
 
 
-def _distinct(owners: I64) -> I64:
-    """How many different values each row holds."""
-    return np.asarray((np.diff(np.sort(owners, axis=1), axis=1) != 0).sum(axis=1) + 1)
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,6 +1,7 @@
 """What one version brings to the router: its exemplars as small vectors, and the class of each. Stored as routing.safetensors.
 
-Every number the router uses is derived from these bytes, so memory and disk agree exactly.
+Every number the router uses is derived from these bytes, so memory and disk agree exactly. Counts and sums of classes are not
+stored beside the encodings they follow from.
 """
 
 from __future__ import annotations
@@ -20,39 +21,95 @@ from numpy.typing import NDArray
 from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.routing.encoder import Encoder
+from adapter_hub.routing.features import U8, Features, extract, pack, unpack
 
-# m exemplars, c classes, d encoder width
+# m exemplars, e evaluation inputs, c classes, d encoder width
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-SCHEMA = 1
+SCHEMA = 2
 PROTOTYPES_MAX = 32
-SINGLE_WORTH = 0.1             # exemplars; with 1, a description loses every input to adapters with real examples
 EXEMPLARS_PER_PROTOTYPE = 8    # of an adapter without labels, until PROTOTYPES_MAX
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Encodings:
+    """Features at one byte a number: dense row i is `scales[i] * codes[i]`, made unit length; sketches are packed."""
+
+    codes: NDArray[np.int8]         # (m, d), -127 to 127
+    scales: NDArray[np.float32]     # (m,), above 0
+    offsets: NDArray[np.uint32]     # (m + 1,), where each sketch begins
+    sketches: U8                    # packed, see `features.pack`
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @classmethod
+    def of(cls, features: Features) -> Encodings:
+        """Raises InvalidInput for a zero or NaN row."""
+        return cls(*quantise(features.dense), *pack(features.lexical))
+
+    @property
+    def vectors(self) -> F64:
+        """(m, d), dequantised, unit rows."""
+        vectors = self.codes.astype(np.float64) * self.scales.astype(np.float64)[:, None]
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+    @property
+    def features(self) -> Features:
+        return Features(self.vectors.astype(np.float32), unpack(self.offsets, self.sketches))
+
+    @property
+    def keys(self) -> list[bytes]:
+        """The bytes of each row: equal for equal texts."""
+        rows = zip(self.codes, self.scales, self.offsets[:-1], self.offsets[1:], strict=True)
+        return [code.tobytes() + scale.tobytes() + self.sketches[start:stop].tobytes() for code, scale, start, stop in rows]
+
+    def __add__(self, other: Encodings) -> Encodings:
+        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]).astype(np.uint32)
+        pairs = ((self.codes, other.codes), (self.scales, other.scales), (self.sketches, other.sketches))
+        codes, scales, sketches = (np.concatenate(pair) for pair in pairs)
+        return Encodings(codes.astype(np.int8), scales.astype(np.float32), offsets, sketches.astype(np.uint8))
+
+    def tensors(self, prefix: str = "") -> dict[str, NDArray[Any]]:
+        return {prefix + name: getattr(self, name) for name in ("codes", "scales", "offsets", "sketches")}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, NDArray[Any]], prefix: str = "") -> Encodings:
+        """Raises KeyError where one is missing, ValueError for impossible ones."""
+        made = cls(*(tensors[prefix + name] for name in ("codes", "scales", "offsets", "sketches")))
+        types = ", ".join(str(getattr(made, name).dtype) for name in ("codes", "scales", "offsets", "sketches"))
+        if types != "int8, float32, uint32, uint8":
+            raise ValueError(f"the types are {types}, not int8, float32, uint32, uint8")
+        m = len(made.codes)
+        if made.codes.ndim != 2 or made.codes.shape[1] < 1 or made.scales.shape != (m,) or made.offsets.shape != (m + 1,):
+            raise ValueError(f"the shapes are {made.codes.shape}, {made.scales.shape}, {made.offsets.shape}")
+        if not (np.isfinite(made.scales) & (made.scales > 0)).all() or not made.codes.any(axis=1).all():
+            raise ValueError("an exemplar is zero or not finite")
+        unpack(made.offsets, made.sketches)
+        return made
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RoutingState:
-    """The exemplars of one version, in the order they were given. Row i is `scales[i] * codes[i]`."""
+    """The exemplars of one version, in the order they were given, and inputs held out to see how well they stand for it."""
 
     encoder: str                             # id, for messages
     encoder_fingerprint: str                 # only vectors of one encoder may meet
-    dim: int                                 # d
-    codes: NDArray[np.int8]                  # (m, d), -127 to 127
-    scales: NDArray[np.float32]              # (m,), above 0
+    exemplars: Encodings
     classes: NDArray[np.int32]               # (m,), indices into class_names
     class_names: tuple[str | None, ...]      # a label; None is a prototype found by k-means
+    evaluation: Encodings                    # (e,), inputs that belong here and are no exemplars: thresholds are measured on them
     from_description: bool = False           # the one exemplar is the description
 
     @property
     def count(self) -> int:
         """Exemplars. 0: this version is reached by name only."""
-        return len(self.codes)
+        return len(self.exemplars)
 
     @property
-    def vectors(self) -> F64:
-        """(m, d), dequantised."""
-        return self.codes.astype(np.float64) * self.scales.astype(np.float64)[:, None]
+    def dim(self) -> int:
+        return int(self.exemplars.codes.shape[1])
 
     @property
     def digest(self) -> str:
@@ -66,12 +123,12 @@ class RoutingState:
                 f"not by '{encoder.id}' ({encoder.fingerprint[:19]}).",
                 hint="Register it again from its texts.",
             )
-        codes, scales = quantise(encoder.encode([row.text for row in rows]) if rows else np.empty((0, self.dim), np.float32))
+        exemplars = Encodings.of(extract(encoder, [row.text for row in rows]))
         labels: list[str | None] = [row.label for row in rows]
         if not self.from_description:
-            codes, scales = np.vstack([self.codes, codes]), np.concatenate([self.scales, scales])
+            exemplars = self.exemplars + exemplars
             labels = [*(self.class_names[c] for c in self.classes), *labels]
-        return _classified(encoder, codes, scales, labels)
+        return _classified(encoder, exemplars, labels, self.evaluation)
 
     def to_bytes(self) -> bytes:
         """The same bytes for the same state."""
@@ -82,7 +139,7 @@ class RoutingState:
             "class_names": self.class_names,
             "from_description": self.from_description,
         }
-        tensors: dict[str, NDArray[Any]] = {"codes": self.codes, "scales": self.scales, "classes": self.classes}
+        tensors = self.exemplars.tensors() | {"classes": self.classes} | self.evaluation.tensors("evaluation.")
         # One key: safetensors writes several in no fixed order.
         return safetensors.numpy.save(tensors, {"routing": json.dumps(facts, sort_keys=True, ensure_ascii=True)})
 
@@ -94,27 +151,25 @@ class RoutingState:
             state = cls(
                 encoder=str(facts["encoder"]),
                 encoder_fingerprint=str(facts["encoder_fingerprint"]),
-                dim=int(tensors["codes"].shape[-1]),
-                codes=tensors["codes"],
-                scales=tensors["scales"],
+                exemplars=Encodings.from_tensors(tensors),
                 classes=tensors["classes"],
                 class_names=tuple(None if name is None else str(name) for name in facts["class_names"]),
+                evaluation=Encodings.from_tensors(tensors, "evaluation."),
                 from_description=bool(facts["from_description"]),
             )
         except (KeyError, TypeError, IndexError) as error:
             raise corrupt(source, f"{error} is missing or has another form") from error
+        except ValueError as error:
+            raise corrupt(source, str(error)) from error
         state._check(source)
         return state
 
     def _check(self, source: Path | str) -> None:
-        m, classes = len(self.codes), len(self.class_names)
-        types = f"{self.codes.dtype}, {self.scales.dtype}, {self.classes.dtype}"
-        if types != "int8, float32, int32":
-            raise corrupt(source, f"the types are {types}, not int8, float32, int32")
-        if self.codes.ndim != 2 or self.dim < 1 or self.scales.shape != (m,) or self.classes.shape != (m,):
-            raise corrupt(source, f"the shapes are {self.codes.shape}, {self.scales.shape}, {self.classes.shape}")
-        if not (np.isfinite(self.scales) & (self.scales > 0)).all() or not self.codes.any(axis=1).all():
-            raise corrupt(source, "an exemplar is zero or not finite")
+        m, classes = self.count, len(self.class_names)
+        if self.classes.dtype != np.int32 or self.classes.shape != (m,):
+            raise corrupt(source, f"the classes are {self.classes.dtype} {self.classes.shape}, not int32 ({m},)")
+        if self.evaluation.codes.shape[1] != self.dim:
+            raise corrupt(source, f"evaluation inputs of width {self.evaluation.codes.shape[1]} stand beside exemplars of {self.dim}")
         if set(np.unique(self.classes).tolist()) != set(range(classes)):
             raise corrupt(source, f"the class ids are not 0 to {classes - 1}, each used")
         if self.from_description and m != 1:
@@ -128,55 +183,61 @@ class Exemplars:
     A repeated exemplar says nothing new, and would vouch for itself when it is left out.
     """
 
-    vectors: F64                    # (m, d)
+    features: Features              # m
     classes: I64                    # (m,)
     counts: F64                     # (c,), distinct exemplars of each class
-    sums: F64                       # (c, d)
+    sums: F64                       # (c, d), of the dense vectors
     labelled: NDArray[np.bool_]     # (c,), False for a k-means prototype
-    known: F64                      # (c,), what the counts are worth; below 1 where one text stands for a whole adapter
     single: bool                    # a description, or one unlabelled example: nothing says how wide the adapter is
 
     @classmethod
     def of(cls, state: RoutingState) -> Exemplars:
-        parts = (state.classes.astype(">i4"), state.scales, state.codes)
-        keys = np.hstack([np.ascontiguousarray(part).view(np.uint8).reshape(state.count, -1) for part in parts])
-        _, first = np.unique(keys.view(f"V{keys.shape[1]}").ravel(), return_index=True)
-        vectors, classes = state.vectors[first], state.classes[first].astype(np.int64)
+        keys = [bytes(c) + key for c, key in zip(state.classes.astype(">i4"), state.exemplars.keys, strict=True)]
+        first = _first_rows(keys)
+        features, classes = state.exemplars.features[first], state.classes[first].astype(np.int64)
         labelled = np.array([name is not None for name in state.class_names], bool)
         counts = np.bincount(classes, minlength=len(labelled)).astype(np.float64)
-        sums = np.array([vectors[classes == c].sum(axis=0) for c in range(len(labelled))])
-        single = state.from_description or (len(vectors) == 1 and not labelled.any())
-        return cls(vectors, classes, counts, sums, labelled, np.full(len(counts), SINGLE_WORTH) if single else counts, single)
+        vectors = state.exemplars.vectors[first]
+        sums = np.array([vectors[classes == c].sum(axis=0) for c in range(len(labelled))]).reshape(len(labelled), -1)
+        single = state.from_description or (len(first) == 1 and not labelled.any())
+        return cls(features, classes, counts, sums, labelled, single)
+
+    def __len__(self) -> int:
+        return len(self.classes)
 
     @property
-    def means(self) -> F64:
-        return self.sums / self.counts[:, None]
-
-    def testable(self) -> I64:
-        """The exemplars that can be left out: something of their adapter, and of their label, stays behind."""
+    def testable(self) -> NDArray[np.bool_]:
+        """(m,): what can be left out: something of its adapter, and of its label, stays behind."""
         if self.single:
-            return np.empty(0, np.int64)
-        lonely = (self.counts[self.classes] < 2) & self.labelled[self.classes]
-        return np.flatnonzero(~lonely)
+            return np.zeros(len(self), bool)
+        return np.asarray((self.counts[self.classes] >= 2) | ~self.labelled[self.classes]) & (len(self) > 1)
 
 
-def build_state(encoder: Encoder, examples: Sequence[Example], description: str = "") -> RoutingState:
+def _first_rows(keys: Sequence[bytes]) -> list[int]:
+    first: dict[bytes, int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    return [first[key] for key in sorted(first)]
+
+
+def build_state(encoder: Encoder, examples: Sequence[Example], description: str = "", evaluation: Sequence[Example] = ()) -> RoutingState:
     """Encode the examples; without any, the description; without both, a state with no exemplars (reached by name only).
 
-    Raises InvalidInput where the encoder does.
+    `evaluation` rows are inputs that belong here and are no examples. Raises InvalidInput where the encoder does.
     """
     described = not examples and bool(description.strip())
     texts = [description] if described else [example.text for example in examples]
     labels: list[str | None] = [None] if described else [example.label for example in examples]
-    vectors = encoder.encode(texts) if texts else np.empty((0, encoder.dim), np.float32)
-    return state_of(encoder, vectors, labels, from_description=described)
+    held_out = extract(encoder, [row.text for row in evaluation])
+    return state_of(encoder, extract(encoder, texts), labels, held_out, from_description=described)
 
 
 def state_of(
-    encoder: Encoder, vectors: NDArray[np.float32], labels: Sequence[str | None], *, from_description: bool = False
+    encoder: Encoder, features: Features, labels: Sequence[str | None], evaluation: Features | None = None, *, from_description: bool = False
 ) -> RoutingState:
     """The state of exemplars that are encoded already, aligned with their labels. Raises InvalidInput for a zero or NaN row."""
-    return _classified(encoder, *quantise(vectors), labels, from_description=from_description)
+    held_out = Encodings.of(evaluation if evaluation is not None else Features.empty(features.dense.shape[1]))
+    return _classified(encoder, Encodings.of(features), labels, held_out, from_description=from_description)
 
 
 def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -190,7 +251,7 @@ def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np
 
 
 def _classified(
-    encoder: Encoder, codes: NDArray[np.int8], scales: NDArray[np.float32], labels: Sequence[str | None], *, from_description: bool = False
+    encoder: Encoder, exemplars: Encodings, labels: Sequence[str | None], evaluation: Encodings, *, from_description: bool = False
 ) -> RoutingState:
     """Labels in alphabetical order are classes 0, 1, …; the unlabelled rows follow, one class a k-means prototype."""
     names = sorted({label for label in labels if label is not None})
@@ -199,17 +260,16 @@ def _classified(
     loose = np.flatnonzero(classes < 0)
     prototypes = 0
     if len(loose):
-        found = _prototypes(codes[loose] * scales[loose, None])
+        found = _prototypes(exemplars.codes[loose] * exemplars.scales[loose, None])
         classes[loose] = len(names) + found
         prototypes = int(found.max()) + 1
     return RoutingState(
         encoder=encoder.id,
         encoder_fingerprint=encoder.fingerprint,
-        dim=codes.shape[1],
-        codes=codes,
-        scales=scales,
+        exemplars=exemplars,
         classes=classes,
         class_names=(*names, *[None] * prototypes),
+        evaluation=evaluation,
         from_description=from_description,
     )
 

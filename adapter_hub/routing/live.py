@@ -1,0 +1,220 @@
+"""The router of a registry, always fresh and never in the way: it follows the registry's events and hands out snapshots.
+
+A newcomer is routed by its prototypes from the next snapshot on; the head that knows it is solved in the background and swapped in.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ReadOnlyRegistry
+from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.registry import Registry, Standing
+from adapter_hub.routing.calibration import Calibration, fit
+from adapter_hub.routing.head import CLASSES_MAX, Head, Solver, can_solve, digest_of
+from adapter_hub.routing.router import Router
+from adapter_hub.routing.statistics import Exemplars, RoutingState
+
+log = logging.getLogger("adapter_hub")
+
+ROUTING_FILE = "routing.safetensors"
+STEPS_MAX = 256     # versions that are added or removed one by one; more, and the router is made anew
+YOUNG = 0.5         # share of the versions in production that a calibration should know
+
+
+class LiveRouter:
+    """Safe to share between threads. `check` raises for a state that cannot meet the registry's encoder."""
+
+    def __init__(self, registry: Registry, check: Callable[[RoutingState], None]) -> None:
+        self._registry = registry
+        self._check = check
+        self._saved: Path = registry.layout.index / "router"
+        self._lock = threading.RLock()
+        self._router: Router | None = None
+        self._event = -1
+        self._left_out: set[AdapterRef] = set()     # damaged: said once, and listed by `verify`
+        self._solving: threading.Thread | None = None
+        self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
+        self._warned: int | None = -1
+
+    # ---- hand out ---------------------------------------------------------------------------------------------------
+
+    def snapshot(self, *, settled: bool = False) -> Router:
+        """The router over the versions in production now. `settled` waits for the head that knows all of them.
+
+        The first snapshot is settled in any case.
+        """
+        with self._lock:
+            self._follow()
+            router = self._router
+            assert router is not None
+            if self._solved == _head_digest(router):
+                return router
+            if self._solved is not None and not settled:
+                if self._solving is None or not self._solving.is_alive():
+                    self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
+                    self._solving.start()
+                return router
+        return self._solve(router)
+
+    def of(self, versions: Iterable[AdapterRef], calibration: int | None) -> Router:
+        """The settled router over these versions under a stored calibration: what a snapshot was when they were in production."""
+        with self._lock:
+            states = {ref: self.state(ref) for ref in versions}
+            router = Router.build(states, self._record(calibration))
+            return router.with_head(_solved(states, _head_digest(router)))
+
+    def state(self, ref: AdapterRef) -> RoutingState:
+        """What a version brings. Raises CorruptVersion, ModelChanged."""
+        data = self._registry.read(ref, ROUTING_FILE)
+        state = RoutingState.from_bytes(data, source=f"{ref}/{ROUTING_FILE}")
+        self._check(state)
+        return state
+
+    # ---- follow -----------------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        standing = self._registry.snapshot()
+        if self._router is not None and standing.event == self._event:
+            return
+        number = self._router.calibration.id if self._router is not None and self._router.calibration is not None else None
+        if self._router is None or number != standing.calibration:
+            self._begin(standing)
+        assert self._router is not None
+        wanted = set(standing.production) - self._left_out
+        missing, surplus = wanted - set(self._router.versions), set(self._router.versions) - wanted
+        if len(missing) + len(surplus) > STEPS_MAX or (self._router.calibration is None and missing):
+            self._router = self._built(standing.production, self._router.calibration)
+        else:
+            for ref in sorted(surplus):
+                self._router = self._router.without(ref)
+            for ref, state in self._states(sorted(missing)).items():
+                self._router = self._router.with_added(ref, state)
+        self._event = standing.event
+        self._warn_if_young()
+
+    def _begin(self, standing: Standing) -> None:
+        """The saved router where it fits, else a new one; with the first calibration where there is none."""
+        try:
+            calibration = self._record(standing.calibration)
+        except CorruptVersion as error:
+            log.error("%s Calibrated anew for this process.", error)
+            calibration = None
+        if calibration is not None and self._router is None and self._saved.exists():
+            try:
+                self._router = Router.open(self._saved, calibration)
+                self._solved = self._router.head.digest if self._router.head else None
+                return
+            except HubError as error:
+                log.info("%s Made anew.", error)
+        self._router = self._built(standing.production, calibration)
+
+    def _built(self, refs: Iterable[AdapterRef], calibration: Calibration | None) -> Router:
+        states = self._states(refs)
+        if calibration is None and any(state.count for state in states.values()):
+            return self._calibrated(states, "the first inputs are about to be routed")
+        return Router.build(states, calibration, self._router.head if self._router else None)
+
+    def _states(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, RoutingState]:
+        """Without those that are damaged: one bad file must not stop the others."""
+        states = {}
+        for ref in refs:
+            if ref in self._left_out:
+                continue
+            try:
+                states[ref] = self.state(ref)
+            except CorruptVersion as error:
+                self._left_out.add(ref)
+                log.error("%s is left out of routing: %s", ref, error)
+        return states
+
+    def _record(self, number: int | None) -> Calibration | None:
+        """Raises CorruptVersion."""
+        return None if number is None else Calibration.from_bytes(self._registry.calibration(number), id=number)
+
+    def _warn_if_young(self) -> None:
+        assert self._router is not None
+        calibration, refs = self._router.calibration, self._router.refs
+        if calibration is None or not refs or self._warned == calibration.id:
+            return
+        known = sum(ref in calibration.centres for ref in refs)
+        if known < YOUNG * len(refs):
+            self._warned = calibration.id
+            log.warning("calibration %s knows %d of the %d adapters in production: see `adapter-hub calibrate`.", calibration.id, known, len(refs))
+
+    # ---- calibrate --------------------------------------------------------------------------------------------------
+
+    def calibrate(self, reason: str) -> Calibration:
+        """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
+        with self._lock:
+            states = self._states(self._registry.snapshot().production)
+            if not any(state.count for state in states.values()):
+                raise InvalidInput("no version in production has examples to calibrate on.", hint="Register one with examples.")
+            self._router = self._calibrated(states, reason)
+            assert self._router.calibration is not None
+            return self._router.calibration
+
+    def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str) -> Router:
+        fitted = fit(states)
+        data, members = fitted.calibration.to_bytes(), sorted(ref for ref, state in states.items() if state.count)
+        number = None
+        try:
+            number = self._registry.add_calibration(data, members, reason)
+        except ReadOnlyRegistry:
+            log.warning("the registry is read-only: calibrated for this process alone")
+        router = Router.build(states, Calibration.from_bytes(data, id=number), fitted.head)
+        self._router, self._solved = router, _head_digest(router)
+        self._save(router)
+        return router
+
+    # ---- solve ------------------------------------------------------------------------------------------------------
+
+    def _solve_in_background(self) -> None:
+        try:
+            router = self._router
+            while router is not None and self._solved != _head_digest(router):
+                self._solve(router)
+                router = self._router
+        except (HubError, OSError, MemoryError) as error:
+            log.error("the head could not be solved; prototypes go on routing: %s", error)
+
+    def _solve(self, router: Router) -> Router:
+        """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
+        digest = _head_digest(router)
+        head = _solved(self._states(router.versions), digest) if router.prototype_count <= CLASSES_MAX else None
+        router = router.with_head(head)
+        with self._lock:
+            if self._router is not None:
+                self._router, self._solved = self._router.with_head(head), digest
+        self._save(router)
+        return router
+
+    def _save(self, router: Router) -> None:
+        if not self._registry.writable or router.calibration is None or router.calibration.id is None:
+            return
+        try:
+            router.save(self._saved)
+        except OSError as error:
+            log.info("the router is not saved, and will be made anew next time: %s", error)
+
+    def forget(self) -> None:
+        """Drop what was derived, here and on disk; the next snapshot is made from the versions that are left."""
+        with self._lock:
+            shutil.rmtree(self._saved, ignore_errors=True)
+            self._router, self._event, self._solved = None, -1, None
+
+
+def _head_digest(router: Router) -> str:
+    return digest_of(router.digests)
+
+
+def _solved(states: Mapping[AdapterRef, RoutingState], digest: str) -> Head | None:
+    exemplars = {ref: Exemplars.of(state) for ref, state in states.items() if state.count}
+    if not can_solve(exemplars):
+        return None
+    dim = next(iter(states.values())).dim
+    return Solver(exemplars, dim).head(digest)
