@@ -483,13 +483,20 @@ class Hub:
         """Keep the version, never route to it again."""
         return self.registry.retire(ref, reason)
 
-    def purge(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
-        """Erase the version's weights, vectors and text; a tombstone stays and the number is never used again."""
-        resolved = self.registry.purge(ref, reason)
-        self._states.pop(resolved, None)
-        if self._engine is not None:
-            self._engine.evict(resolved)
-        return resolved
+    def purge(self, ref: str | AdapterRef, reason: str = "", *, descendants: bool = False) -> AdapterRef:
+        """Erase the version's weights, vectors and text, and the calibrations computed from them; tombstones stay.
+
+        Versions that hold the same data, e.g. those taught from it, are purged with it where `descendants` says so.
+        Raises AdapterNotFound, DataRemains where there are such versions and `descendants` is False.
+        """
+        gone = self.registry.purge(ref, reason, descendants=descendants)
+        for each in gone:
+            for number in self.registry.calibrations_of(each):
+                self.registry.erase_calibration(number, f"{each} was purged")
+            self._states.pop(each, None)
+            if self._engine is not None:
+                self._engine.evict(each)
+        return gone[0]
 
     def export(self, ref: str | AdapterRef, folder: str | Path) -> Path:
         """Copy the version to `folder` as a plain PEFT adapter."""
