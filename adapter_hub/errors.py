@@ -125,8 +125,16 @@ class CorruptVersion(RegistryError):
     """A stored file is missing or no longer has the digest in its manifest."""
 
 
-class VersionConflict(RegistryError):
-    """Two different folders claim one version number."""
+class DataRemains(RegistryError):
+    """A purge was refused, because other versions hold the data that it would erase."""
+
+    def __init__(self, ref: object, holders: Iterable[object]) -> None:
+        self.holders = tuple(holders)
+        shown = ", ".join(map(str, self.holders))
+        super().__init__(
+            f"what {ref} learned is also in {shown}: made from it, or with the same weights or routing state.",
+            hint=f"Purge {'it' if len(self.holders) == 1 else 'them'} as well: descendants=True (`--descendants`).",
+        )
 
 
 class InvalidConfig(RegistryError):

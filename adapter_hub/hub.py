@@ -535,13 +535,18 @@ class Hub:
         """Keep the version, never route to it again."""
         return self.registry.retire(ref, reason)
 
-    def purge(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
-        """Erase the version's weights, vectors and text; a tombstone stays and the number is never used again."""
-        resolved = self.registry.purge(ref, reason)
+    def purge(self, ref: str | AdapterRef, reason: str = "", *, descendants: bool = False) -> AdapterRef:
+        """Erase the version's weights, vectors and text, and all that was derived from them; tombstones stay.
+
+        Versions that hold the same data, e.g. those taught from it, are purged with it where `descendants` says so.
+        Raises AdapterNotFound, DataRemains where there are such versions and `descendants` is False.
+        """
+        gone = self.registry.purge(ref, reason, descendants=descendants)
         self._live.forget()
-        if self._engine is not None:
-            self._engine.evict(resolved)
-        return resolved
+        for each in gone:
+            if self._engine is not None:
+                self._engine.evict(each)
+        return gone[0]
 
     def export(self, ref: str | AdapterRef, folder: str | Path) -> Path:
         """Copy the version to `folder` as a plain PEFT adapter."""

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from adapter_hub.cli import app
 from adapter_hub.errors import (
     AdapterNotFound,
+    DataRemains,
     InvalidInput,
     LabelsRequired,
     ModelChanged,
@@ -153,6 +154,25 @@ def test_a_purged_version_answers_no_more_even_where_it_was_loaded(filled: Hub) 
     assert not (filled.registry.folder("animals@1").parent.parent / "colours" / "1" / "adapter_model.safetensors").exists()
 
 
+def test_purging_what_was_taught_further_says_so_and_erases_it_everywhere(hub: Hub, tmp_path: Path) -> None:
+    secret = ["very secret patient record", "another secret record"]
+    hub.register("wards", make_adapter(hub.base, tmp_path / "w", seed=1), secret, labels=["a", "b"])
+    hub.register("animals", make_adapter(hub.base, tmp_path / "a", seed=2), ANIMALS, labels=["dog", "cat"])
+    hub.route(["x"])
+    hub.teach("wards", ["a harmless text"])
+    hub.predict(secret, adapters="wards@2")
+    with pytest.raises(DataRemains, match=r"wards@1 learned is also in wards@2.*--descendants"):
+        hub.purge("wards@1")
+    refused = CliRunner().invoke(app, ["purge", "wards@1", "--yes", "--registry", str(tmp_path / "registry")])
+    assert refused.exit_code == 2 and "wards@2" in refused.stderr and hub.verify().ok
+    assert str(hub.purge("wards@1", descendants=True)) == "wards@1"
+    assert [str(ref) for ref in hub.registry.production()] == ["animals@1"]
+    assert not list((tmp_path / "registry/adapters/wards").rglob("*.safetensors"))
+    assert not (tmp_path / "registry/calibrations/1.safetensors").exists()    # its mean was that of the secret vectors too
+    [decision] = hub.route(["the dog runs"], max_false_reject=0)
+    assert str(decision.adapter) == "animals@1" and decision.calibration == 2 and hub.verify().ok
+
+
 def test_another_hub_on_the_same_folder_sees_a_promotion_at_its_next_input(filled: Hub, tmp_path: Path) -> None:
     other = Hub.open(tmp_path / "registry")
     text = ["paint the wall red"]
@@ -241,7 +261,7 @@ def test_text_is_kept_only_where_the_policy_says_so(filled: Hub, tmp_path: Path)
     ref = hub.register("kept", tmp_path / "c", COLOURS, labels=["red", "blue"])
     lines = (hub.registry.folder(ref) / "exemplars.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == COLOURS
-    hub.purge(ref)
+    hub.purge(ref, descendants=True)    # colours@1 has the same files
     assert not list((tmp_path / "registry").rglob("exemplars.jsonl"))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from adapter_hub.errors import InvalidInput, storage_error
 from adapter_hub.examples import format_of
+from adapter_hub.registry.artifacts import sync_folder
 
 JSON = Any
 PARQUET_ROWS = 4096    # of a row group, or fewer where they are long
@@ -107,6 +108,7 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def finish(files: JobFiles) -> None:
@@ -132,6 +134,7 @@ def finish(files: JobFiles) -> None:
             files.errors_partial.unlink()
             files.errors.unlink(missing_ok=True)    # of an earlier run of this output
     made.replace(files.output)
+    sync_folder(files.output.parent)    # else a power failure may keep the removals below and lose the renames
     files.partial.unlink(missing_ok=True)
     files.progress.unlink(missing_ok=True)
 

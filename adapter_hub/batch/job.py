@@ -20,6 +20,7 @@ from typing import IO, Any
 from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, UnreadableFile, storage_error
 from adapter_hub.examples import BadRow, RowReader, fault, format_of, read_rows
+from adapter_hub.registry.artifacts import sync_folder
 
 JSON = Any
 Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON]]]
@@ -163,6 +164,7 @@ def _begin(files: JobFiles, fresh: _State, resume: bool, overwrite: bool) -> _St
             return state
         if state.errors_bytes and not files.errors_partial.exists() and files.errors.exists():
             files.errors.replace(files.errors_partial)    # the crash came while finishing
+            sync_folder(files.errors.parent)
     for path, size in ((files.partial, state.output_bytes), (files.errors_partial, state.errors_bytes)):
         with path.open("ab") as file:
             if file.tell() < size:

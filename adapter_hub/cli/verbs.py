@@ -296,6 +296,7 @@ def purge(
     ctx: typer.Context,
     ref: Ref,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    descendants: Annotated[bool, typer.Option("--descendants", help="Also the versions that hold its data.")] = False,
     reason: Reason = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
@@ -303,9 +304,10 @@ def purge(
     if not yes:
         if not sys.stdin.isatty():
             raise InvalidInput(f"purging {ref} cannot be undone, and there is no terminal to ask on.", hint="Pass --yes.")
-        if not typer.confirm(f"Erase the weights, vectors and text of {ref}? This cannot be undone.", err=True):
+        what = f"{ref} and of every version that holds its data" if descendants else ref
+        if not typer.confirm(f"Erase the weights, vectors and text of {what}? This cannot be undone.", err=True):
             raise InvalidInput("nothing was purged.")
-    purged = _open(ctx, registry).purge(ref, reason=reason)
+    purged = _open(ctx, registry).purge(ref, reason=reason, descendants=descendants)
     emit({"purged": purged}, as_json, lambda _: line(f"purged {purged}"))
 
 

@@ -157,15 +157,21 @@ def sync_files(folder: Path) -> None:
     sync_folder(folder)
 
 
-def write_atomic(path: Path, data: bytes, staging: Path) -> None:
-    """Replace a file by `data`, durably: all of it or nothing. `staging` is on the same file system."""
-    temporary = staging / f"{uuid.uuid4().hex}.tmp"
+def write_atomic(path: Path, data: bytes, staging: Path, *, replace: bool = True) -> None:
+    """Replace a file by `data`, or make a new one, durably: all of it or nothing. `staging` is on the same file system.
+
+    Raises FileExistsError where there is one that must not be replaced.
+    """
+    temporary = staging / f".{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)

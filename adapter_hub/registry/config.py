@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import tomllib
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from adapter_hub.errors import InvalidConfig, RegistryNotFound, storage_error
+from adapter_hub.registry.artifacts import write_atomic
 
 MAX_TOKENS_MAX = 1_000_000
 KEEP = ("vectors", "text")
@@ -131,16 +130,9 @@ def _toml(text: str) -> str:
 
 def write_config(path: Path, config: RegistryConfig) -> None:
     """Write a new hub.toml, wholly or not at all. Raises FileExistsError where there is one."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(render_config(config))
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)    # unlike a rename, it does not replace
+        write_atomic(path, render_config(config).encode(), path.parent, replace=False)
     except FileExistsError:
         raise
     except OSError as error:
         raise storage_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)

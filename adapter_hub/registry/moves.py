@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 from sqlalchemy import Connection
 
-from adapter_hub.errors import InvalidInput, NotRoutable
+from adapter_hub.errors import CorruptVersion, InvalidInput, NotRoutable
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry import records
-from adapter_hub.registry.artifacts import check_folder, make_folder, storage_errors, sync_folder, write_atomic
+from adapter_hub.registry.artifacts import check_folder, make_folder, open_regular, storage_errors, sync_folder, write_atomic
 from adapter_hub.registry.events import EventKind, rollback_target
-from adapter_hub.registry.layout import MANIFEST, Layout
+from adapter_hub.registry.layout import DATA_FILES, MANIFEST, Layout
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.schema import VersionState
 
 REASON_CHARS_MAX = 4_000
+_KEPT = (VersionState.LIVE, VersionState.RETIRED)
 
 
 def check_reason(reason: object) -> str:
@@ -75,6 +77,42 @@ def retire(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> 
         _remove_alias(connection, name, PRODUCTION, version, at=at, reason=reason)
 
 
+def holders_of(connection: Connection, layout: Layout, ref: AdapterRef) -> list[AdapterRef]:
+    """The other versions that hold what this one learned: made from it, or with the same weights or routing state; transitively.
+
+    What it has from the versions that it was made from is not counted: they had it before, and so may others.
+    """
+    rows = [row for row in records.known_rows(connection) if row["state"] in _KEPT and row["manifest"] is not None]
+    manifests = {str(manifest.ref): manifest for manifest in map(records.manifest_of, rows)}
+    inherited: set[str] = set()
+    made, ancestors = manifests.get(str(ref)), set[str]()
+    while made is not None and made.parent is not None and made.parent not in ancestors:
+        ancestors.add(made.parent)
+        made = manifests.get(made.parent)
+        inherited.update(made.files.values() if made else ())
+    found = [str(ref)]
+    for holder in found:    # grows
+        contents = _data_of(layout, manifests[holder]) - inherited if holder in manifests else frozenset()
+        for other, manifest in manifests.items():
+            if other not in found and (manifest.parent == holder or not contents.isdisjoint(manifest.files.values())):
+                found.append(other)
+    return [manifests[holder].ref for holder in found[1:]]
+
+
+def _data_of(layout: Layout, manifest: Manifest) -> frozenset[str]:
+    """Digests of the files that hold what was learned; a safetensors file of a header alone holds nothing."""
+    folder = layout.version(manifest.name, manifest.version)
+    return frozenset(sha256 for file, sha256 in manifest.files.items() if file in DATA_FILES and not _is_empty(folder / file))
+
+
+def _is_empty(path: Path) -> bool:
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            return os.fstat(file.fileno()).st_size == 8 + int.from_bytes(file.read(8), "little")
+    except (OSError, CorruptVersion):
+        return False
+
+
 def purge(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> Manifest:
     """Turn a version into its tombstone for every reader; returns that. Its files are still to be erased."""
     name, version = ref.name, ref.version or 0
@@ -105,6 +143,23 @@ def bury(connection: Connection, ref: AdapterRef, *, at: str) -> Manifest:
 def _remove_alias(connection: Connection, name: str, alias: str, version: int, *, at: str, reason: str) -> None:
     records.write_alias(connection, name, alias, None)
     records.record(connection, EventKind.REMOVED, name, version, at=at, alias=alias, previous=version, reason=reason)
+
+
+def erase_calibration(connection: Connection, number: int, *, at: str, reason: str) -> None:
+    """Turn a calibration into a tombstone for every reader; its file is still to be erased. Raises InvalidInput for none."""
+    state, sha256 = records.calibration_of(connection, number)
+    if state is VersionState.LIVE:
+        records.store_calibration(connection, number, VersionState.PURGING, sha256)
+        records.record(connection, EventKind.ERASED, None, number, at=at, reason=reason, detail={"digest": sha256})
+
+
+def erase_calibration_file(layout: Layout, number: int) -> None:
+    """Can be repeated after a crash. Raises StorageFull, ReadOnlyRegistry."""
+    path = layout.calibration(number)
+    with storage_errors(path):
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            sync_folder(path.parent)
 
 
 def erase_files(layout: Layout, tombstone: Manifest) -> None:

@@ -183,7 +183,10 @@ def _take_back(layout: Layout, manifest: Manifest, folder: Path) -> None:
 
 
 def add_calibration(catalog: Catalog, layout: Layout, data: bytes, members: list[AdapterRef], reason: str) -> int:
-    """The number of a new calibration record, committed. Raises InvalidInput, StorageFull, ReadOnlyRegistry."""
+    """The number of a new calibration record, committed.
+
+    Raises InvalidInput, StorageFull, ReadOnlyRegistry, NotRoutable where a member was purged meanwhile.
+    """
     check_reason(reason)
     if not isinstance(data, bytes) or not data:
         raise InvalidInput("a calibration is not empty bytes.")
@@ -198,6 +201,8 @@ def add_calibration(catalog: Catalog, layout: Layout, data: bytes, members: list
                 number = records.reserve_calibration(connection, taken)
         try:
             with catalog.writing() as connection:
+                for ref in members:    # its data must not come back in what was computed from it before
+                    records.check_usable(connection, ref, retired=True)
                 records.commit_calibration(connection, number, sha256)
                 detail = {"digest": sha256, "members": [str(ref) for ref in members]}
                 records.record(connection, EventKind.CALIBRATED, None, number, at=now(), reason=reason, detail=detail)

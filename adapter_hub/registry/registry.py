@@ -17,7 +17,16 @@ from typing import Self
 
 from sqlalchemy import Connection, select
 
-from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ReadOnlyRegistry, RegistryError, RegistryExists, StorageFull
+from adapter_hub.errors import (
+    CorruptVersion,
+    DataRemains,
+    HubError,
+    InvalidInput,
+    ReadOnlyRegistry,
+    RegistryError,
+    RegistryExists,
+    StorageFull,
+)
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_alias, check_name
 from adapter_hub.registry import moves, records, schema
 from adapter_hub.registry.adopt import AdoptReport, Check, adopt
@@ -178,7 +187,9 @@ class Registry:
             behind = records.names_to_mirror(connection)
             query = select(schema.versions).where(schema.versions.c.state == VersionState.PURGING)
             purging = [records.manifest_of(row) for row in connection.execute(query).mappings()]
+            erasing = records.calibrations_in(connection, VersionState.PURGING)
         repairs = [partial(self._erase, tombstone) for tombstone in purging]
+        repairs += [partial(self._erase_calibration, number) for number in erasing]
         repairs += [partial(mirror, self._catalog, self.layout, name) for name in behind]
         for repair in repairs:
             try:
@@ -411,19 +422,26 @@ class Registry:
         self._mirror(found.name)
         return found
 
-    def purge(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
-        """Erase a version's weights, routing state and exemplars; a tombstone and the history stay.
+    def purge(self, ref: str | AdapterRef, reason: str = "", *, descendants: bool = False) -> list[AdapterRef]:
+        """Erase a version's weights, routing state and exemplars; a tombstone and the history stay. Returns what was purged, it first.
 
-        The same again finishes what a crash interrupted. Raises AdapterNotFound, ReadOnlyRegistry.
+        Versions that were made from it, or that have its weights or routing state, hold the same data: they are purged with it
+        where `descendants` says so. The same again finishes what a crash interrupted.
+        Raises AdapterNotFound, ReadOnlyRegistry, DataRemains where there are such versions and `descendants` is False.
         """
         moves.check_reason(reason)
-        found = self._named(ref)
+        found, at = self._named(ref), now()
         with self._catalog.writing() as connection:
-            tombstone = moves.purge(connection, found, at=now(), reason=reason)
-        self._verified.pop(found, None)
-        self._erase(tombstone)
-        self._mirror(found.name)
-        return found
+            holders = moves.holders_of(connection, self.layout, found)
+            if holders and not descendants:
+                raise DataRemains(found, holders)
+            tombstones = [moves.purge(connection, each, at=at, reason=reason) for each in (found, *holders)]
+        for tombstone in tombstones:
+            self._verified.pop(tombstone.ref, None)
+            self._erase(tombstone)
+        for name in sorted({tombstone.name for tombstone in tombstones}):
+            self._mirror(name)
+        return [tombstone.ref for tombstone in tombstones]
 
     def _erase(self, tombstone: Manifest) -> None:
         moves.erase_files(self.layout, tombstone)
@@ -449,13 +467,31 @@ class Registry:
     def calibration(self, number: int) -> bytes:
         """A calibration record, its sha256 checked. Raises InvalidInput where there is none, CorruptVersion."""
         with self._reading() as connection:
-            known = records.live_calibrations(connection)
-        if number not in known:
-            raise InvalidInput(f"there is no calibration {number!r}.", hint=f"Known: {', '.join(map(str, known)) or 'none'}.")
+            state, sha256 = records.calibration_of(connection, number)
+        if state is not VersionState.LIVE:
+            raise InvalidInput(f"calibration {number} was erased.", hint="Calibrate again: `adapter-hub calibrate`.")
         with storage_errors(self.layout.calibrations):
-            return read_checked(self.layout.calibration(number), known[number])
+            return read_checked(self.layout.calibration(number), sha256)
+
+    def erase_calibration(self, number: int, reason: str = "") -> None:
+        """Erase a calibration record, e.g. because it was computed from what was purged; a tombstone stays in the history.
+
+        The same again finishes what a crash interrupted. Raises InvalidInput where there is none, ReadOnlyRegistry.
+        """
+        moves.check_reason(reason)
+        self._check_writable()
+        with self._catalog.writing() as connection:
+            moves.erase_calibration(connection, number, at=now(), reason=reason)
+        self._erase_calibration(number)
+        self._mirror(None)
+
+    def _erase_calibration(self, number: int) -> None:
+        moves.erase_calibration_file(self.layout, number)
+        with self._catalog.writing() as connection:
+            records.set_calibration_state(connection, number, VersionState.PURGED)
 
     def latest_calibration(self) -> int | None:
+        """Number of the newest record that is not erased."""
         with self._reading() as connection:
             return max(records.live_calibrations(connection), default=None)
 

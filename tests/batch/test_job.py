@@ -8,12 +8,14 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 import traceback
 import tracemalloc
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -489,3 +491,27 @@ def test_the_chunk_size_is_part_of_what_a_resumed_job_must_share(source: Path, t
     interrupted(source, tmp_path / "out.jsonl")
     with pytest.raises(InvalidInput, match="another settings"):
         run_job(source, tmp_path / "out.jsonl", answer, settings=SETTINGS, chunk_rows=job_module.CHUNK_ROWS, resume=True)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_every_rename_is_durable_before_anything_is_removed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """After a power failure a folder may have any of the renames and removals since its last fsync."""
+    done: list[str] = []
+    fsync, unlink, replace = os.fsync, Path.unlink, Path.replace
+
+    def note(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            if what != "fsync" or stat.S_ISDIR(os.fstat(arguments[0]).st_mode):
+                done.append(what)
+            return call(*arguments, **options)
+
+        return noted
+
+    monkeypatch.setattr(os, "fsync", note("fsync", fsync))
+    monkeypatch.setattr(Path, "unlink", note("unlink", unlink))
+    monkeypatch.setattr(Path, "replace", note("rename", replace))
+    with source.open("a") as rows:
+        rows.write('{"text": ""}\n')    # so that there is a file of errors as well
+    run_job(source, tmp_path / f"out{suffix}", answer, settings=SETTINGS)
+    assert done.count("rename") >= 4
+    assert ("rename", "unlink") not in set(pairwise(done))

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from adapter_hub.errors import AdapterNotFound, NotRoutable
+from adapter_hub.errors import AdapterNotFound, DataRemains, NotRoutable
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.config import RegistryConfig
 from adapter_hub.registry.manifest import VersionFacts
@@ -121,16 +121,23 @@ class RegistryMachine(RuleBasedStateMachine):
                 model.drop(version, every_alias=False)
             model.retired.add(version)
 
-    @rule(name=names, version=numbers)
-    def purge(self, name: str, version: int) -> None:
+    @rule(name=names, version=numbers, descendants=st.booleans())
+    def purge(self, name: str, version: int, descendants: bool) -> None:
         model = self.model[name]
         if version not in model.contents:
             with pytest.raises(AdapterNotFound):
                 self.registry.purge(AdapterRef(name, version))
-        else:
-            self.registry.purge(AdapterRef(name, version))
-            model.drop(version, every_alias=True)
-            model.purged.add(version)
+            return
+        same = {(n, v) for n, m in self.model.items() for v, content in m.contents.items() if content == model.contents[version]}
+        gone = {(n, v) for n, v in same if version not in model.purged and v not in self.model[n].purged} | {(name, version)}
+        if len(gone) > 1 and not descendants:
+            with pytest.raises(DataRemains):
+                self.registry.purge(AdapterRef(name, version))
+            return
+        self.registry.purge(AdapterRef(name, version), descendants=descendants)
+        for n, v in gone:
+            self.model[n].drop(v, every_alias=True)
+            self.model[n].purged.add(v)
 
     @rule()
     def reopen(self) -> None:

@@ -200,7 +200,7 @@ def test_a_version_whose_folder_is_lost_keeps_its_number(sqlite_place, facts, fi
         registry.manifest("banking@2")
     assert not registry.verify().ok
     assert registry.add("banking", facts, files("3")).version == 3
-    assert registry.purge("banking@2") == AdapterRef("banking", 2)
+    assert registry.purge("banking@2") == [AdapterRef("banking", 2)]
     assert registry.verify().ok
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from adapter_hub.errors import (
     AdapterNotFound,
+    DataRemains,
     InvalidInput,
     InvalidName,
     NotRoutable,
@@ -137,9 +139,10 @@ def test_a_retired_version_leaves_production_and_can_still_be_read(place, facts,
 
 def test_purge_erases_the_data_and_keeps_a_tombstone(place, facts, files):
     registry = place.create()
-    first, second = registry.add("banking", facts, files("same")), registry.add("banking", facts, files("same"))
+    same = files("same") | {"exemplars.jsonl": b"{}"}
+    first, second = registry.add("banking", facts, files("1") | same), registry.add("banking", facts, files("2") | {"exemplars.jsonl": b"{}"})
     digest = registry.manifest(second).digest
-    assert registry.purge("banking@2", reason="asked to") == second
+    assert registry.purge("banking@2", reason="asked to") == [second]
     folder = place.folder / "adapters/banking/2"
     assert os.listdir(folder) == ["manifest.json"]
     assert b"cards" not in (folder / "manifest.json").read_bytes()
@@ -149,9 +152,106 @@ def test_purge_erases_the_data_and_keeps_a_tombstone(place, facts, files):
     assert (tombstone.digest, tombstone.files, tombstone.labels, tombstone.description) == (digest, {}, None, "")
     assert tombstone.purged_at is not None
     assert registry.open_version(first) and registry.verify().ok    # the linked sibling keeps its bytes
-    assert registry.purge("banking@2") == second and registry.versions("banking")[1].state is VersionState.PURGED
+    assert registry.purge("banking@2") == [second] and registry.versions("banking")[1].state is VersionState.PURGED
     assert registry.add("banking", facts, files("3")).version == 3
     assert [event.kind for event in registry.history("banking") if event.version == 2][-2:] == [EventKind.REMOVED, EventKind.PURGED]
+
+
+@pytest.fixture
+def family(place, facts, files) -> Registry:
+    """banking@1, and what holds its data: @2 made from it, @3 made from @2, @4 and copy@1 with its weights or vectors. Not: travel@1."""
+    registry = place.create()
+    registry.add("banking", facts, files("one"))
+    registry.add("banking", dataclasses.replace(facts, parent="banking@1"), files("one") | {"routing.safetensors": b"more vectors"})
+    registry.add("banking", dataclasses.replace(facts, parent="banking@2"), files("three"))
+    registry.add("banking", facts, files("four") | {"routing.safetensors": files("one")["routing.safetensors"]})
+    registry.add("copy", facts, files("one"))
+    registry.add("travel", facts, files("two"))
+    registry.retire("copy@1")
+    return registry
+
+
+def test_purge_is_refused_while_other_versions_hold_the_same_data(family):
+    with pytest.raises(DataRemains) as caught:
+        family.purge("banking@1")
+    assert {str(ref) for ref in caught.value.holders} == {"banking@2", "banking@3", "banking@4", "copy@1"}
+    for part in ("banking@2", "copy@1", "descendants=True", "--descendants"):
+        assert part in str(caught.value)
+    assert family.production() == [AdapterRef("banking", 4), AdapterRef("travel", 1)] and family.verify().ok
+
+
+def test_purge_with_descendants_erases_the_data_wherever_they_are(family, place):
+    first, *others = family.purge("banking@1", "asked to", descendants=True)
+    assert (str(first), {str(ref) for ref in others}) == ("banking@1", {"banking@2", "banking@3", "banking@4", "copy@1"})
+    assert [str(row.ref) for row in family.versions() if row.state is not VersionState.PURGED] == ["travel@1"]
+    left = [path for path in place.folder.rglob("*.safetensors") if path.parent.parent.name != "travel"]
+    assert left == [] and family.verify().ok
+    assert family.purge("banking@2") == [AdapterRef("banking", 2)]    # nothing holds its data any more
+
+
+def test_what_a_version_has_from_its_parent_does_not_hold_up_its_purge(family):
+    """banking@2 has the weights of banking@1, which stays; what is its own is also in @3, made from it."""
+    with pytest.raises(DataRemains) as caught:
+        family.purge("banking@2")
+    assert [str(ref) for ref in caught.value.holders] == ["banking@3"]
+    family.purge("banking@3")
+    family.purge("banking@2")
+    assert family.open_version("banking@1") and family.verify().ok
+
+
+def test_routing_states_without_vectors_are_no_shared_data(place, facts, files):
+    registry, empty = place.create(), (2).to_bytes(8, "little") + b"{}"
+    for name in ("banking", "travel"):
+        registry.add(name, facts, files(name) | {"routing.safetensors": empty})
+    assert registry.purge("banking@1") and registry.open_version("travel")
+
+
+def test_an_erased_calibration_leaves_a_tombstone(place, facts, files):
+    registry = place.create()
+    first, second = registry.add("banking", facts, files("1")), registry.add("travel", facts, files("2"))
+    registry.add_calibration(b"one", [first], "why")
+    registry.add_calibration(b"both", [first, second], "why")
+    assert (registry.calibrations_of(first), registry.calibrations_of("travel")) == ([1, 2], [2])
+    registry.erase_calibration(2, "travel was purged")
+    registry.erase_calibration(2, "again")
+    for forget in (False, True):
+        assert (registry.latest_calibration(), registry.snapshot().calibration, registry.calibrations_of(second)) == (1, 1, [])
+        assert [path.name for path in sorted((place.folder / "calibrations").iterdir())] == ["1.safetensors", "history.jsonl"]
+        with pytest.raises(InvalidInput, match="calibration 2 was erased"):
+            registry.calibration(2)
+        with pytest.raises(InvalidInput, match=r"no calibration 3\. Known: 1"):
+            registry.erase_calibration(3)
+        [event] = [event for event in registry.events() if event.kind is EventKind.ERASED]
+        assert (event.version, event.reason) == (2, "travel was purged") and registry.verify().ok
+        if not forget:
+            place.forget()
+            registry = place.open()
+    assert registry.add_calibration(b"next", [first], "") == 3
+
+
+def test_an_interrupted_erasure_of_a_calibration_is_finished_at_the_next_open(place, facts, files):
+    registry = place.create()
+    record = place.folder / "calibrations/1.safetensors"
+    registry.add_calibration(b"metric", [registry.add("banking", facts, files())], "why")
+    registry.erase_calibration(1)
+    for forget in (False, True):    # as a crash between commit and erasure leaves it, with and without its catalogue
+        record.write_bytes(b"metric")
+        assert [problem.where for problem in registry.verify().problems] == ["calibration 1"]
+        place.run("UPDATE hub_calibrations SET state = 'purging'")
+        place.close()
+        if forget:
+            place.forget()
+        registry = place.open()
+        assert not record.exists() and registry.verify().ok
+
+
+def test_a_calibration_of_what_was_purged_meanwhile_is_not_stored(place, facts, files):
+    registry = place.create()
+    ref = registry.add("banking", facts, files())
+    registry.purge(ref)
+    with pytest.raises(NotRoutable, match="banking@1 was purged"):
+        registry.add_calibration(b"metric", [ref], "why")
+    assert registry.latest_calibration() is None and not list((place.folder / "calibrations").iterdir())
 
 
 def test_numbers_are_not_reused_after_purging_the_newest(place, facts, files):
