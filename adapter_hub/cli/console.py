@@ -147,12 +147,25 @@ def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
         where = document.get("adapter") or "the base model (the router abstains)"
         print(f"  goes to {shown(where)}: {shown(document.get('reason'))}")
         print("  " + ", ".join(f"{key} {shown(document.get(key))}" for key in ("score", "threshold", "margin")))
+        if document.get("words"):
+            print(f"  {shown(document['words'], chars_max=400)}")
+        neighbours = document.get("neighbours") or ()
         for rank, candidate in enumerate(document.get("candidates") or (), 1):
             print(f"  {rank}. {shown(candidate.get('adapter'))}  {shown(candidate.get('score'))}")
-        known = {"text", "adapter", "reason", "score", "threshold", "margin", "candidates"}
+            for near in neighbours:
+                if near.get("adapter") == candidate.get("adapter"):
+                    print(f"       like {shown(near.get('likeness'))}: " + " · ".join(shown(near[k]) for k in ("label", "text") if near.get(k)))
+        known = {"text", "adapter", "reason", "score", "threshold", "margin", "candidates", "words", "neighbours"}
         for key, value in document.items():
             if key not in known and value not in EMPTY:
                 print(f"  {key}: {shown(value, chars_max=400)}")
+
+
+def effects(document: Mapping[str, JSON]) -> None:
+    """Who would lose what to a newcomer, most first."""
+    line(f"{document['newcomer']} takes at most {100 * document['most_taken']:.1f} % of another adapter's inputs.")
+    columns = ("adapter", "inputs", "taken", "before", "after", "contradictions")
+    table(columns, [[other[column] for column in columns] for other in document["others"]])
 
 
 def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:

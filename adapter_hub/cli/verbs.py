@@ -35,7 +35,7 @@ from adapter_hub.cli.arguments import (
     read_utf8,
     shown_url,
 )
-from adapter_hub.cli.console import decisions, emit, events, explanations, facts, line, predictions, progress_bar, versions
+from adapter_hub.cli.console import decisions, effects, emit, events, explanations, facts, line, predictions, progress_bar, versions
 from adapter_hub.errors import HubError, InvalidInput
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ def register(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help='PEFT folder, or hub repository id "org/name@revision".')],
     examples: Annotated[str, typer.Option(help="Rows with `text` (and `label`) that tell the router what belongs to it.")] = "",
     description: Annotated[str, typer.Option(help="What the adapter is for; routes to it where there are no examples.")] = "",
+    evaluation: Annotated[str, typer.Option(help="Further rows that belong to it: thresholds are measured on them.")] = "",
     labels: Annotated[str, typer.Option(help="The head's outputs in order: a,b,c, or a file (JSON list, or one a line).")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     promote: Annotated[bool, typer.Option(help="Route to it at once, or keep it as a candidate.")] = True,
@@ -161,13 +162,15 @@ def register(
     """Check an adapter, then store it as the next version of NAME."""
     from adapter_hub.examples import read_examples
 
-    known = read_examples(Path(examples)) if examples else ()
-    settings = json_object("--generation", generation)
-    ref = _open(ctx, registry).register(
+    known, held_out = (read_examples(Path(rows)) if rows else [] for rows in (examples, evaluation))
+    settings, hub = json_object("--generation", generation), _open(ctx, registry)
+    ref = hub.register(
         name, source, known, description, labels=label_names(labels), tags=tag or (), promote=promote, assume_base=assume_base,
-        license=license, prompt_template=prompt_template, generation=settings,
+        evaluation=held_out, license=license, prompt_template=prompt_template, generation=settings,
     )
-    emit({"ref": ref, "production": promote, "examples": len(known)}, as_json, lambda _: line(f"registered {ref}"))
+    live = hub.registry.aliases(ref.name).get("production") == ref.version
+    said = f"registered {ref}" + ("" if live == promote else ", not promoted: see `adapter-hub effect`")
+    emit({"ref": ref, "production": live, "examples": len(known), "evaluation": len(held_out)}, as_json, lambda _: line(said))
 
 
 @_verb("learn", "adapter-hub learn travel train.jsonl --validation held_out.jsonl")
@@ -313,11 +316,17 @@ def purge(
 
 @_verb("calibrate", "adapter-hub calibrate")
 def calibrate(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
-    """Fit the abstention thresholds anew.
+    """Fit scores and thresholds anew, and show what that moves.
 
     They are fitted on the versions in production; the record gets the next number.
     """
     emit(_open(ctx, registry).calibrate(), as_json, facts)
+
+
+@_verb("effect", "adapter-hub effect travel@2")
+def effect(ctx: typer.Context, ref: Ref, registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """Show what REF takes, or would take, from each adapter in production."""
+    emit(_open(ctx, registry).effect(ref), as_json, effects)
 
 
 @_verb("export", "adapter-hub export banking@2 ./banking-peft")
@@ -341,13 +350,17 @@ def route(
     texts: Texts = None,
     file: File = "",
     k: Annotated[int, typer.Option("--k", help="How many candidates to show.", min=1)] = 1,
-    explain: Annotated[bool, typer.Option("--explain", help="Say why: the threshold and the five best candidates.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say why: in words, with the candidates and their closest exemplars.")] = False,
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Say which adapter each input belongs to, if any."""
-    inputs = read_texts(texts, file)
-    found = _open(ctx, registry).route(inputs, k=max(k, 5) if explain else k, max_false_reject=max_false_reject)
+    inputs, hub = read_texts(texts, file), _open(ctx, registry)
+    found: Sequence[Any] = (
+        [hub.explain(text, k=max(k, 3), max_false_reject=max_false_reject) for text in inputs]
+        if explain
+        else hub.route(inputs, k=k, max_false_reject=max_false_reject)
+    )
     emit(_beside(inputs, found), as_json, explanations if explain or k > 1 else decisions)
 
 

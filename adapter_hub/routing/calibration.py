@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -103,6 +104,15 @@ class Calibration:
         rank = max(rate * (self.count + 1), 0.5)
         low, high = beta.ppf([0.05, 0.95], rank, max(self.count + 1 - rank, 0.5))
         return float(low), float(high)
+
+    def to_json(self) -> dict[str, Any]:
+        """For people: how it was made, and what each rate means."""
+        rates = {}
+        for rate in (0.02, 0.05, 0.1):
+            low, high = self.false_reject_range(rate)
+            rates[f"{100 * rate:g} %"] = {"threshold": round(self.threshold(rate), 4), "expect": f"{100 * low:.1f} to {100 * high:.1f} %"}
+        scoring = {"closeness": self.scoring.closeness, "slope": round(self.scoring.slope, 4), "intercept": round(self.scoring.intercept, 4)}
+        return {"calibration": self.id, **self.facts, "scoring": scoring, "max_false_reject": rates}
 
     @property
     def digest(self) -> str:

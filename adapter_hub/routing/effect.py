@@ -65,6 +65,18 @@ def effect(before: Router, after: Router, newcomer: AdapterRef, states: Mapping[
     return Effect(newcomer, tuple(sorted(others, key=lambda other: (-other.taken, -other.contradictions, other.adapter))))
 
 
+def moves(before: Router, after: Router, states: Mapping[AdapterRef, RoutingState], max_false_reject: float = 0.05) -> dict[str, float]:
+    """What another calibration changes, as shares of the adapters' own inputs: going elsewhere, let in, turned away."""
+    features = Features.concatenate([inputs_of(state) for state in states.values() if state.count])
+    was = before.route_features(features, max_false_reject=max_false_reject)
+    will = after.route_features(features, max_false_reject=max_false_reject)
+    pairs = list(zip(was, will, strict=True))
+    elsewhere = sum(a.candidates[0][0] != b.candidates[0][0] for a, b in pairs)
+    let_in = sum(a.adapter is None and b.adapter is not None for a, b in pairs)
+    turned_away = sum(a.adapter is not None and b.adapter is None for a, b in pairs)
+    return {name: round(count / len(pairs), 6) for name, count in (("moved", elsewhere), ("let_in", let_in), ("turned_away", turned_away))}
+
+
 def inputs_of(state: RoutingState) -> Features:
     """At most INPUTS_MAX evaluation inputs of an adapter, or exemplars where it has too few, evenly spread."""
     encodings = state.evaluation if len(state.evaluation) >= EVALUATION_MIN else state.exemplars

@@ -9,12 +9,14 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ReadOnlyRegistry
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
 from adapter_hub.routing.calibration import Calibration, fit
+from adapter_hub.routing.effect import moves
 from adapter_hub.routing.head import CLASSES_MAX, Head, Solver, can_solve, digest_of
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState
@@ -151,16 +153,22 @@ class LiveRouter:
     def calibrate(self, reason: str) -> Calibration:
         """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
         with self._lock:
+            if self._registry.snapshot().calibration is not None:
+                self._follow()    # so that what the new record moves can be said
             states = self._states(self._registry.snapshot().production)
             if not any(state.count for state in states.values()):
                 raise InvalidInput("no version in production has examples to calibrate on.", hint="Register one with examples.")
-            self._router = self._calibrated(states, reason)
+            self._router = self._calibrated(states, reason, self._router)
             assert self._router.calibration is not None
             return self._router.calibration
 
-    def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str) -> Router:
+    def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str, before: Router | None = None) -> Router:
         fitted = fit(states)
-        data, members = fitted.calibration.to_bytes(), sorted(ref for ref, state in states.items() if state.count)
+        calibration, members = fitted.calibration, sorted(ref for ref, state in states.items() if state.count)
+        if before is not None and before.refs:
+            found = moves(before, Router.build(states, calibration, fitted.head), states)
+            calibration = replace(calibration, facts={**calibration.facts, **found})
+        data = calibration.to_bytes()
         number = None
         try:
             number = self._registry.add_calibration(data, members, reason)
