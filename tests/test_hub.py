@@ -31,6 +31,7 @@ from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.decision import Reason
 from adapter_hub.routing.encoder import SentenceEncoder
+from adapter_hub.routing.features import extract
 from adapter_hub.testing import load_peft, make_adapter, tiny_model
 from adapter_hub.training.config import TrainConfig
 from tests.soak.registry_kill import database_schema
@@ -117,10 +118,10 @@ def test_adding_moves_no_threshold_until_a_calibration_is_asked_for(filled: Hub,
 
 
 def test_opening_and_building_the_router_encodes_nothing(filled: Hub, tmp_path: Path) -> None:
-    vectors = filled.encoder.encode(["paint the wall red"])
+    features = extract(filled.encoder, ["paint the wall red"])
     filled.calibrate()
     fresh = Hub.open(tmp_path / "registry")
-    [decision] = fresh._snapshot().route_vectors(vectors, k=3, max_false_reject=0)
+    [decision] = fresh.settle().route_features(features, k=3, max_false_reject=0)
     assert fresh._encoder is None and str(decision.adapter) == "colours@1"
 
 
@@ -168,9 +169,9 @@ def test_purging_what_was_taught_further_says_so_and_erases_it_everywhere(hub: H
     assert str(hub.purge("wards@1", descendants=True)) == "wards@1"
     assert [str(ref) for ref in hub.registry.production()] == ["animals@1"]
     assert not list((tmp_path / "registry/adapters/wards").rglob("*.safetensors"))
-    assert not (tmp_path / "registry/calibrations/1.safetensors").exists()    # its mean was that of the secret vectors too
+    assert not list((tmp_path / "registry/index").rglob("*.safetensors"))    # the saved router held their vectors too
     [decision] = hub.route(["the dog runs"], max_false_reject=0)
-    assert str(decision.adapter) == "animals@1" and decision.calibration == 2 and hub.verify().ok
+    assert str(decision.adapter) == "animals@1" and decision.calibration == 1 and hub.verify().ok
 
 
 def test_another_hub_on_the_same_folder_sees_a_promotion_at_its_next_input(filled: Hub, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ class Solver:
             targets = self.targets[start : start + BLOCK]
             chosen = sparse.csr_matrix((np.ones(len(targets), np.float32), (targets, np.arange(len(targets)))), (self._class_count, len(targets)))
             moments += chosen @ self.hidden(self.features[start : start + BLOCK])
-        return np.asarray(linalg.cho_solve((self._factor, True), moments.T, check_finite=False), np.float32)
+        solved = linalg.cho_solve((self._factor, True), moments.T, check_finite=False)
+        return np.ascontiguousarray(solved, np.float32)    # safetensors writes memory as it lies, and LAPACK's lies by columns
 
     @cached_property
     def _dual(self) -> F64:

@@ -110,7 +110,8 @@ class FaissIndex:
                 if file.read() != hasher.digest():
                     raise _unusable(path, "is cut short or was changed")
                 file.seek(len(MAGIC))
-                index = faiss.read_index(faiss.PyCallbackIOReader(file.read, CHUNK_BYTES))
+                reader = faiss.PyCallbackIOReader(file.read, CHUNK_BYTES)    # type: ignore[attr-defined]
+                index = faiss.read_index(reader)
         except OSError as error:
             raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
         except RuntimeError as error:
@@ -133,7 +134,8 @@ class FaissIndex:
                         file.write(data)
 
                     file.write(MAGIC)
-                    faiss.write_index(self._index, faiss.PyCallbackIOWriter(write, CHUNK_BYTES))
+                    writer = faiss.PyCallbackIOWriter(write, CHUNK_BYTES)    # type: ignore[attr-defined]
+                    faiss.write_index(self._index, writer)
                     file.write(hasher.digest())
                     file.flush()
                     os.fsync(file.fileno())
@@ -167,7 +169,8 @@ class FaissIndex:
             scores, rows = self._index.search(queries, k)
             short = np.flatnonzero(rows[:, -1] < 0)    # the lists that were read hold fewer than k
             if len(short):
-                every = faiss.SearchParametersIVF(nprobe=self._index.nlist)
+                every = faiss.SearchParametersIVF()
+                every.nprobe = self._index.nlist
                 scores[short], rows[short] = self._index.search(queries[short], k, params=every)
         equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
         order = np.lexsort((rows[equal], -scores[equal]), axis=1)
@@ -192,7 +195,7 @@ def _inverted(rows: Stored, bounds: Floats) -> Any:
     clustering.train(np.ascontiguousarray(rows[np.sort(sample)], np.float32), centres)
 
     kind = faiss.ScalarQuantizer.QT_8bit
-    index = faiss.IndexIVFScalarQuantizer(centres, width, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
+    index: Any = faiss.IndexIVFScalarQuantizer(centres, width, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
     index.train(bounds)
     index.nprobe = min(PROBES, lists)
     homes = np.concatenate([centres.assign(block, 1)[:, 0] for block in _blocks(rows)])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ReadOnlyRegistry
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, ReadOnlyRegistry
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
 from adapter_hub.routing.calibration import Calibration, fit
@@ -68,7 +68,8 @@ class LiveRouter:
         with self._lock:
             states = {ref: self.state(ref) for ref in versions}
             router = Router.build(states, self._record(calibration))
-            return router.with_head(_solved(states, _head_digest(router)))
+            now, digest = self._router, _head_digest(router)
+            return router.with_head(now.head if now and now.head and now.head.digest == digest else _solved(states, digest))
 
     def state(self, ref: AdapterRef) -> RoutingState:
         """What a version brings. Raises CorruptVersion, ModelChanged."""
@@ -172,6 +173,8 @@ class LiveRouter:
         number = None
         try:
             number = self._registry.add_calibration(data, members, reason)
+        except NotRoutable as error:
+            log.warning("calibrated for this process alone: %s", error)    # a version was purged meanwhile; the next event says so
         except ReadOnlyRegistry:
             log.warning("the registry is read-only: calibrated for this process alone")
         router = Router.build(states, Calibration.from_bytes(data, id=number), fitted.head)
