@@ -208,16 +208,15 @@ def _take_in_calibrations(connection: Connection, layout: Layout, lines: Sequenc
     foreign = foreign_events(connection, None, lines)
     wanted = settle_calibrations(layout, lines)
     refused = []
-    for number in sorted({event.version for event in foreign} & wanted.keys()):
-        state, sha256 = wanted[number]
+    numbers = sorted({event.version for event in foreign})
+    for number in numbers:
         try:
-            if state is VersionState.LIVE:
-                check_file(layout.calibration(number), sha256)
+            check_file(layout.calibration(number), wanted[number])
         except CorruptVersion as error:
             refused.append(Problem(f"calibration {number}", error.fact))
     tally.refused += refused
     if not refused:
-        for number in {event.version for event in foreign} & wanted.keys():
-            records.store_calibration(connection, number, *wanted[number])
+        for number in numbers:
+            records.store_calibration(connection, number, wanted[number])
         _insert(connection, foreign)
         tally.events += len(foreign)

@@ -25,7 +25,6 @@ class EventKind(StrEnum):
     RETIRED = "retired"            # the version is kept, and never routed
     PURGED = "purged"              # the version's data were erased
     CALIBRATED = "calibrated"      # a calibration was stored; `version` is its number
-    ERASED = "erased"              # that calibration was erased, because it was computed from what was purged
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class Event:
             reason=_text(row.get("reason", "")),
             detail=row.get("detail") or {},
         )
-        if (event.kind in _CALIBRATION_KINDS) is not (name is None) or not isinstance(event.detail, dict):
+        if (event.kind is EventKind.CALIBRATED) is not (name is None) or not isinstance(event.detail, dict):
             raise ValueError(f"not an event of {name or 'the calibrations'}")
         if not _text(event.detail.get("digest", "")) and name is None:
             raise ValueError("a calibration without a digest")
@@ -90,7 +89,6 @@ class Event:
         return json.dumps(row, sort_keys=True)
 
 
-_CALIBRATION_KINDS = (EventKind.CALIBRATED, EventKind.ERASED)
 _ALIAS_KINDS = (EventKind.MOVED, EventKind.ROLLED_BACK, EventKind.REMOVED)
 
 
@@ -152,7 +150,7 @@ def replay(events: Iterable[Event]) -> NameState:
                 state.aliases[event.alias or ""] = event.version
             case EventKind.REMOVED:
                 state.aliases.pop(event.alias or "", None)
-            case EventKind.CALIBRATED | EventKind.ERASED:
+            case EventKind.CALIBRATED:
                 pass
     for alias, version in list(state.aliases.items()):
         if version in state.purged or (alias == PRODUCTION and version in state.retired):

@@ -145,23 +145,6 @@ def _remove_alias(connection: Connection, name: str, alias: str, version: int, *
     records.record(connection, EventKind.REMOVED, name, version, at=at, alias=alias, previous=version, reason=reason)
 
 
-def erase_calibration(connection: Connection, number: int, *, at: str, reason: str) -> None:
-    """Turn a calibration into a tombstone for every reader; its file is still to be erased. Raises InvalidInput for none."""
-    state, sha256 = records.calibration_of(connection, number)
-    if state is VersionState.LIVE:
-        records.store_calibration(connection, number, VersionState.PURGING, sha256)
-        records.record(connection, EventKind.ERASED, None, number, at=at, reason=reason, detail={"digest": sha256})
-
-
-def erase_calibration_file(layout: Layout, number: int) -> None:
-    """Can be repeated after a crash. Raises StorageFull, ReadOnlyRegistry."""
-    path = layout.calibration(number)
-    with storage_errors(path):
-        path.unlink(missing_ok=True)
-        if path.parent.is_dir():
-            sync_folder(path.parent)
-
-
 def erase_files(layout: Layout, tombstone: Manifest) -> None:
     """Leave nothing but the tombstone in a version folder. Can be repeated after a crash.
 

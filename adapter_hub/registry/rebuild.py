@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from adapter_hub.refs import check_name
 from adapter_hub.registry import records, schema
 from adapter_hub.registry.artifacts import check_file, check_folder, read_regular
 from adapter_hub.registry.catalog import Catalog
-from adapter_hub.registry.events import Event, EventKind, NameState, replay, without_phantoms
+from adapter_hub.registry.events import Event, NameState, replay, without_phantoms
 from adapter_hub.registry.history import read_history
 from adapter_hub.registry.layout import MANIFEST, NUMBER_MAX, Layout, as_number
 from adapter_hub.registry.manifest import Manifest
@@ -68,8 +68,8 @@ def fill(connection: Connection, layout: Layout) -> None:
     if rows:
         connection.execute(insert(schema.versions), rows)
     records.insert_parts(connection, manifests)
-    for number, (status, sha256) in settle_calibrations(layout, calibrated).items():
-        records.store_calibration(connection, number, status, sha256)
+    for number, sha256 in settle_calibrations(layout, calibrated).items():
+        records.store_calibration(connection, number, sha256)
     records.insert_events(connection, in_one_sequence([calibrated, *histories.values()]), mirrored=True)
 
 
@@ -85,27 +85,20 @@ def _events_of(layout: Layout, name: str | None) -> tuple[Event, ...]:
     return history.events
 
 
-def settle_calibrations(layout: Layout, events: Iterable[Event]) -> dict[int, tuple[VersionState, str]]:
-    """number -> (state, sha256) after these events. Where two clones gave out one number, the file says whose record it is."""
+def settle_calibrations(layout: Layout, events: Iterable[Event]) -> dict[int, str]:
+    """number -> sha256 after these events. Where two clones gave out one number, the file says whose record it is."""
     said: dict[int, list[str]] = {}
-    erased: set[tuple[int, str]] = set()
     for event in events:
-        if event.kind is EventKind.CALIBRATED:
-            said.setdefault(event.version, []).append(event.detail["digest"])
-        else:
-            erased.add((event.version, event.detail["digest"]))
-    return {number: _settle(layout.calibration(number), digests, erased, number) for number, digests in said.items()}
+        said.setdefault(event.version, []).append(event.detail["digest"])
+    return {number: _settle(layout.calibration(number), list(dict.fromkeys(digests)), number) for number, digests in said.items()}
 
 
-def _settle(path: Path, digests: Sequence[str], erased: Container[tuple[int, str]], number: int) -> tuple[VersionState, str]:
-    left = [digest for digest in dict.fromkeys(digests) if (number, digest) not in erased]
-    if not left:    # PURGING: opening the registry erases the file
-        return VersionState.PURGING if os.path.lexists(path) else VersionState.PURGED, digests[-1]
-    if len(left) == 1:
-        return VersionState.LIVE, left[0]
-    kept = next((digest for digest in left if _has_digest(path, digest)), left[-1])
+def _settle(path: Path, digests: Sequence[str], number: int) -> str:
+    if len(digests) == 1:
+        return digests[0]
+    kept = next((digest for digest in digests if _has_digest(path, digest)), digests[-1])
     log.warning("two clones made calibration %d: kept is %s…, as in %s; the other is not known any more", number, kept[:12], path)
-    return VersionState.LIVE, kept
+    return kept
 
 
 def _has_digest(path: Path, sha256: str) -> bool:

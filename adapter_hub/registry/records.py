@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, func, insert, or_, select, update
 
-from adapter_hub.errors import AdapterNotFound, CorruptVersion, InvalidInput, NotRoutable
+from adapter_hub.errors import AdapterNotFound, CorruptVersion, NotRoutable
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry import schema
 from adapter_hub.registry.events import Event, EventKind
@@ -365,41 +365,10 @@ def reserve_calibration(connection: Connection, taken: int) -> int:
     return number
 
 
-def store_calibration(connection: Connection, number: int, state: VersionState, sha256: str) -> None:
+def store_calibration(connection: Connection, number: int, sha256: str) -> None:
     """Make the row of a calibration this, whatever it was before."""
     connection.execute(delete(schema.calibrations).where(schema.calibrations.c.number == number))
-    connection.execute(insert(schema.calibrations).values(number=number, state=state, sha256=sha256))
-
-
-def commit_calibration(connection: Connection, number: int, sha256: str) -> None:
-    c = schema.calibrations.c
-    connection.execute(update(schema.calibrations).where(c.number == number).values(state=VersionState.LIVE, sha256=sha256))
-
-
-def calibration_of(connection: Connection, number: int) -> tuple[VersionState, str]:
-    """(state, sha256) of a calibration that was stored, erased or not. Raises InvalidInput where there is none."""
-    c = schema.calibrations.c
-    row = connection.execute(select(c.state, c.sha256).where(c.number == number, c.state != VersionState.RESERVED)).first()
-    if row is None:
-        known = ", ".join(map(str, live_calibrations(connection))) or "none"
-        raise InvalidInput(f"there is no calibration {number!r}.", hint=f"Known: {known}.")
-    return VersionState(row.state), row.sha256
-
-
-def set_calibration_state(connection: Connection, number: int, state: VersionState) -> None:
-    connection.execute(update(schema.calibrations).where(schema.calibrations.c.number == number).values(state=state))
-
-
-def calibrations_in(connection: Connection, state: VersionState) -> list[int]:
-    c = schema.calibrations.c
-    return list(connection.scalars(select(c.number).where(c.state == state).order_by(c.number)))
-
-
-def calibrations_of(connection: Connection, ref: AdapterRef) -> list[int]:
-    """Numbers of the live records that were computed from this version among others."""
-    live = live_calibrations(connection)
-    events = [event for event in select_events(connection, calibrations=True) if event.detail.get("digest") == live.get(event.version)]
-    return sorted({event.version for event in events if str(ref) in event.detail.get("members", ())})
+    connection.execute(insert(schema.calibrations).values(number=number, state=VersionState.LIVE, sha256=sha256))
 
 
 def live_calibrations(connection: Connection) -> dict[int, str]:

@@ -201,9 +201,9 @@ def add_calibration(catalog: Catalog, layout: Layout, data: bytes, members: list
                 number = records.reserve_calibration(connection, taken)
         try:
             with catalog.writing() as connection:
-                for ref in members:    # its data must not come back in what was computed from it before
+                for ref in members:    # the router that goes with a stored calibration is saved, and holds its members' vectors
                     records.check_usable(connection, ref, retired=True)
-                records.commit_calibration(connection, number, sha256)
+                records.store_calibration(connection, number, sha256)
                 detail = {"digest": sha256, "members": [str(ref) for ref in members]}
                 records.record(connection, EventKind.CALIBRATED, None, number, at=now(), reason=reason, detail=detail)
         except BaseException as error:

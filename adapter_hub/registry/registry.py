@@ -187,9 +187,7 @@ class Registry:
             behind = records.names_to_mirror(connection)
             query = select(schema.versions).where(schema.versions.c.state == VersionState.PURGING)
             purging = [records.manifest_of(row) for row in connection.execute(query).mappings()]
-            erasing = records.calibrations_in(connection, VersionState.PURGING)
         repairs = [partial(self._erase, tombstone) for tombstone in purging]
-        repairs += [partial(self._erase_calibration, number) for number in erasing]
         repairs += [partial(mirror, self._catalog, self.layout, name) for name in behind]
         for repair in repairs:
             try:
@@ -467,39 +465,15 @@ class Registry:
     def calibration(self, number: int) -> bytes:
         """A calibration record, its sha256 checked. Raises InvalidInput where there is none, CorruptVersion."""
         with self._reading() as connection:
-            state, sha256 = records.calibration_of(connection, number)
-        if state is not VersionState.LIVE:
-            raise InvalidInput(f"calibration {number} was erased.", hint="Calibrate again: `adapter-hub calibrate`.")
+            known = records.live_calibrations(connection)
+        if number not in known:
+            raise InvalidInput(f"there is no calibration {number!r}.", hint=f"Known: {', '.join(map(str, known)) or 'none'}.")
         with storage_errors(self.layout.calibrations):
-            return read_checked(self.layout.calibration(number), sha256)
-
-    def erase_calibration(self, number: int, reason: str = "") -> None:
-        """Erase a calibration record, e.g. because it was computed from what was purged; a tombstone stays in the history.
-
-        The same again finishes what a crash interrupted. Raises InvalidInput where there is none, ReadOnlyRegistry.
-        """
-        moves.check_reason(reason)
-        self._check_writable()
-        with self._catalog.writing() as connection:
-            moves.erase_calibration(connection, number, at=now(), reason=reason)
-        self._erase_calibration(number)
-        self._mirror(None)
-
-    def _erase_calibration(self, number: int) -> None:
-        moves.erase_calibration_file(self.layout, number)
-        with self._catalog.writing() as connection:
-            records.set_calibration_state(connection, number, VersionState.PURGED)
+            return read_checked(self.layout.calibration(number), known[number])
 
     def latest_calibration(self) -> int | None:
-        """Number of the newest record that is not erased."""
         with self._reading() as connection:
             return max(records.live_calibrations(connection), default=None)
-
-    def calibrations_of(self, ref: str | AdapterRef) -> list[int]:
-        """Numbers of the live calibrations that a version, purged or not, is a member of. Raises AdapterNotFound."""
-        parsed = AdapterRef.parse(ref)
-        with self._reading() as connection:
-            return records.calibrations_of(connection, AdapterRef(parsed.name, records.version_of(connection, parsed)))
 
     # ---- keep it sound ----------------------------------------------------------------------------------------------
 

@@ -74,13 +74,11 @@ def verify(catalog: Catalog, layout: Layout, ref: AdapterRef | None = None) -> V
         rows = records.known_rows(connection, ref)
         aliases = records.all_aliases(connection)
         calibrations = {} if ref is not None else records.live_calibrations(connection)
-        erased = [] if ref is not None else records.calibrations_in(connection, VersionState.PURGED)
         events = [] if ref is not None else records.select_events(connection, mirrored=True)
     for row in rows:
         problems += _settled(catalog, row, lambda current: _check_version(layout, current, tally))
     for number, sha256 in calibrations.items():
         problems += _reported(f"calibration {number}", lambda n=number, s=sha256: tally.hash(layout.calibration(n), s))    # type: ignore[misc]
-    problems += [Problem(f"calibration {n}", "it was erased, and its file is back: remove it.") for n in erased if layout.calibration(n).exists()]
     unregistered: list[str] = []
     if ref is None:
         problems += _check_aliases(rows, aliases)

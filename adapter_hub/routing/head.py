@@ -17,8 +17,9 @@ import numpy as np
 import safetensors.numpy
 from scipy import linalg, sparse
 
+from adapter_hub.errors import InvalidName
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.features import F32, Features, Hidden
+from adapter_hub.routing.features import F32, HIDDEN_DIM, Features, Hidden
 from adapter_hub.routing.statistics import F64, I64, Exemplars, corrupt, read_tensors
 
 # n exemplars, h hidden width, k classes of all solved adapters
@@ -52,10 +53,12 @@ class Head:
         try:
             columns = {AdapterRef.parse(ref): int(column) for ref, column in facts["columns"].items()}
             head = cls(tensors["weights"], columns, str(facts["digest"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, InvalidName) as error:
             raise corrupt(source, f"{error} is missing or has another form") from error
         if head.weights.dtype != np.float32 or head.weights.ndim != 2 or not np.isfinite(head.weights).all():
             raise corrupt(source, "the weights are not finite float32 in two dimensions")
+        if not all(0 <= column < head.weights.shape[1] for column in columns.values()):
+            raise corrupt(source, f"a column is not one of {head.weights.shape[1]}")
         return head
 
 
@@ -75,11 +78,11 @@ def digest_of(digests: Mapping[AdapterRef, str]) -> str:
 class Solver:
     """The normal equations of some adapters, factored once: in the space of features, or of exemplars where those are fewer."""
 
-    def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int) -> None:
+    def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, width: int = HIDDEN_DIM) -> None:
         refs = sorted(ref for ref, one in exemplars.items() if not one.single)
         parts = [exemplars[ref] for ref in refs]
         firsts = np.cumsum([0, *(len(part.counts) for part in parts)])
-        self.hidden = Hidden.of(dim)
+        self.hidden = Hidden.of(dim, width)
         self.columns = dict(zip(refs, firsts[:-1].tolist(), strict=True))
         self.targets: I64 = np.concatenate([part.classes + first for part, first in zip(parts, firsts[:-1], strict=True)])
         self.features = Features.concatenate([part.features for part in parts])

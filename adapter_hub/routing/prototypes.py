@@ -23,7 +23,7 @@ SHARPNESS = 2.0                 # of the soft maximum: 0 is the adapter's centro
 COHERENCE = 0.5                 # mean cosine of two exemplars of one class, before any pair was seen
 COHERENCE_WEIGHT = 3.0          # what that expectation weighs, in exemplars
 COHERENCE_MIN = 0.2
-DESCRIPTION_COHERENCE = 0.25    # inputs are less like a description than like each other
+DESCRIPTION_COHERENCE = 0.2     # inputs are less like a description than like each other
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from adapter_hub.errors import InvalidInput, ModelChanged
+from adapter_hub.errors import InvalidInput, InvalidName, ModelChanged
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
 from adapter_hub.routing.decision import Decision, Method, Reason
@@ -84,8 +84,16 @@ class Router:
         Costs what the newcomer and its like cost, not what all cost: small segments merge like the digits of a binary counter.
         """
         if self.calibration is None:
-            return Router.build({ref: state}) if state.count else self._with({ref: state})
-        added = self.without(ref)._with({ref: state})
+            rest = self.without(ref)
+            return Router.build({ref: state})._replaced(unroutable=rest._unroutable) if state.count else rest._with({ref: state})
+        rest = self.without(ref)
+        if ref in rest._gone and state.count:
+            back = rest._replaced(gone=rest._gone - {ref})
+            if back.digests[ref] == state.digest:    # as after a rollback: it is still there
+                return back
+            segments = [segment.without(ref) if ref in segment.place else segment for segment in rest._segments]
+            rest = back._replaced(segments=[segment for segment in segments if len(segment)])
+        added = rest._with({ref: state})
         segments = list(added._segments)
         while len(segments) > 1 and len(segments[-2]) <= 2 * len(segments[-1]) and len(segments[-1]) + len(segments[-2]) <= DENSE_MAX:
             last = segments.pop()
@@ -185,7 +193,8 @@ class Router:
                 decisions.append(Decision(None, None, None, None, Reason.NO_CANDIDATES, (), self.calibration.id))
                 continue
             best, best_score = found[0]
-            score = round(best_score - self.calibration.centre_of(best), SCORE_DECIMALS)
+            single = any(best in segment.singles for segment in self._segments)
+            score = round(best_score - self.calibration.centre_of(best, single=single), SCORE_DECIMALS)
             accepted = score >= threshold
             decisions.append(
                 Decision(
@@ -254,6 +263,7 @@ class Router:
             yield "head.safetensors", self.head.to_bytes()
         for number, segment in enumerate(self._segments):
             facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
+            facts["singles"] = sorted(map(str, segment.singles))
             tensors: dict[str, NDArray[Any]] = {"means": segment.means, "counts": segment.counts, "sizes": segment.sizes}
             yield f"{number}.safetensors", safetensors.numpy.save(tensors, {"segment": json.dumps(facts)})
 
@@ -268,7 +278,7 @@ class Router:
             unroutable = {AdapterRef.parse(ref): str(digest) for ref, digest in facts["unroutable"].items()}
             gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
             router = cls(segments, calibration, head, unroutable, gone)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidName) as error:
             raise corrupt(folder, f"not a saved router ({error})") from error
         if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:
             raise corrupt(folder, "not the router of these versions and this calibration")
@@ -285,7 +295,8 @@ def _read_segment(folder: Path, number: int) -> Segment:
     index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
         raise corrupt(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
-    return Segment([AdapterRef.parse(ref) for ref in facts["refs"]], facts["digests"], sizes, means, counts, index)
+    refs, singles = ([AdapterRef.parse(ref) for ref in facts[name]] for name in ("refs", "singles"))
+    return Segment(refs, facts["digests"], singles, sizes, means, counts, index)
 
 
 def _write(path: Path, data: bytes) -> None:

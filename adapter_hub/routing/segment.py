@@ -39,9 +39,19 @@ class Entry:
 class Segment:
     """Adapters in the order of their references."""
 
-    def __init__(self, refs: Sequence[AdapterRef], digests: Sequence[str], sizes: I64, means: F16, counts: F32, index: Index | None = None) -> None:
+    def __init__(
+        self,
+        refs: Sequence[AdapterRef],
+        digests: Sequence[str],
+        singles: Collection[AdapterRef],
+        sizes: I64,
+        means: F16,
+        counts: F32,
+        index: Index | None = None,
+    ) -> None:
         self.refs = tuple(refs)
         self.digests = tuple(digests)
+        self.singles = frozenset(singles)    # known by a description or one example
         self.sizes = np.asarray(sizes, np.int64)
         self.means = means
         self.counts = counts
@@ -55,6 +65,7 @@ class Segment:
         return cls(
             [entry.ref for entry in entries],
             [entry.digest for entry in entries],
+            [entry.ref for entry in entries if entry.prototypes.single],
             np.array([len(p.counts) for p in prototypes]),
             np.concatenate([p.means for p in prototypes]),
             np.concatenate([p.counts for p in prototypes]),
@@ -83,6 +94,7 @@ class Segment:
         return cls(
             [segment.refs[i] for segment, i in parts],
             [segment.digests[i] for segment, i in parts],
+            [segment.refs[i] for segment, i in parts if segment.refs[i] in segment.singles],
             np.array([segment.sizes[i] for segment, i in parts], np.int64),
             np.concatenate([segment.means[span] for segment, span in spans]) if spans else np.empty((0, 0), np.float16),
             np.concatenate([segment.counts[span] for segment, span in spans]) if spans else np.empty(0, np.float32),
