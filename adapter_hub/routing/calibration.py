@@ -356,7 +356,7 @@ class _Bench:
             if place in evaluated:
                 features = state.evaluation.features
                 products = features.dense @ self.means.T
-                solved = self.head.responses(self.solver.hidden(features)) if self.head and self.solver else None
+                solved = self.head.responses(features) if self.head else None
                 self._note(scoring, products, solved, values, adapters)
                 classes_here = len(self.exemplars[place].counts)
                 weights.append(np.full(len(features), classes_here / len(features)))
