@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -38,7 +37,7 @@ def joined(features: Features) -> Any:
 
 
 def slow_kernel(a: Features, b: Features) -> Any:
-    return np.array([[math.exp(-float(((x - y) ** 2).sum())) for y in joined(b)] for x in joined(a)])
+    return np.exp(-((joined(a)[:, None] - joined(b)[None]) ** 2).sum(axis=2))
 
 
 def slow_responses(solver: Solver, kept: Any, asked: Features) -> Any:
@@ -71,9 +70,10 @@ def test_what_is_left_out_is_solved_without(width: int) -> None:
     """Exactly, under the same penalty."""
     solver = Solver(EXEMPLARS, DIM, width)
     rows = np.arange(N)
-    expected = np.concatenate([slow_responses(solver, rows[rows != i], solver.features[i]) for i in rows])
-    np.testing.assert_allclose(solver.left_out(rows), expected, atol=2e-3)
-    np.testing.assert_allclose(solver.left_out(rows[[7, 3]]), expected[[7, 3]], atol=2e-3)
+    some = rows[::4]
+    expected = np.concatenate([slow_responses(solver, rows[rows != i], solver.features[i]) for i in some])
+    np.testing.assert_allclose(solver.left_out(rows)[::4], expected, atol=2e-3)
+    np.testing.assert_allclose(solver.left_out(some[[7, 3]]), expected[[7, 3]], atol=2e-3)
     assert np.abs(solver.left_out(rows) - slow_responses(solver, rows, solver.features)).max() > 0.05
 
 

@@ -174,10 +174,10 @@ def test_a_version_purged_while_it_is_about_to_be_read_is_passed_over(place: Pla
 
 
 def test_a_version_purged_while_the_head_is_solved_is_passed_over(place: Place) -> None:
-    armed = threading.Event()
+    armed, main = threading.Event(), threading.current_thread()
 
     def purge(state: RoutingState) -> None:
-        if armed.is_set() and state.digest == STATES[1].digest and GAMMA in place.writer.production():
+        if armed.is_set() and threading.current_thread() is main and state.digest == STATES[1].digest and GAMMA in place.writer.production():
             place.writer.purge(GAMMA)
 
     live = place.live(purge)

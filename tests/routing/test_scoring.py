@@ -32,20 +32,20 @@ def exemplars_of(world: World, each: int, place: int = 0) -> Exemplars:
 
 def test_with_many_exemplars_a_product_is_the_cosine_with_the_class_mean() -> None:
     world = World(1, 3, noise=0.9, seed=1)
-    one = exemplars_of(world, 2000)
+    one = exemplars_of(world, 800)
     made = Prototypes.of(one, described=False)
     queries = world.sample(0, 5)[0].dense.astype(np.float64)
     cosines = queries @ unit(one.sums).T
-    np.testing.assert_allclose(queries @ made.means.astype(np.float64).T, cosines, atol=2e-3)
+    np.testing.assert_allclose(queries @ made.means.astype(np.float64).T, cosines, atol=4e-3)
 
 
 def test_a_class_of_one_and_a_class_of_many_are_measured_alike() -> None:
     """A mean of few exemplars is long, for it holds their noise; products of fresh inputs must not show how many there were."""
     world = World(1, 1, noise=1.0, seed=2)
-    fresh = world.sample(0, 400)[0].dense
+    fresh = world.sample(0, 200)[0].dense
     by_count = {}
     for count in (1, 3, 10, 200):
-        products = [fresh @ Prototypes.of(exemplars_of(world, count), described=False).means[0] for _ in range(30)]
+        products = [fresh @ Prototypes.of(exemplars_of(world, count), described=False).means[0] for _ in range(20)]
         by_count[count] = float(np.mean(products))
     plain = fresh @ np.mean([exemplars_of(world, 1).features.dense[0] for _ in range(30)], axis=0)
     assert by_count[10] == pytest.approx(by_count[200], abs=0.05) and by_count[3] == pytest.approx(by_count[200], abs=0.08)
@@ -213,14 +213,14 @@ def test_a_segment_of_parts_is_the_segment_of_the_whole() -> None:
     fewer = merged.without(ENTRIES[4].ref)
     for a, b in ((merged, whole), (fewer, Segment.of([entry for entry in ENTRIES if entry is not ENTRIES[4]]))):
         assert a.refs == b.refs and a.digests == b.digests and (a.means == b.means).all() and (a.counts == b.counts).all()
-        assert (a.starts == b.starts).all() and a.place == b.place
+        assert (a.starts == b.starts).all() and a.place == b.place and a.singles == b.singles
     assert len(Segment.of(ENTRIES[:1]).without(ENTRIES[0].ref)) == 0
 
 
 def test_an_adapter_of_many_classes_does_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 inputs × 32 candidates × 200 classes × 256 numbers would be 1.2 GB at once, in float16 and float32."""
     rng = np.random.default_rng(7)
-    sizes = [200, *[2] * 60]
+    sizes = [200, *[2] * 40]
     made = [Prototypes(unit(rng.normal(size=(size, 256))).astype(np.float16), np.ones(size, np.float32), False) for size in sizes]
     segment = Segment.of([Entry(AdapterRef(f"task{i:02d}", 1), one, "x") for i, one in enumerate(made)])
     monkeypatch.setattr(segment_module, "DENSE_MAX", 100)
