@@ -260,7 +260,7 @@ class _Bench:
         self.starts: I64 = np.cumsum([0, *sizes])[:-1]
         self.means: F32 = np.concatenate([p.means for p in prototypes]).astype(np.float32)
         self.counts: F32 = np.concatenate([p.counts for p in prototypes])
-        self.columns = columns_of(head, tuple(states), sizes)
+        self.columns = columns_of(head, tuple(states), sizes, np.array([p.labelled for p in prototypes]))
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
         self.rows = self._left_out_rows()
         self.solved = self._left_out_responses()
@@ -336,7 +336,8 @@ class _Bench:
         if total < ACCURACY_MIN or len(self.starts) < 2:
             return scoring.closeness
         accuracy = right / total
-        tolerance = TOLERANCE if len(self.means) > len(self.starts) else TOLERANCE_ONE_CLASS
+        several = sum(one.target_count for one in self.exemplars) > len(self.exemplars)
+        tolerance = TOLERANCE if several else TOLERANCE_ONE_CLASS
         chosen = int(np.flatnonzero(accuracy >= accuracy.max() - tolerance)[-1])
         self.accuracy = float(accuracy[chosen])
         return WEIGHTS[chosen]

@@ -87,7 +87,7 @@ class Head:
 def can_solve(exemplars: Mapping[AdapterRef, Exemplars]) -> bool:
     """Two classes at least, and not more than a head can hold."""
     solved = [one for one in exemplars.values() if not one.single]
-    classes, rows = sum(len(one.counts) for one in solved), sum(map(len, solved))
+    classes, rows = sum(one.target_count for one in solved), sum(map(len, solved))
     return 2 <= classes <= CLASSES_MAX and rows <= EXEMPLARS_MAX
 
 
@@ -103,9 +103,9 @@ class Solver:
     def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, width: int = HIDDEN_DIM) -> None:
         refs = sorted(ref for ref, one in exemplars.items() if not one.single)
         parts = [exemplars[ref] for ref in refs]
-        firsts = np.cumsum([0, *(len(part.counts) for part in parts)])
+        firsts = np.cumsum([0, *(part.target_count for part in parts)])
         self.columns = dict(zip(refs, firsts[:-1].tolist(), strict=True))
-        self.targets: I64 = np.concatenate([part.classes + first for part, first in zip(parts, firsts[:-1], strict=True)])
+        self.targets: I64 = np.concatenate([part.targets + first for part, first in zip(parts, firsts[:-1], strict=True)])
         self.features = Features.concatenate([part.features for part in parts])
         self.basis = Kernel(self.features) if len(self.features) <= width else Hidden.of(dim, width)
         self._class_count = int(firsts[-1])

@@ -29,12 +29,13 @@ Stored = NDArray[np.float16] | NDArray[np.float32]
 # Chosen by benchmarks/routing_scale.py.
 FLAT_MAX = 20_000            # rows searched one by one, exactly: some 2 ms a query
 LISTS_PER_ROOT = 4.5         # inverted lists for each √p
-PROBES = 40                  # lists read for a query
+PROBES = 32                  # lists read for a query
 SAMPLE_PER_LIST = 32         # rows that place the centre of a list
 ITERATIONS = 6               # of k-means
 GROUPS_READ = 8              # groups of lists in which a row looks for its own
 SEED = 20_240
 BYTE_MAX = 127
+PEAK_MIN = 1e-30             # what is smaller throughout counts as zero: its scale would not be a float32
 BLOCK = 65_536               # rows that are float32 at a time while building
 PARALLEL_MIN = 8             # queries; fewer would wait for threads longer than they work
 MAGIC = b"adapter_hub index 1\n"
@@ -172,10 +173,9 @@ class FaissIndex:
         """The k ≤ p best of each query, equal scores by row."""
         import faiss
 
-        scales = np.ones((len(queries), 1), np.float32)
+        scales: Floats | None = None
         if self._scale:
             queries, scales = _whole(queries)
-            scales = scales * np.float32(self._scale)
         with _threads(len(queries)):
             scores, rows = self._index.search(queries, k)
             short = np.flatnonzero(rows[:, -1] < 0)    # the lists that were read hold fewer than k
@@ -183,7 +183,8 @@ class FaissIndex:
                 every = faiss.SearchParametersIVF()
                 every.nprobe = self._index.nlist
                 scores[short], rows[short] = self._index.search(queries[short], k, params=every)
-        scores = scores / scales
+        if scales is not None:
+            scores = scores / scales / np.float32(self._scale)
         equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
         order = np.lexsort((rows[equal], -scores[equal]), axis=1)
         rows[equal] = np.take_along_axis(rows[equal], order, axis=1)
@@ -203,7 +204,7 @@ def _inverted(rows: Stored) -> tuple[Any, float]:
     chosen = np.random.default_rng(SEED).choice(len(rows), min(SAMPLE_PER_LIST * lists, len(rows)), replace=False)
     centres, finder = _centres(np.ascontiguousarray(rows[np.sort(chosen)], np.float32), lists)
     homes = np.concatenate([finder.assign(block, 1)[:, 0] for block in _blocks(rows)])
-    scale = BYTE_MAX / (max(float(np.abs(block).max()) for block in _blocks(rows)) or 1.0)
+    scale = BYTE_MAX / max(PEAK_MIN, *(float(np.abs(block).max()) for block in _blocks(rows)))
 
     kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
     index: Any = faiss.IndexIVFScalarQuantizer(centres, width, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
@@ -258,7 +259,7 @@ def _kmeans(points: Floats, count: int) -> Any:
 def _whole(queries: Floats) -> tuple[Floats, Floats]:
     """(whole numbers up to BYTE_MAX, what each row was multiplied by (n, 1)): FAISS reads a query of such lists as bytes too."""
     peaks = np.abs(queries).max(axis=1, keepdims=True)
-    scales = np.float32(BYTE_MAX) / np.where(peaks > 0, peaks, np.float32(1))
+    scales: Floats = np.asarray(BYTE_MAX / np.maximum(peaks, PEAK_MIN), np.float32)
     return np.rint(queries * scales), scales
 
 

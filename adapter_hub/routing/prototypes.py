@@ -31,14 +31,18 @@ class Prototypes:
     """Of one adapter."""
 
     means: F16          # (c, d), rounded once: every index and matrix is made from these
-    counts: F32         # (c,), distinct exemplars behind each
+    counts: F32         # (c,), distinct exemplars of the class that each is of for the head
+    labelled: int       # how many are labels; the others, after them, are one class for the head
     single: bool        # a description or one example: the head never sees it
 
     @classmethod
     def of(cls, exemplars: Exemplars, described: bool) -> Prototypes:
         coherence = np.full(len(exemplars.counts), DESCRIPTION_COHERENCE) if described else coherences(exemplars.sums, exemplars.counts)
         means = exemplars.sums / (exemplars.counts * np.sqrt(coherence))[:, None]
-        return cls(means.astype(np.float16), exemplars.counts.astype(np.float32), exemplars.single)
+        counts = np.bincount(exemplars.targets, minlength=exemplars.target_count)
+        labelled = int(exemplars.labelled.sum())
+        behind = counts[np.minimum(np.arange(len(means)), labelled)].astype(np.float32)
+        return cls(means.astype(np.float16), behind, labelled, exemplars.single)
 
 
 def coherences(sums: F64, counts: F64) -> F64:

@@ -265,6 +265,7 @@ class Router:
             facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
             facts["singles"] = sorted(map(str, segment.singles))
             tensors: dict[str, NDArray[Any]] = {"means": segment.means, "counts": segment.counts, "sizes": segment.sizes}
+            tensors["labelled"] = segment.labelled
             yield f"{number}.safetensors", safetensors.numpy.save(tensors, {"segment": json.dumps(facts)})
 
     @classmethod
@@ -288,15 +289,15 @@ class Router:
 def _read_segment(folder: Path, number: int) -> Segment:
     path = folder / f"{number}.safetensors"
     tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path)
-    means, counts, sizes = tensors["means"], tensors["counts"], tensors["sizes"]
-    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(facts["refs"])
+    means, counts, sizes, labelled = (tensors[name] for name in ("means", "counts", "sizes", "labelled"))
+    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(facts["refs"])
     if means.dtype != np.float16 or means.ndim != 2 or not whole:
         raise corrupt(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
     index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
         raise corrupt(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
     refs, singles = ([AdapterRef.parse(ref) for ref in facts[name]] for name in ("refs", "singles"))
-    return Segment(refs, facts["digests"], singles, sizes, means, counts, index)
+    return Segment(refs, facts["digests"], singles, sizes, labelled, means, counts, index)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -6,11 +6,12 @@ newcomer competes at once. Closeness is what holds where inputs are unlike all e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.features import F32
 from adapter_hub.routing.head import Head
 from adapter_hub.routing.prototypes import closeness
@@ -57,9 +58,13 @@ class Scoring:
         return np.asarray(responses + np.float32(self.closeness) * close, np.float32)
 
 
-def columns_of(head: Head | None, refs: tuple[object, ...], sizes: NDArray[np.int64]) -> I64:
-    """(p,): the head's column of each prototype of these adapters, in order; -1 where the head has not solved it."""
+def columns_of(head: Head | None, refs: Sequence[AdapterRef], sizes: I64, labelled: I64) -> I64:
+    """(p,): the head's column of each prototype of these adapters, in order; -1 where the head has not solved it.
+
+    `sizes` (a,) counts each adapter's prototypes, `labelled` (a,) those of them that are labels: the rest share one column.
+    """
     if head is None:
         return np.full(int(sizes.sum()), -1)
-    firsts = [head.columns.get(ref, -1) for ref in refs]    # type: ignore[call-overload]
-    return np.concatenate([np.arange(size) + first if first >= 0 else np.full(size, -1) for first, size in zip(firsts, sizes.tolist(), strict=True)])
+    firsts = np.array([head.columns.get(ref, -1) for ref in refs], np.int64)
+    within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.where(np.repeat(firsts, sizes) < 0, -1, np.repeat(firsts, sizes) + np.minimum(within, np.repeat(labelled, sizes)))

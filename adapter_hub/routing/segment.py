@@ -45,6 +45,7 @@ class Segment:
         digests: Sequence[str],
         singles: Collection[AdapterRef],
         sizes: I64,
+        labelled: I64,
         means: F16,
         counts: F32,
         index: Index | None = None,
@@ -52,7 +53,8 @@ class Segment:
         self.refs = tuple(refs)
         self.digests = tuple(digests)
         self.singles = frozenset(singles)    # known by a description or one example
-        self.sizes = np.asarray(sizes, np.int64)
+        self.sizes = np.asarray(sizes, np.int64)          # (a,) prototypes of each
+        self.labelled = np.asarray(labelled, np.int64)    # (a,) those that are labels; they come first
         self.means = means
         self.counts = counts
         self.starts: I64 = np.cumsum(np.append(0, self.sizes))[:-1]
@@ -67,6 +69,7 @@ class Segment:
             [entry.digest for entry in entries],
             [entry.ref for entry in entries if entry.prototypes.single],
             np.array([len(p.counts) for p in prototypes]),
+            np.array([p.labelled for p in prototypes]),
             np.concatenate([p.means for p in prototypes]),
             np.concatenate([p.counts for p in prototypes]),
         )
@@ -96,13 +99,14 @@ class Segment:
             [segment.digests[i] for segment, i in parts],
             [segment.refs[i] for segment, i in parts if segment.refs[i] in segment.singles],
             np.array([segment.sizes[i] for segment, i in parts], np.int64),
+            np.array([segment.labelled[i] for segment, i in parts], np.int64),
             np.concatenate([segment.means[span] for segment, span in spans]) if spans else np.empty((0, 0), np.float16),
             np.concatenate([segment.counts[span] for segment, span in spans]) if spans else np.empty(0, np.float32),
         )
 
     def columns(self, head: Head | None) -> I64:
         """(p,): see `scoring.columns_of`."""
-        return columns_of(head, self.refs, self.sizes)
+        return columns_of(head, self.refs, self.sizes, self.labelled)
 
     @cached_property
     def index(self) -> Index:

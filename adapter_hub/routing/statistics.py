@@ -206,6 +206,18 @@ class Exemplars:
         return len(self.classes)
 
     @property
+    def targets(self) -> I64:
+        """(m,): the class of each exemplar for the head: its label's; all exemplars without a label are one class, after the labels'.
+
+        What k-means found stands for the adapter in a mean; it is nothing that inputs should be told apart by.
+        """
+        return np.minimum(self.classes, int(self.labelled.sum()))
+
+    @property
+    def target_count(self) -> int:
+        return min(len(self.counts), int(self.labelled.sum()) + 1)
+
+    @property
     def testable(self) -> NDArray[np.bool_]:
         """(m,): what can be left out: something of its adapter, and of its label, stays behind."""
         if self.single:

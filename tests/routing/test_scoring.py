@@ -128,7 +128,9 @@ def test_the_head_speaks_for_what_it_solved_and_a_line_for_the_rest() -> None:
 def test_columns_follow_the_prototypes_of_solved_adapters() -> None:
     refs = tuple(AdapterRef(name, 1) for name in "abc")
     head = Head(Hidden.of(DIM, 4), np.zeros((4, 5), np.float32), {refs[0]: 3, refs[2]: 0}, "x")
-    assert columns_of(head, refs, np.array([2, 1, 3])).tolist() == [3, 4, -1, 0, 1, 2]
+    assert columns_of(head, refs, np.array([2, 1, 3]), np.array([2, 1, 3])).tolist() == [3, 4, -1, 0, 1, 2]
+    # Prototypes without a label share one column, after those of the labels.
+    assert columns_of(head, refs, np.array([2, 1, 3]), np.array([0, 0, 1])).tolist() == [3, 3, -1, 0, 1, 1]
     assert columns_of(None, refs, np.array([2, 1, 3])).tolist() == [-1] * 6
 
 
