@@ -131,7 +131,7 @@ def test_columns_follow_the_prototypes_of_solved_adapters() -> None:
     assert columns_of(head, refs, np.array([2, 1, 3]), np.array([2, 1, 3])).tolist() == [3, 4, -1, 0, 1, 2]
     # Prototypes without a label share one column, after those of the labels.
     assert columns_of(head, refs, np.array([2, 1, 3]), np.array([0, 0, 1])).tolist() == [3, 3, -1, 0, 1, 1]
-    assert columns_of(None, refs, np.array([2, 1, 3])).tolist() == [-1] * 6
+    assert columns_of(None, refs, np.array([2, 1, 3]), np.array([2, 1, 3])).tolist() == [-1] * 6
 
 
 # ---- segments -----------------------------------------------------------------------------------------------------------
