@@ -235,7 +235,8 @@ class Hub:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
-        label) tell the router what belongs to it; without any, the description does. `labels` name the head's outputs.
+        label) tell the router what belongs to it; without any, the description does. `labels` name the head's outputs; a PeftModel
+        whose config names them needs none.
         `evaluation` are further inputs that belong to it, not among the examples: thresholds are measured on them. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
@@ -245,7 +246,7 @@ class Hub:
         tags = _texts("tags", tags)
         names = _texts("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
-        adapter = adapter_of(found, labels=names or None, prompt_template=prompt_template, generation=generation)
+        adapter = adapter_of(found, labels=names or found.labels, prompt_template=prompt_template, generation=generation)
         self._check_named_base(adapter, assume_base)
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
