@@ -63,7 +63,8 @@ def _labels_of(model: PeftModel) -> tuple[str, ...] | None:
     config: Any = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     if problem not in (None, "single_label_classification"):
-        raise AdapterRejected(f"the model's problem_type is {problem!r}: a head is run as a choice of one label.", hint="Make an adapter for each label.")
+        hint = "Make an adapter for each label."
+        raise AdapterRejected(f"the model's problem_type is {problem!r}: a head is run as a choice of one label.", hint=hint)
     names = getattr(config, "id2label", None) or {}
     labels = tuple(str(names[number]) for number in sorted(names))
     return None if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
