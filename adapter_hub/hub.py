@@ -19,6 +19,7 @@ from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
 from adapter_hub.engine.generation import check_generation
+from adapter_hub.engine.mixtures import Mixture, Shares
 from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, ModelNotFound, RegistryExists, WrongBase
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples, text_fault
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapter_hub")
 
+Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
+Answering = AdapterRef | Mixture | None                               # the same, resolved
+
 EXEMPLARS_FILE = "exemplars.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 
@@ -58,7 +62,7 @@ class Prediction:
     An abstained row on an encoder has `label` None and the base's `.vector`.
     """
 
-    adapter: AdapterRef | None                  # the version that answered; None is the base model
+    adapter: AdapterRef | None                  # the version that answered, of a mixture the weightiest; None is the base model
     decision: Decision
     label: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)   # label -> probability
@@ -66,11 +70,14 @@ class Prediction:
     vector: Any = None                          # float32 (d,), the base's own pooling
     tokens: tuple[Any, ...] | None = None       # token classification: spans with label, score, start, end
     truncated: bool = False                     # the input was longer than the hub's max_tokens
+    mixture: Shares = ()                        # (version, weight), weightiest first, where several answered together
 
     def to_json(self) -> dict[str, Any]:
         """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
         scores = {label: rounded(score) for label, score in self.scores.items()}
-        return self.decision.to_json() | self.row() | ({"scores": scores} if scores else {})
+        mixture = [{"adapter": str(ref), "weight": rounded(weight)} for ref, weight in self.mixture]
+        more = {"scores": scores, "mixture": mixture}
+        return self.decision.to_json() | self.row() | {key: value for key, value in more.items() if value}
 
     def row(self) -> dict[str, Any]:
         """The columns that the batch job adds to its input: flat, and the same for every row of a kind."""
@@ -456,23 +463,34 @@ class Hub:
     def predict(
         self,
         texts: Sequence[str],
-        adapters: Sequence[str | AdapterRef | None] | str | AdapterRef | None = None,
+        adapters: Sequence[Named] | Named = None,
         max_false_reject: float | None = None,
         generation: Mapping[str, Any] | None = None,
+        mix: int = 1,
     ) -> list[Prediction]:
         """Answer each text by the adapter it belongs to, in one mixed batch. Aligned with `texts`.
 
-        `adapters` names them instead of routing: one for all, or one each, where None is the base model.
-        Raises InvalidInput, AdapterNotFound, NotRoutable.
+        `adapters` names them instead of routing: one for all, or one each, where None is the base model and a mapping to weights,
+        {"legal": 0.7, "tax": 0.3}, a mixture: the adapters answer together, each as much as its share of the weights.
+        With `mix=k` a routed input that is accepted is answered by its k best candidates together, by `Decision.weights`. Those
+        that cannot be mixed with the best one (a head with other labels, a DoRA, …) are left out, and the others' shares grow in
+        proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
+        Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
         texts = _inputs(texts)
         if adapters is not None and max_false_reject is not None:
             raise InvalidInput("adapters and max_false_reject exclude each other.", hint="Where the adapters are named, nothing is routed.")
+        if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
+            raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            decisions = self._route(self._live.snapshot(), texts, 1, max_false_reject)
+            decisions = self._route(self._live.snapshot(), texts, mix, max_false_reject)
+            answering = [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
+        elif mix > 1:
+            raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
         else:
-            decisions = [self._named(ref) for ref in _aligned(adapters, len(texts))]
-        return self._run(texts, decisions, generation)
+            answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
+            decisions = [Decision.named(_foremost(adapter)) for adapter in answering]
+        return self._run(texts, decisions, answering, generation)
 
     def _route(self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None) -> list[Decision]:
         from adapter_hub.routing.features import extract
@@ -488,15 +506,26 @@ class Hub:
 
         return check_rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
 
-    def _named(self, ref: str | AdapterRef | None) -> Decision:
-        return Decision.named(None if ref is None else self.registry.resolve(ref))
+    def _mixed(self, decision: Decision) -> Answering:
+        """The candidates that mix with the one that was accepted, by their weights; None where none was."""
+        if decision.adapter is None:
+            return None
+        weights = {ref: weight for (ref, _), weight in zip(decision.candidates, decision.weights, strict=True)}
+        return Mixture.of((ref, weights[ref]) for ref in self.engine.mixable(list(weights)))
 
-    def _run(self, texts: Sequence[str], decisions: Sequence[Decision], generation: Mapping[str, Any] | None) -> list[Prediction]:
+    def _resolved(self, named: Named) -> Answering:
+        if isinstance(named, Mapping):
+            return Mixture.of([(self.registry.resolve(ref), weight) for ref, weight in named.items()])
+        return None if named is None else self.registry.resolve(named)
+
+    def _run(
+        self, texts: Sequence[str], decisions: Sequence[Decision], answering: Sequence[Answering], generation: Mapping[str, Any] | None
+    ) -> list[Prediction]:
         from adapter_hub.engine.engine import Request
 
-        requests = [Request(text, decision.adapter) for text, decision in zip(texts, decisions, strict=True)]
+        requests = [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
         outputs = self.engine.predict(requests, generation=generation)
-        return [_prediction(decision, output) for decision, output in zip(decisions, outputs, strict=True)]
+        return [_prediction(*row) for row in zip(decisions, answering, outputs, strict=True)]
 
     def run(
         self,
@@ -530,7 +559,8 @@ class Hub:
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration}
 
         def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
-            return [p.row() for p in self._run(texts, self._route(router, texts, 1, rate), generation)]
+            decisions = self._route(router, texts, 1, rate)
+            return [p.row() for p in self._run(texts, decisions, [decision.adapter for decision in decisions], generation)]
 
         return run_job(
             input, output, answer, resume=resume, overwrite=overwrite, settings=settings, facts=facts, progress=progress
@@ -711,7 +741,11 @@ def _task_type(text: str) -> str:
     return found
 
 
-def _prediction(decision: Decision, output: Output) -> Prediction:
+def _foremost(adapter: Answering) -> AdapterRef | None:
+    return adapter.shares[0][0] if isinstance(adapter, Mixture) else adapter
+
+
+def _prediction(decision: Decision, adapter: Answering, output: Output) -> Prediction:
     return Prediction(
         adapter=decision.adapter,
         decision=decision,
@@ -721,6 +755,7 @@ def _prediction(decision: Decision, output: Output) -> Prediction:
         vector=output.vector,
         tokens=output.tokens,
         truncated=output.truncated,
+        mixture=adapter.shares if isinstance(adapter, Mixture) and len(adapter.shares) > 1 else (),
     )
 
 
@@ -797,10 +832,10 @@ def _inputs(texts: Any) -> tuple[str, ...]:
     return found
 
 
-def _aligned(adapters: Any, count: int) -> Sequence[str | AdapterRef | None]:
-    if isinstance(adapters, str | AdapterRef):
+def _aligned(adapters: Any, count: int) -> Sequence[Named]:
+    if isinstance(adapters, str | AdapterRef | Mapping):
         return [adapters] * count
-    named: Sequence[str | AdapterRef | None] = _texts("adapters", adapters)
+    named: Sequence[Named] = _texts("adapters", adapters)
     if len(named) != count:
         raise InvalidInput(f"{len(named)} adapters were named for {count} texts.", hint="Name one for each text, or one for all.")
     return named

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
@@ -31,9 +33,12 @@ from adapter_hub.errors import (
 )
 from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
+from adapter_hub.routing.calibration import QUANTILES
 from adapter_hub.routing.decision import Reason
 from adapter_hub.routing.encoder import SentenceEncoder
 from adapter_hub.routing.features import extract
+from adapter_hub.routing.prototypes import Prototypes
+from adapter_hub.routing.statistics import Exemplars, RoutingState
 from adapter_hub.testing import load_peft, make_adapter, tiny_model
 from adapter_hub.training.config import TrainConfig
 from tests.soak.registry_kill import database_schema
@@ -174,6 +179,38 @@ def test_purging_what_was_taught_further_says_so_and_erases_it_everywhere(hub: H
     assert not list((tmp_path / "registry/index").rglob("*.safetensors"))    # the saved router held their vectors too
     [decision] = hub.route(["the dog runs"], max_false_reject=0)
     assert str(decision.adapter) == "animals@1" and decision.calibration == 1 and hub.verify().ok
+
+
+def test_after_a_purge_no_file_holds_its_vectors_and_calibrations_hold_numbers_about_scores(hub: Hub, tmp_path: Path) -> None:
+    hub.register("colours", make_adapter(hub.base, tmp_path / "c", seed=1), COLOURS, labels=["red", "blue"])
+    hub.register("animals", make_adapter(hub.base, tmp_path / "a", seed=2), ANIMALS, labels=["dog", "cat"])
+    hub.settle()    # saves the router
+    hub.calibrate()
+    state = RoutingState.from_bytes(hub.registry.read("colours@1", "routing.safetensors"))
+    kept, offsets = state.exemplars, state.exemplars.offsets
+    vectors = {row.tobytes() for row in (*kept.codes, *Prototypes.of(Exemplars.of(state), False).means)}
+    vectors |= {kept.sketches[start:stop].tobytes() for start, stop in pairwise(offsets)}
+
+    def found() -> set[bytes]:
+        stored = b"\0".join(path.read_bytes() for path in (tmp_path / "registry").rglob("*") if path.is_file())
+        return {vector for vector in vectors if vector in stored}
+
+    assert found() == vectors
+    hub.purge("colours@1")
+    assert found() == set()
+    hub.settle()
+    assert (tmp_path / "registry/index/router/0.safetensors").exists() and found() == set()
+    records = sorted((tmp_path / "registry/calibrations").glob("*.safetensors"))
+    assert [path.name for path in records] == ["1.safetensors", "2.safetensors"]
+    for path in records:
+        with safe_open(path, "numpy") as record:
+            assert {key: record.get_tensor(key).shape for key in record.keys()} == {"quantiles": (QUANTILES,)}
+            [(sheet, text)] = record.metadata().items()
+        facts = json.loads(text)
+        centres, scoring = dict(facts.pop("centres")), facts.pop("scoring")
+        assert sheet == "calibration" and centres.keys() == {"colours@1", "animals@1"} and len(scoring) == 4
+        numbers = [*centres.values(), *scoring, *facts.pop("facts").values()]
+        assert {type(number) for number in numbers} == {float} and {type(fact) for fact in facts.values()} <= {int, float, str}
 
 
 def test_another_hub_on_the_same_folder_sees_a_promotion_at_its_next_input(filled: Hub, tmp_path: Path) -> None:

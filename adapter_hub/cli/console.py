@@ -190,7 +190,14 @@ def effects(document: Mapping[str, JSON]) -> None:
 
 def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:
     columns = ("text", "adapter", "answer", "score", "reason")
-    table(columns, [[_answer(document) if c == "answer" else document.get(c) for c in columns] for document in documents])
+    drawn = [{**document, "answer": _answer(document), "adapter": _answering(document)} for document in documents]
+    table(columns, [[document.get(column) for column in columns] for document in drawn])
+
+
+def _answering(document: Mapping[str, JSON]) -> JSON:
+    """The adapter; of a mixture each with its weight."""
+    parts = [f"{shown(part['weight'])} {part['adapter']}" for part in document.get("mixture") or ()]
+    return " + ".join(parts) or document.get("adapter")
 
 
 def _answer(document: Mapping[str, JSON]) -> JSON:

@@ -392,13 +392,15 @@ def predict(
     texts: Texts = None,
     file: File = "",
     adapter: Annotated[str, typer.Option(metavar="REF", help="Answer with this one; do not route.", autocompletion=complete_ref)] = "",
+    mix: Annotated[int, typer.Option("--mix", metavar="K", help="Let the K best candidates answer together, where they can.", min=1)] = 1,
     generation: Generation = "",
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Answer each input with the adapter it belongs to."""
     inputs, settings = read_texts(texts, file), json_object("--generation", generation)
-    found = _open(ctx, registry).predict(inputs, adapters=adapter or None, max_false_reject=max_false_reject, generation=settings)
+    hub = _open(ctx, registry)
+    found = hub.predict(inputs, adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix)
     emit(_beside(inputs, found), as_json, predictions)
 
 

@@ -1,4 +1,4 @@
-"""Run requests on the frozen base: one forward for rows of many adapters and of the base itself.
+"""Run requests on the frozen base: one forward for rows of many adapters, of several together, and of the base itself.
 
 The engine is told which adapter; it never chooses one. plan -> hold adapters -> forward -> outputs, in the request's order.
 """
@@ -22,25 +22,26 @@ from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
 from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.generation import check_generation, merged
-from adapter_hub.engine.heads import probabilities
+from adapter_hub.engine.heads import Head, probabilities, summed
 from adapter_hub.engine.lora_layers import MixedLayers
+from adapter_hub.engine.mixtures import Mixture, Shares, canonical, obstacle
 from adapter_hub.engine.plan import Batch, Row, plan_batches
 from adapter_hub.engine.slots import Facts, Resident, Slots
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
 
-# n rows, t tokens, d hidden width, c labels
+# n rows, t tokens, d hidden width, c labels, k adapters of a row, at most
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
 _BASE = Facts(None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One input and the version that answers it; None is the base model."""
+    """One input and what answers it: a version, several together, or None for the base model."""
 
     text: str
-    adapter: AdapterRef | None    # resolved
+    adapter: AdapterRef | Mixture | None    # resolved
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,22 +85,44 @@ class Engine:
 
         A row's result depends on its neighbours by no more than rounding (1e-5); the same request gives the same bytes. What is
         sampled depends on the row and its `seed` alone, so rows of one text and seed get one answer; without a seed each draws anew.
-        Raises InvalidInput for an empty text (with its position) or an unknown generation setting, and what `load` raises.
+        Adapters may answer together where they agree in task, labels, prompt template and generation settings, and none is a DoRA.
+        The order in which a mixture names them changes nothing, and a mixture of one is that adapter. All must be resident at once.
+        Raises InvalidInput for an empty text (with its position), an unknown generation setting or adapters that do not mix,
+        and what `load` raises.
         """
         call = check_generation(generation or {})
         for position, request in enumerate(requests, 1):
             if fault := text_fault(request.text):
                 raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
-        facts = [_BASE if request.adapter is None else self.slots.facts(request.adapter) for request in requests]
+        shares = [canonical(request.adapter) for request in requests]
+        facts = [self._facts(row) for row in shares]
         kinds = [self._kind(fact, call) for fact in facts]
         encoded = self._encode([request.text for request in requests], facts, kinds)
-        rows = [Row(request.adapter, kind, len(ids)) for request, kind, ids in zip(requests, kinds, encoded, strict=True)]
+        rows = [Row(tuple(ref for ref, _ in row), kind, len(ids)) for row, kind, ids in zip(shares, kinds, encoded, strict=True)]
         outputs: dict[int, Output] = {}
         for batch in plan_batches(rows, slots_max=self.slots.slots_max).batches:
             run = self._hidden if batch.kind == HIDDEN else self._generate
             with self.slots.hold(batch.adapters) as held, torch.inference_mode():
-                outputs |= run(batch, held, facts, encoded)
+                outputs |= run(batch, held, shares, facts, encoded)
         return [outputs[i] for i in range(len(requests))]
+
+    def mixable(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
+        """The first of these versions, and those of the others that can answer together with it."""
+        first, *others = [(ref, self.slots.facts(ref)) for ref in refs]
+        return [first[0], *(other[0] for other in others if obstacle(first, other) is None)]
+
+    def _facts(self, shares: Shares) -> Facts:
+        """Of a row's adapters, which agree. Raises InvalidInput where they do not."""
+        if not shares:
+            return _BASE
+        if len(shares) > self.slots.slots_max:
+            have = f"this engine holds {self.slots.slots_max}"
+            raise InvalidInput(f"a mixture of {len(shares)} adapters needs them all at once, and {have}.", hint="Mix fewer, or raise slots_max.")
+        first, *others = [(ref, self.slots.facts(ref)) for ref, _ in shares]
+        for other in others:
+            if reason := obstacle(first, other):
+                raise InvalidInput(f"{first[0]} and {other[0]} cannot answer together: {reason}.", hint="Ask each by itself.")
+        return first[1]
 
     def check(self, adapter: Adapter) -> dict[str, Any]:
         """The adapter's generation settings, checked by name and type, and with its template by what the base can take.
@@ -168,17 +191,24 @@ class Engine:
             raise InvalidInput(f"max_new_tokens={new} is more than the model can write: it has {positions} positions.", hint=hint)
         return limit
 
-    def _open(self, batch: Batch, held: Sequence[Resident]) -> Any:
+    def _open(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares]) -> Any:
         places = {ref: place for place, ref in enumerate(batch.adapters, 1)}
-        slots = [places[s.adapter] if s.adapter is not None else 0 for s in batch.segments for _ in s.rows]
+        k = max(1, *(len(segment.adapters) for segment in batch.segments))
+        padded = [[*shares[i], *[(None, 0.0)] * (k - len(shares[i]))] for i in batch.rows]
+        slots = torch.tensor([[places[ref] if ref else 0 for ref, _ in row] for row in padded], device=self.base.device)
         stacks = self.slots.stacks(batch.adapters, held) if held else {}
-        return self._layers.open(torch.tensor(slots, device=self.base.device), stacks)
+        if k == 1:    # nothing is weighed, so that what it costs and gives is as if there were no mixtures
+            return self._layers.open(slots[:, 0], None, stacks)
+        weights = torch.tensor([[weight for _, weight in row] for row in padded], device=self.base.device, dtype=torch.float32)
+        return self._layers.open(slots, weights, stacks)
 
     # ---- classification and embeddings --------------------------------------------------------------------------
 
-    def _hidden(self, batch: Batch, held: Sequence[Resident], facts: Sequence[Facts], encoded: Sequence[Encoded]) -> dict[int, Output]:
+    def _hidden(
+        self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], facts: Sequence[Facts], encoded: Sequence[Encoded]
+    ) -> dict[int, Output]:
         inputs = self.base.pad([encoded[i] for i in batch.rows])
-        with self._open(batch, held):
+        with self._open(batch, held, shares):
             body = self.base.body(**inputs)
         residents = dict(zip(batch.adapters, held, strict=True))
         outputs: dict[int, Output] = {}
@@ -188,9 +218,11 @@ class Engine:
             start += len(segment.rows)
             fact, ids = facts[segment.rows[0]], [encoded[i] for i in segment.rows]
             if fact.task_type in HEADED:
-                head = residents[cast(AdapterRef, segment.adapter)].head
-                assert head is not None and fact.labels is not None
-                scores = probabilities(head.logits(body, inputs, places)).cpu().numpy()
+                assert fact.labels is not None
+                heads = [cast(Head, residents[ref].head) for ref in segment.adapters]
+                weights = [[weight for _, weight in shares[i]] for i in segment.rows]
+                logits = summed([head.logits(body, inputs, places) for head in heads], weights)
+                scores = probabilities(logits).cpu().numpy()
                 classify = _token_labels if fact.task_type is TaskType.TOKEN_CLS else _label
                 made = [classify(fact.labels, row, one) for row, one in zip(scores, ids, strict=True)]
             else:
@@ -201,7 +233,9 @@ class Engine:
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
-    def _generate(self, batch: Batch, held: Sequence[Resident], _: Sequence[Facts], encoded: Sequence[Encoded]) -> dict[int, Output]:
+    def _generate(
+        self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], _: Sequence[Facts], encoded: Sequence[Encoded]
+    ) -> dict[int, Output]:
         settings = dict(cast(Any, batch.kind))
         seed = settings.pop("seed", None)
         stop = settings.pop("stop_strings", None)
@@ -212,7 +246,7 @@ class Engine:
         if stop:
             config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
         draws = Draws(len(batch.rows), seed, self.base.device) if settings["do_sample"] else nullcontext()
-        with self._open(batch, held), draws:
+        with self._open(batch, held, shares), draws:
             written: Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
         if self.base.kind is BaseKind.CAUSAL:
             written = written[:, inputs["input_ids"].shape[1] :]

@@ -7,6 +7,7 @@ and only the adapter's head tensors are loaded. So BERT's pooler, RoBERTa's two 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ class Head:
             logits: Tensor = self._model(input_ids=inputs["input_ids"][rows], attention_mask=inputs["attention_mask"][rows]).logits
             self._replay.output = None
         return logits
+
+
+def summed(logits: Sequence[Tensor], weights: Sequence[Sequence[float]]) -> Tensor:
+    """The logits of k heads, each (n, …), weighed row by row by `weights` (n, k) and summed, in float32. One head's are its own."""
+    if len(logits) == 1:
+        return logits[0]
+    shares = torch.tensor(weights, device=logits[0].device, dtype=torch.float32)
+    return torch.einsum("kn...,nk->n...", torch.stack(list(logits)).float(), shares)
 
 
 def probabilities(logits: Tensor) -> Tensor:

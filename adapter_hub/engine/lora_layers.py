@@ -1,6 +1,7 @@
 """One forward, many adapters: each row of a batch gets its own low-rank update in every linear layer.
 
     y = x W + s_a · B_a A_a x                      LoRA, for a row of adapter a
+    y = x W + Σ_a w_a s_a · B_a A_a x              LoRA, for a row of several adapters with weights w
     y = y₀ + (g_a − 1)(y₀ − b) + g_a s_a B_a A_a x  DoRA, with g_a = m_a / ‖W + s_a B_a A_a‖ and bias b
 
 The base's modules carry a hook that does nothing unless this thread has a batch open: weights and modules stay the base's own.
@@ -21,7 +22,8 @@ from adapter_hub.adapters.checks import dora_gain
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
 
-# n rows, t tokens, s adapters of the batch (0 is the base), i inputs of a module, o outputs, r rank (padded with zeros)
+# n rows, t tokens, s adapters of the batch (0 is the base), k adapters of a row, at most
+# i inputs of a module, o outputs, r rank (padded with zeros)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +46,8 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Open:
-    slots: Tensor                        # (n,), the place of each row's adapter in the stacks
+    slots: Tensor                        # (n,), the place of each row's adapter in the stacks; (n, k) with weights
+    weights: Tensor | None               # (n, k) float32, where any row has several adapters; places that a row does not need are 0 of weight 0
     stacks: Mapping[nn.Module, Stack]
 
 
@@ -80,9 +83,12 @@ class MixedLayers:
                 self._hooked.add(module)
 
     @contextmanager
-    def open(self, slots: Tensor, stacks: Mapping[nn.Module, Stack]) -> Iterator[None]:
-        """While open, this thread's forwards adapt row i by place `slots[i]` of the stacks; 0 leaves it to the base."""
-        self._thread.open = _Open(slots, stacks)
+    def open(self, slots: Tensor, weights: Tensor | None, stacks: Mapping[nn.Module, Stack]) -> Iterator[None]:
+        """While open, this thread's forwards adapt row i by place `slots[i]` of the stacks; 0 leaves it to the base.
+
+        With weights, both (n, k), by the sum of `weights[i, j]` times the update at place `slots[i, j]`.
+        """
+        self._thread.open = _Open(slots, weights, stacks)
         try:
             yield
         finally:
@@ -94,15 +100,26 @@ class MixedLayers:
             return None
         x = inputs[0]
         # Beams repeat each row in place, and some models flatten rows and tokens: either way a row's parts stay together.
-        slots = batch.slots.repeat_interleave(x.shape[0] // len(batch.slots))
+        copies = x.shape[0] // len(batch.slots)
+        slots = batch.slots.repeat_interleave(copies, dim=0)
         x = x.reshape(len(slots), -1, x.shape[-1])
-        update = torch.bmm(torch.bmm(x, stack.a[slots]), stack.b[slots])
+        if batch.weights is None:
+            update = torch.bmm(torch.bmm(x, stack.a[slots]), stack.b[slots])
+        else:
+            update = _weighted(x, slots, batch.weights.repeat_interleave(copies, dim=0), stack)
+            slots = slots[:, 0]    # of the gain: a row with several adapters has no DoRA among them
         y = output.reshape(len(slots), -1, output.shape[-1])
         if stack.gain is None:
             return (y + update).reshape(output.shape)
         gain = stack.gain[slots]
         plain = y if module.bias is None else y - module.bias  # type: ignore[operator]
         return (y + (gain - 1) * plain + gain * update).reshape(output.shape)
+
+
+def _weighted(x: Tensor, slots: Tensor, weights: Tensor, stack: Stack) -> Tensor:
+    """(n, t, o) of inputs (n, t, i): one adapter of rank k · r for each row, its parts weighed where they are narrowest."""
+    narrow = [torch.bmm(x, stack.a[place]) * weight[:, None, None] for place, weight in zip(slots.T, weights.T, strict=True)]
+    return torch.bmm(torch.cat(narrow, dim=-1).to(x.dtype), stack.b[slots].flatten(1, 2))
 
 
 def stack_bound(adapters: Sequence[Mapping[nn.Module, Bound]]) -> dict[nn.Module, Stack]:

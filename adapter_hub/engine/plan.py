@@ -18,16 +18,16 @@ BATCH_ROWS_MAX = 64
 class Row:
     """One input as the planner sees it."""
 
-    adapter: AdapterRef | None    # None: the base model
-    kind: Hashable                # rows of different kinds cannot share a forward: hidden states, or one set of generation settings
+    adapters: tuple[AdapterRef, ...]    # distinct, in order; empty: the base model; several: they answer it together
+    kind: Hashable                      # rows of different kinds cannot share a forward: hidden states, or one set of generation settings
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows of one batch that share an adapter, as positions in the request."""
+    """Rows of one batch that share their adapters, as positions in the request. Their weights may differ."""
 
-    adapter: AdapterRef | None
+    adapters: tuple[AdapterRef, ...]    # empty: the base model
     rows: tuple[int, ...]
 
 
@@ -40,7 +40,8 @@ class Batch:
 
     @property
     def adapters(self) -> tuple[AdapterRef, ...]:
-        return tuple(segment.adapter for segment in self.segments if segment.adapter is not None)
+        """Each once, in order."""
+        return tuple(sorted({ref for segment in self.segments for ref in segment.adapters}))
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -53,15 +54,18 @@ class BatchPlan:
 
 
 def plan_batches(rows: Sequence[Row], *, rows_max: int = BATCH_ROWS_MAX, slots_max: int) -> BatchPlan:
-    """Group rows by kind and length into batches of at most `rows_max` rows and `slots_max` distinct adapters."""
+    """Group rows by kind and length into batches of at most `rows_max` rows and `slots_max` distinct adapters.
+
+    No row may need more adapters than that by itself.
+    """
     kinds = list(dict.fromkeys(row.kind for row in rows))
     batches = []
     for kind in kinds:
         found = [i for i, row in enumerate(rows) if row.kind == kind]
-        crowded = len({rows[i].adapter for i in found} - {None}) > slots_max
+        crowded = len({ref for i in found for ref in rows[i].adapters}) > slots_max
         # Rows of like length are padded little; ties keep the request's order. Where not all adapters can be resident,
         # each one's rows stay together instead: loading it once costs less than padding saves.
-        order = sorted(found, key=lambda i: (str(rows[i].adapter) if crowded else "", -rows[i].tokens))
+        order = sorted(found, key=lambda i: (tuple(map(str, rows[i].adapters)) if crowded else (), -rows[i].tokens))
         batches += [_batch(kind, rows, chunk) for chunk in _chunks(rows, order, rows_max, slots_max)]
     return BatchPlan(tuple(batches))
 
@@ -79,19 +83,15 @@ def _chunks(rows: Sequence[Row], order: Sequence[int], rows_max: int, slots_max:
     chunk: list[int] = []
     adapters: set[AdapterRef] = set()
     for i in order:
-        adapter = rows[i].adapter
-        new = adapter is not None and adapter not in adapters
-        if chunk and (len(chunk) == rows_max or (new and len(adapters) == slots_max)):
+        if chunk and (len(chunk) == rows_max or len(adapters.union(rows[i].adapters)) > slots_max):
             yield chunk
             chunk, adapters = [], set()
         chunk.append(i)
-        if adapter is not None:
-            adapters.add(adapter)
+        adapters.update(rows[i].adapters)
     if chunk:
         yield chunk
 
 
 def _batch(kind: Hashable, rows: Sequence[Row], chunk: Sequence[int]) -> Batch:
-    base = [Segment(None, found)] if (found := tuple(i for i in chunk if rows[i].adapter is None)) else []
-    refs = sorted({ref for i in chunk if (ref := rows[i].adapter) is not None})
-    return Batch(kind, (*base, *(Segment(ref, tuple(i for i in chunk if rows[i].adapter == ref)) for ref in refs)))
+    sets = sorted({rows[i].adapters for i in chunk})    # the empty one, the base's, is first
+    return Batch(kind, tuple(Segment(refs, tuple(i for i in chunk if rows[i].adapters == refs)) for refs in sets))

@@ -39,6 +39,7 @@ class Facts:
     labels: tuple[str, ...] | None
     prompt_template: str | None
     generation: Mapping[str, Any] = field(default_factory=dict)
+    use_dora: bool = False
 
 
 class Slots:
@@ -116,5 +117,5 @@ class Slots:
     def _bind(self, ref: AdapterRef) -> Resident:
         adapter = self._load(ref)
         generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
-        self._facts[ref] = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation)
+        self._facts[ref] = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, adapter.settings.use_dora)
         return Resident(self._layers.bind(adapter), Head(self._base, adapter) if adapter.head else None)

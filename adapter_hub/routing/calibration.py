@@ -33,8 +33,10 @@ NUMBERS_MAX = 2**25            # of products held at once
 EVALUATION_MIN = 10            # evaluation inputs of an adapter that take the place of its left-out exemplars
 CENTRE_WEIGHT = 50.0           # scored inputs that an adapter needs to outweigh all others in its own centre
 CLASS_FULL = 5.0               # classes with more exemplars than this count the same
-WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25)    # of closeness that are tried
-TOLERANCE = 0.001              # left-out accuracy that the greatest weight may cost: what it gains lies where there are no exemplars
+WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)    # of closeness that are tried
+# Left-out accuracy that the greatest weight may cost. What it gains lies where there are no exemplars, and most of that by the other
+# classes of an adapter: where each has one, there is little to gain.
+TOLERANCE, TOLERANCE_ONE_CLASS = 0.001, 0.0002
 ACCURACY_MIN = 50              # left-out exemplars that can tell one weight from another
 PRIOR_DEVIATION = 0.35         # of scores, before any was seen, and what that weighs, in scores and in degrees of freedom
 PRIOR_WEIGHT = 2.0
@@ -334,7 +336,8 @@ class _Bench:
         if total < ACCURACY_MIN or len(self.starts) < 2:
             return scoring.closeness
         accuracy = right / total
-        chosen = int(np.flatnonzero(accuracy >= accuracy.max() - TOLERANCE)[-1])
+        tolerance = TOLERANCE if len(self.means) > len(self.starts) else TOLERANCE_ONE_CLASS
+        chosen = int(np.flatnonzero(accuracy >= accuracy.max() - tolerance)[-1])
         self.accuracy = float(accuracy[chosen])
         return WEIGHTS[chosen]
 
@@ -356,7 +359,7 @@ class _Bench:
             if place in evaluated:
                 features = state.evaluation.features
                 products = features.dense @ self.means.T
-                solved = self.head.responses(self.solver.hidden(features)) if self.head and self.solver else None
+                solved = self.head.responses(features) if self.head else None
                 self._note(scoring, products, solved, values, adapters)
                 classes_here = len(self.exemplars[place].counts)
                 weights.append(np.full(len(features), classes_here / len(features)))

@@ -72,6 +72,8 @@ def in_words(decision: Decision, rate: float) -> str:
     first = f"{best} fits best: it scores {score:.2f} {how}{lead}."
     if rate == 0:
         return f"{first} It answers, since no input may be turned away."
+    if rate == 1:
+        return f"{first} But every input is to be turned away: the base model answers."
     bar = f"{decision.score:+.2f} from its centre, where {100 * rate:g} % of inputs that belong lie below {decision.threshold:+.2f}"
     if decision.adapter is not None:
         return f"{first} The input lies {bar}: accepted."

@@ -1,7 +1,7 @@
 """What the router sees of a text: its sentence embedding (meaning) and a hashed sketch of its words and characters (form).
 
-No vocabulary is fitted: a new task changes no feature of the old ones. `Hidden` turns both into the random features that the
-head is linear in.
+No vocabulary is fitted: a new task changes no feature of the old ones. `Hidden` and `Kernel` are the two bases that a head is
+linear in.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def unpack(offsets: NDArray[np.uint32], codes: U8) -> Sparse:
     return _unit_sketch(indptr, place[real], np.where(codes[real] & 1, -1.0, 1.0))
 
 
-# ---- random features --------------------------------------------------------------------------------------------------
+# ---- bases ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -169,6 +169,24 @@ class Hidden:
         projected = features.dense @ self.dense
         projected += features.lexical @ self.lexical
         return np.asarray(np.maximum(projected, 0, out=projected), np.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kernel:
+    """exp(-squared distance) of [dense, SKETCH_WEIGHT × sketch] to each of h exemplars: the exact form, for few of them."""
+
+    exemplars: Features     # h
+
+    @property
+    def width(self) -> int:
+        return len(self.exemplars)
+
+    def __call__(self, features: Features) -> F32:
+        """(n, h)"""
+        products = features.dense @ self.exemplars.dense.T
+        products += np.float32(SKETCH_WEIGHT**2) * (features.lexical @ self.exemplars.lexical.T).toarray()
+        length = np.float32(1 + SKETCH_WEIGHT**2)    # of every row, squared
+        return np.asarray(np.exp(2 * (products - length)), np.float32)
 
 
 @lru_cache(maxsize=4)

@@ -1,7 +1,8 @@
-"""The head: ridge regression from random features to the classes of all adapters, solved in closed form. Pure numpy and scipy.
+"""The head: ridge regression from features to the classes of all adapters, solved in closed form. Pure numpy and scipy.
 
 Its parameters follow from sums over the exemplars (φφᵀ and φyᵀ), taken in a canonical order: the same adapters give the same
-head, whatever was added or removed before. An exemplar's answer without itself costs no second solve.
+head, whatever was added or removed before. An exemplar's answer without itself costs no second solve. Few exemplars are met by
+their exact kernel, many by random features.
 """
 
 from __future__ import annotations
@@ -12,53 +13,74 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from numpy.typing import NDArray
 from scipy import linalg, sparse
 
 from adapter_hub.errors import InvalidName
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.features import F32, HIDDEN_DIM, Features, Hidden
+from adapter_hub.routing.features import F32, HIDDEN_DIM, Features, Hidden, Kernel, pack, unpack
 from adapter_hub.routing.statistics import F64, I64, Exemplars, corrupt, read_tensors
 
 # n exemplars, h hidden width, k classes of all solved adapters
-SCHEMA = 1
-RIDGE = 0.01               # of the mean eigenvalue of φφᵀ; from 0.001 to 0.03 nothing changes on validation splits
+SCHEMA = 2
+RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 nothing changes on validation splits
 CLASSES_MAX = 4096         # more: prototypes alone. h × k numbers are held
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
+DIM_MAX = 2**14            # of an encoder whose head is read: more is damage, and would be an allocation
 BLOCK = 4096               # exemplars whose hidden features are held at once
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """response(φ) = φ · weights: near 1 for inputs like a class's exemplars, near 0 for the rest."""
+    """response = basis(features) · weights: near 1 for inputs like a class's exemplars, near 0 for the rest."""
 
+    basis: Hidden | Kernel
     weights: F32                          # (h, k)
     columns: Mapping[AdapterRef, int]     # the first class of each solved adapter
     digest: str                           # of what it was solved on
 
-    def responses(self, hidden: F32) -> F32:
+    def responses(self, features: Features) -> F32:
         """(n, k)"""
-        return np.asarray(hidden @ self.weights)
+        return np.asarray(self.basis(features) @ self.weights)
 
     def to_bytes(self) -> bytes:
         facts = {"schema": SCHEMA, "digest": self.digest, "columns": {str(ref): column for ref, column in self.columns.items()}}
-        return safetensors.numpy.save({"weights": self.weights}, {"head": json.dumps(facts, sort_keys=True)})
+        tensors: dict[str, NDArray[Any]] = {"weights": self.weights}
+        if isinstance(self.basis, Kernel):
+            offsets, sketches = pack(self.basis.exemplars.lexical)
+            tensors |= {"dense": self.basis.exemplars.dense, "offsets": offsets, "sketches": sketches}
+        else:
+            facts["dim"] = self.basis.dense.shape[0]
+        return safetensors.numpy.save(tensors, {"head": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, data: bytes, source: Path | str = "head.safetensors") -> Head:
         """Raises CorruptVersion if these are not the bytes of a head."""
         tensors, facts = read_tensors(data, "head", SCHEMA, source)
         try:
+            weights = tensors["weights"]
+            if weights.dtype != np.float32 or weights.ndim != 2 or not np.isfinite(weights).all():
+                raise ValueError("the weights are not finite float32 in two dimensions, what they should be")
             columns = {AdapterRef.parse(ref): int(column) for ref, column in facts["columns"].items()}
-            head = cls(tensors["weights"], columns, str(facts["digest"]))
+            basis: Hidden | Kernel
+            if "dense" in tensors:
+                dense, lexical = tensors["dense"], unpack(tensors["offsets"], tensors["sketches"])
+                if dense.dtype != np.float32 or dense.ndim != 2 or len(dense) != lexical.shape[0] or not np.isfinite(dense).all():
+                    raise ValueError("an exemplar")
+                basis = Kernel(Features(dense, lexical))
+            else:
+                if not 1 <= int(facts["dim"]) <= DIM_MAX:
+                    raise ValueError("the width")
+                basis = Hidden.of(int(facts["dim"]), len(weights))
+            head = cls(basis, weights, columns, str(facts["digest"]))
         except (KeyError, TypeError, ValueError, AttributeError, InvalidName) as error:
             raise corrupt(source, f"{error} is missing or has another form") from error
-        if head.weights.dtype != np.float32 or head.weights.ndim != 2 or not np.isfinite(head.weights).all():
-            raise corrupt(source, "the weights are not finite float32 in two dimensions")
-        if not all(0 <= column < head.weights.shape[1] for column in columns.values()):
-            raise corrupt(source, f"a column is not one of {head.weights.shape[1]}")
+        if basis.width != len(weights) or not all(0 <= column < weights.shape[1] for column in columns.values()):
+            raise corrupt(source, f"weights {weights.shape} do not fit a basis of {basis.width} or its columns")
         return head
 
 
@@ -76,73 +98,67 @@ def digest_of(digests: Mapping[AdapterRef, str]) -> str:
 
 
 class Solver:
-    """The normal equations of some adapters, factored once: in the space of features, or of exemplars where those are fewer."""
+    """The normal equations of some adapters, factored once: in the space of exemplars while they are few, else of random features."""
 
     def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, width: int = HIDDEN_DIM) -> None:
         refs = sorted(ref for ref, one in exemplars.items() if not one.single)
         parts = [exemplars[ref] for ref in refs]
         firsts = np.cumsum([0, *(len(part.counts) for part in parts)])
-        self.hidden = Hidden.of(dim, width)
         self.columns = dict(zip(refs, firsts[:-1].tolist(), strict=True))
         self.targets: I64 = np.concatenate([part.classes + first for part, first in zip(parts, firsts[:-1], strict=True)])
         self.features = Features.concatenate([part.features for part in parts])
+        self.basis = Kernel(self.features) if len(self.features) <= width else Hidden.of(dim, width)
         self._class_count = int(firsts[-1])
-        self._by_exemplar = len(self.features) <= self.hidden.width
         self._factor = linalg.cholesky(self._gram(), lower=True, overwrite_a=True, check_finite=False)
 
     def _gram(self) -> F64:
-        width, n = self.hidden.width, len(self.features)
-        if self._by_exemplar:
-            hidden = self.hidden(self.features).astype(np.float64)
-            gram = hidden @ hidden.T
+        """φᵀφ, or the kernel matrix, and the ridge."""
+        if isinstance(self.basis, Kernel):
+            gram = self.basis(self.features).astype(np.float64)
         else:
-            gram = np.zeros((width, width))
-            for start in range(0, n, BLOCK):
-                block = self.hidden(self.features[start : start + BLOCK])
+            gram = np.zeros((self.basis.width, self.basis.width))
+            for start in range(0, len(self.features), BLOCK):
+                block = self.basis(self.features[start : start + BLOCK])
                 gram += block.T @ block
-        gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / width
+        gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / len(gram)
         return gram
 
     @cached_property
     def _weights(self) -> F32:
-        if self._by_exemplar:
-            return np.asarray(self.hidden(self.features).T @ self._dual.astype(np.float32))
-        moments = np.zeros((self._class_count, self.hidden.width))
-        for start in range(0, len(self.features), BLOCK):
-            targets = self.targets[start : start + BLOCK]
-            chosen = sparse.csr_matrix((np.ones(len(targets), np.float32), (targets, np.arange(len(targets)))), (self._class_count, len(targets)))
-            moments += chosen @ self.hidden(self.features[start : start + BLOCK])
-        solved = linalg.cho_solve((self._factor, True), moments.T, check_finite=False)
+        if isinstance(self.basis, Kernel):
+            moments = np.eye(self._class_count)[self.targets]
+        else:
+            moments = np.zeros((self.basis.width, self._class_count))
+            for start in range(0, len(self.features), BLOCK):
+                targets = self.targets[start : start + BLOCK]
+                chosen = sparse.csr_matrix((np.ones(len(targets), np.float32), (targets, np.arange(len(targets)))), (self._class_count, len(targets)))
+                moments += (chosen @ self.basis(self.features[start : start + BLOCK])).T
+        solved = linalg.cho_solve((self._factor, True), moments, check_finite=False)
         return np.ascontiguousarray(solved, np.float32)    # safetensors writes memory as it lies, and LAPACK's lies by columns
 
     @cached_property
-    def _dual(self) -> F64:
-        """(n, k)"""
-        return np.asarray(linalg.cho_solve((self._factor, True), np.eye(self._class_count)[self.targets], check_finite=False))
-
-    @cached_property
-    def _inverse_diagonal(self) -> F64:
-        """(n,)"""
+    def _inverse_diagonal(self) -> F32:
+        """(n,), of the kernel matrix and the ridge."""
         inverse = linalg.solve_triangular(self._factor, np.eye(len(self._factor)), lower=True, check_finite=False)
-        return np.asarray((inverse**2).sum(axis=0))
+        return np.asarray((inverse**2).sum(axis=0), np.float32)
 
     @cached_property
     def _factor32(self) -> F32:
         return np.asarray(self._factor, np.float32)
 
     def head(self, digest: str) -> Head:
-        return Head(self._weights, self.columns, digest)
+        return Head(self.basis, self._weights, self.columns, digest)
 
     def left_out(self, rows: I64) -> F32:
         """(n, k): the responses to these exemplars, each by the head solved without it.
 
-        y - (y - ŷ) / (1 - hᵢ) with hᵢ = φᵢᵀ(ΦᵀΦ + λ)⁻¹φᵢ (Hastie, Tibshirani and Friedman 2009, section 7.10); in the space of
-        exemplars y - αᵢ / (ΦΦᵀ + λ)⁻¹ᵢᵢ.
+        y - αᵢ / (K + λ)⁻¹ᵢᵢ in the space of exemplars; y - (y - ŷ) / (1 - hᵢ) with hᵢ = φᵢᵀ(φᵀφ + λ)⁻¹φᵢ in that of features (Hastie,
+        Tibshirani and Friedman 2009, section 7.10).
         """
         targets = np.eye(self._class_count, dtype=np.float32)[self.targets[rows]]
-        if self._by_exemplar:
-            return np.asarray(targets - self._dual[rows] / self._inverse_diagonal[rows, None], np.float32)
-        hidden = self.hidden(self.features[rows])
+        if isinstance(self.basis, Kernel):
+            return np.asarray(targets - self._weights[rows] / self._inverse_diagonal[rows, None], np.float32)
+        hidden = self.basis(self.features[rows])
         solved = linalg.solve_triangular(self._factor32, hidden.T, lower=True, check_finite=False)
         leverage = np.minimum((solved**2).sum(axis=0), 1 - 1e-6)
         return np.asarray(targets - (targets - hidden @ self._weights) / (1 - leverage)[:, None], np.float32)

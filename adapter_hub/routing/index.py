@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import struct
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,14 +29,16 @@ Stored = NDArray[np.float16] | NDArray[np.float32]
 # Chosen by benchmarks/routing_scale.py.
 FLAT_MAX = 20_000            # rows searched one by one, exactly: some 2 ms a query
 LISTS_PER_ROOT = 4.5         # inverted lists for each √p
-PROBES = 48                  # lists read for a query
+PROBES = 40                  # lists read for a query
 SAMPLE_PER_LIST = 32         # rows that place the centre of a list
 ITERATIONS = 6               # of k-means
 GROUPS_READ = 8              # groups of lists in which a row looks for its own
 SEED = 20_240
+BYTE_MAX = 127
 BLOCK = 65_536               # rows that are float32 at a time while building
 PARALLEL_MIN = 8             # queries; fewer would wait for threads longer than they work
 MAGIC = b"adapter_hub index 1\n"
+SCALE = struct.Struct("<d")
 DIGEST_BYTES = 32
 
 
@@ -78,8 +81,9 @@ class FaissIndex:
     Any number of threads may search one index.
     """
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, scale: float) -> None:
         self._index = index    # faiss.IndexFlatIP or faiss.IndexIVFScalarQuantizer
+        self._scale = scale    # stored bytes over the caller's rows; 0 where rows are stored as they are
 
     @classmethod
     def build(cls, rows: Stored, *, flat_max: int = FLAT_MAX) -> FaissIndex:
@@ -88,10 +92,10 @@ class FaissIndex:
 
         _check_rows(rows)
         if len(rows) > max(flat_max, 0):
-            return cls(_inverted(rows))
+            return cls(*_inverted(rows))
         index = faiss.IndexFlatIP(rows.shape[1])
         index.add(np.ascontiguousarray(rows, np.float32))
-        return cls(index)
+        return cls(index, 0.0)
 
     @classmethod
     def open(cls, path: Path) -> FaissIndex:
@@ -101,30 +105,32 @@ class FaissIndex:
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
-                if size < len(MAGIC) or file.read(len(MAGIC)) != MAGIC:
+                head = file.read(len(MAGIC) + SCALE.size)
+                if size < len(head) or not head.startswith(MAGIC):
                     raise _unusable(path, "is not an index")
-                hasher, left = hashlib.sha256(MAGIC), size - len(MAGIC)
+                hasher, left = hashlib.sha256(head), size - len(head)
                 while chunk := file.read(min(CHUNK_BYTES, left)):
                     hasher.update(chunk)
                     left -= len(chunk)
                 # Before FAISS parses it: a wrong length in the file would be an allocation.
                 if file.read() != hasher.digest():
                     raise _unusable(path, "is cut short or was changed")
-                file.seek(len(MAGIC))
+                file.seek(len(head))
                 reader = faiss.PyCallbackIOReader(file.read, CHUNK_BYTES)    # type: ignore[attr-defined]
                 index = faiss.read_index(reader)
         except OSError as error:
             raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
         except RuntimeError as error:
             raise _unusable(path, "was written by another FAISS") from error
-        return cls(index)
+        return cls(index, *SCALE.unpack(head[len(MAGIC) :]))
 
     def save(self, path: Path) -> None:
         """Write the file, durably: all of it or nothing. Raises RegistryError, StorageFull, ReadOnlyRegistry."""
         import faiss
 
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        hasher = hashlib.sha256(MAGIC)
+        head = MAGIC + SCALE.pack(self._scale)
+        hasher = hashlib.sha256(head)
 
         with storage_errors(path):
             try:
@@ -134,7 +140,7 @@ class FaissIndex:
                         hasher.update(data)
                         file.write(data)
 
-                    file.write(MAGIC)
+                    file.write(head)
                     writer = faiss.PyCallbackIOWriter(write, CHUNK_BYTES)    # type: ignore[attr-defined]
                     faiss.write_index(self._index, writer)
                     file.write(hasher.digest())
@@ -166,6 +172,10 @@ class FaissIndex:
         """The k ≤ p best of each query, equal scores by row."""
         import faiss
 
+        scales = np.ones((len(queries), 1), np.float32)
+        if self._scale:
+            queries, scales = _whole(queries)
+            scales = scales * np.float32(self._scale)
         with _threads(len(queries)):
             scores, rows = self._index.search(queries, k)
             short = np.flatnonzero(rows[:, -1] < 0)    # the lists that were read hold fewer than k
@@ -173,33 +183,40 @@ class FaissIndex:
                 every = faiss.SearchParametersIVF()
                 every.nprobe = self._index.nlist
                 scores[short], rows[short] = self._index.search(queries[short], k, params=every)
+        scores = scores / scales
         equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
         order = np.lexsort((rows[equal], -scores[equal]), axis=1)
         rows[equal] = np.take_along_axis(rows[equal], order, axis=1)
         return scores, rows
 
 
-def _inverted(rows: Stored) -> Any:
-    """Inverted lists (Sivic and Zisserman 2003) of product codes of 4 bits for 2 numbers, read 32 rows at once (André et al. 2015).
+def _inverted(rows: Stored) -> tuple[Any, float]:
+    """(inverted lists around the centres of k-means (Sivic and Zisserman 2003), what rows were multiplied by to be whole bytes).
 
-    Codes hold the rows themselves, not what is left after the list's centre, so a score does not depend on the list.
+    Bytes hold the rows themselves, not what is left after the list's centre, so that products are of whole numbers: the fastest
+    to read, and the same in any order.
     """
     import faiss
 
     width = rows.shape[1]
     lists = min(1 << round(math.log2(LISTS_PER_ROOT * math.sqrt(len(rows)))), len(rows))
     chosen = np.random.default_rng(SEED).choice(len(rows), min(SAMPLE_PER_LIST * lists, len(rows)), replace=False)
-    sample = np.ascontiguousarray(rows[np.sort(chosen)], np.float32)
-    centres, finder = _centres(sample, lists)
-    index: Any = faiss.IndexIVFPQFastScan(centres, width, lists, width // (1 if width % 2 else 2), 4, faiss.METRIC_INNER_PRODUCT)
-    index.by_residual = False
+    centres, finder = _centres(np.ascontiguousarray(rows[np.sort(chosen)], np.float32), lists)
+    homes = np.concatenate([finder.assign(block, 1)[:, 0] for block in _blocks(rows)])
+    scale = BYTE_MAX / (max(float(np.abs(block).max()) for block in _blocks(rows)) or 1.0)
+
+    kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
+    index: Any = faiss.IndexIVFScalarQuantizer(centres, width, lists, kind, faiss.METRIC_INNER_PRODUCT, False)
+    index.train(np.zeros((1, width), np.float32))    # nothing is left to learn
     index.nprobe = min(PROBES, lists)
-    index.train(sample)
-    index.quantizer = finder
+    # Lists that grow row by row take up to twice their size: give each its room first.
+    for number, length in enumerate(np.bincount(homes, minlength=lists).tolist()):
+        index.invlists.resize(number, length)
+        index.invlists.resize(number, 0)
     for block in _blocks(rows):
-        index.add(block)
-    index.quantizer = centres
-    return index
+        home, whole = homes[index.ntotal : index.ntotal + len(block)], np.rint(block * np.float32(scale))
+        index.add_core(len(whole), faiss.swig_ptr(whole), None, faiss.swig_ptr(home))
+    return index, scale
 
 
 def _centres(sample: Floats, count: int) -> tuple[Any, Any]:
@@ -236,6 +253,13 @@ def _kmeans(points: Floats, count: int) -> Any:
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, len(points)
     clustering.train(points, centres)
     return centres
+
+
+def _whole(queries: Floats) -> tuple[Floats, Floats]:
+    """(whole numbers up to BYTE_MAX, what each row was multiplied by (n, 1)): FAISS reads a query of such lists as bytes too."""
+    peaks = np.abs(queries).max(axis=1, keepdims=True)
+    scales = np.float32(BYTE_MAX) / np.where(peaks > 0, peaks, np.float32(1))
+    return np.rint(queries * scales), scales
 
 
 @contextmanager

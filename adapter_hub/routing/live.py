@@ -36,6 +36,7 @@ class LiveRouter:
         self._check = check
         self._saved: Path = registry.layout.index / "router"
         self._lock = threading.RLock()
+        self._saving = threading.Lock()    # taken before the other where both are
         self._router: Router | None = None
         self._event = -1
         self._left_out: set[AdapterRef] = set()     # damaged: said once, and listed by `verify`
@@ -50,18 +51,23 @@ class LiveRouter:
 
         The first snapshot is settled in any case.
         """
-        with self._lock:
-            self._follow()
-            router = self._router
-            assert router is not None
-            if self._solved == _head_digest(router):
-                return router
-            if self._solved is not None and not settled:
-                if self._solving is None or not self._solving.is_alive():
-                    self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
-                    self._solving.start()
-                return router
-        return self._solve(router)
+        while True:
+            with self._lock:
+                self._follow()
+                router, event = self._router, self._event
+                assert router is not None
+                if self._solved == _head_digest(router):
+                    return router
+                if self._solved is not None and not settled:
+                    if self._solving is None or not self._solving.is_alive():
+                        self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
+                        self._solving.start()
+                    return router
+            try:
+                return self._solve(router)
+            except NotRoutable:    # a version was purged meanwhile
+                if self._registry.last_event() == event:
+                    raise
 
     def of(self, versions: Iterable[AdapterRef], calibration: int | None) -> Router:
         """The settled router over these versions under a stored calibration: what a snapshot was when they were in production."""
@@ -81,9 +87,17 @@ class LiveRouter:
     # ---- follow -----------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        standing = self._registry.snapshot()
-        if self._router is not None and standing.event == self._event:
-            return
+        while True:
+            standing = self._registry.snapshot()
+            if self._router is not None and standing.event == self._event:
+                return
+            try:
+                return self._reach(standing)
+            except NotRoutable:    # a version was purged meanwhile: the next standing says so
+                if self._registry.last_event() == standing.event:
+                    raise
+
+    def _reach(self, standing: Standing) -> None:
         number = self._router.calibration.id if self._router is not None and self._router.calibration is not None else None
         if self._router is None or number != standing.calibration:
             self._begin(standing)
@@ -93,10 +107,12 @@ class LiveRouter:
         if len(missing) + len(surplus) > STEPS_MAX or (self._router.calibration is None and missing):
             self._router = self._built(standing.production, self._router.calibration)
         else:
+            router = self._router    # one assignment at the end: a thread that solves must not see half of it
             for ref in sorted(surplus):
-                self._router = self._router.without(ref)
+                router = router.without(ref)
             for ref, state in self._states(sorted(missing)).items():
-                self._router = self._router.with_added(ref, state)
+                router = router.with_added(ref, state)
+            self._router = router
         self._event = standing.event
         self._warn_if_young()
 
@@ -110,7 +126,7 @@ class LiveRouter:
         if calibration is not None and self._router is None and self._saved.exists():
             try:
                 self._router = Router.open(self._saved, calibration)
-                self._solved = self._router.head.digest if self._router.head else None
+                self._solved = _head_digest(self._router)    # what is saved is settled, also where there is no head to solve
                 return
             except HubError as error:
                 log.info("%s Made anew.", error)
@@ -198,10 +214,14 @@ class LiveRouter:
         digest = _head_digest(router)
         head = _solved(self._states(router.versions), digest) if router.prototype_count <= CLASSES_MAX else None
         router = router.with_head(head)
-        with self._lock:
-            if self._router is not None:
-                self._router, self._solved = self._router.with_head(head), digest
-        self._save(router)
+        with self._saving:
+            with self._lock:
+                now = self._router
+                if now is None or self._solved == _head_digest(now) != digest:    # forgotten, or settled by another thread
+                    return router
+                self._router, self._solved = now.with_head(head), digest
+            if _head_digest(now) == digest:
+                self._save(router)
         return router
 
     def _save(self, router: Router) -> None:
@@ -215,8 +235,9 @@ class LiveRouter:
     def forget(self) -> None:
         """Drop what was derived, here and on disk; the next snapshot is made from the versions that are left."""
         with self._lock:
-            shutil.rmtree(self._saved, ignore_errors=True)
             self._router, self._event, self._solved = None, -1, None
+        with self._saving:    # after a thread that is just saving
+            shutil.rmtree(self._saved, ignore_errors=True)
 
 
 def _head_digest(router: Router) -> str:

@@ -25,7 +25,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
-from adapter_hub.routing.features import F32, Features, Hidden, extract
+from adapter_hub.routing.features import F32, Features, extract
 from adapter_hub.routing.head import Head
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
@@ -213,7 +213,7 @@ class Router:
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
         """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
         assert self.calibration is not None
-        solved: F32 | None = self.head.responses(Hidden.of(self.dim)(features)) if self.head else None
+        solved: F32 | None = self.head.responses(features) if self.head else None
         found: list[list[tuple[AdapterRef, float]]] = [[] for _ in range(len(features))]
         for segment, columns in zip(self._segments, self._columns, strict=True):
             more = wanted + (sum(ref in segment.place for ref in self._gone) if self._gone else 0)

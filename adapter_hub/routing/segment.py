@@ -24,7 +24,7 @@ from adapter_hub.routing.statistics import I64
 DENSE_MAX = 4096        # prototypes that are all scored
 FOUND = 128             # prototypes asked of the index; at least four for each candidate wanted
 CANDIDATES = 32         # adapters scored exactly, of those that own what was found
-GATHER_MAX = 2**22      # prototypes gathered at once
+GATHER_MAX = 2**25      # numbers gathered at once: 200 MB, however wide the encoder and however many the classes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +123,7 @@ class Segment:
             responses = scoring.responses(products, solved, columns, self.counts)
             adapters = np.broadcast_to(np.arange(len(self.refs)), (len(dense), len(self.refs)))
             return adapters, scoring.scores(responses, products, self.starts)
-        size = max(1, GATHER_MAX // (max(CANDIDATES, wanted) * int(self.sizes.max())))
+        size = max(1, GATHER_MAX // (max(CANDIDATES, wanted) * int(self.sizes.max()) * self.means.shape[1]))
         parts = []
         for start in range(0, len(dense), size):
             rows = slice(start, start + size)

@@ -61,9 +61,9 @@ class Encodings:
 
     @property
     def keys(self) -> list[bytes]:
-        """The bytes of each row: equal for equal texts."""
-        rows = zip(self.codes, self.scales, self.offsets[:-1], self.offsets[1:], strict=True)
-        return [code.tobytes() + scale.tobytes() + self.sketches[start:stop].tobytes() for code, scale, start, stop in rows]
+        """The bytes of each row: equal for equal texts. Not the scale, whose last bit follows the batch that a text was encoded in."""
+        rows = zip(self.codes, self.offsets[:-1], self.offsets[1:], strict=True)
+        return [code.tobytes() + self.sketches[start:stop].tobytes() for code, start, stop in rows]
 
     def __add__(self, other: Encodings) -> Encodings:
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]).astype(np.uint32)
@@ -247,7 +247,8 @@ def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np
         bad = int(np.flatnonzero(~(np.isfinite(peaks) & (peaks > 0)))[0])
         raise InvalidInput(f"exemplar {bad + 1} of {len(vectors)} is zero or not finite.")
     scales = (peaks / 127).astype(np.float32)
-    return np.clip(np.rint(vectors / scales[:, None]), -127, 127).astype(np.int8), scales
+    # In the order of C: safetensors writes memory as it lies.
+    return np.clip(np.rint(vectors / scales[:, None]), -127, 127).astype(np.int8, order="C"), scales
 
 
 def _classified(

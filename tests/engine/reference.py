@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
 from adapter_hub.base_model import BaseKind, FrozenBase
@@ -27,6 +31,47 @@ def references(base: FrozenBase, folder: Path | None, task: str | None, texts: l
     model = task_model(base, task, outputs) if folder is None else load_peft(base, folder, task, outputs)
     with torch.inference_mode():
         return [_one(base, model.eval(), task, text, generation) for text in texts]
+
+
+def mixed_references(
+    base: FrozenBase, folders: Sequence[Path], weights: Sequence[float], task: str | None, texts: list[str], outputs: int = 3, **generation: Any
+) -> list[Any]:
+    """What PEFT's own exact sum answers (`add_weighted_adapter`, "cat"); the logits of each head on it are weighed in a loop.
+
+    The first folder may not be rsLoRA: PEFT would scale the whole sum by it.
+    """
+    model: Any = None
+    heads = []
+    for i, folder in enumerate(folders):
+        # PEFT refuses to sum adapters with heads, so each gives its LoRA tensors alone; the sum goes where the first may go.
+        tensors = load_file(folder / "adapter_model.safetensors")
+        heads.append({key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items() if ".lora_" not in key})
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"modules_to_save": None, "task_type": None}
+        if heads[0]:
+            config["exclude_modules"] = ["classifier", "score"]
+        with tempfile.TemporaryDirectory() as bare:
+            save_file({key: tensor for key, tensor in tensors.items() if ".lora_" in key}, Path(bare) / "adapter_model.safetensors")
+            (Path(bare) / "adapter_config.json").write_text(json.dumps(config))
+            if model is None:
+                model = PeftModel.from_pretrained(task_model(base, task, outputs), bare, adapter_name="0")
+            else:
+                model.load_adapter(bare, str(i))
+    model.add_weighted_adapter([str(i) for i in range(len(folders))], list(weights), "sum", combination_type="cat")
+    model.set_adapter("sum")
+    model.eval()
+    with torch.inference_mode():
+        if task not in ("SEQ_CLS", "TOKEN_CLS"):
+            return [_one(base, model, task, text, generation) for text in texts]
+        return [_weighed(base, model, heads, weights, text) for text in texts]
+
+
+def _weighed(base: FrozenBase, model: Any, heads: Sequence[dict[str, torch.Tensor]], weights: Sequence[float], text: str) -> Any:
+    inputs = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=base.max_tokens)
+    logits: Any = 0.0
+    for head, weight in zip(heads, weights, strict=True):
+        assert not model.base_model.model.load_state_dict(head, strict=False).unexpected_keys
+        logits = logits + weight * model(**inputs).logits[0]
+    return torch.softmax(logits, -1).numpy()
 
 
 def _one(base: FrozenBase, model: Any, task: str | None, text: str, generation: dict[str, Any]) -> Any:

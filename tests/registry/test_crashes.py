@@ -167,7 +167,7 @@ def test_whether_a_broken_commit_took_effect_is_known_only_when_the_server_is_do
     def commit_slowly() -> None:
         with server._catalog.writing() as connection:
             records.store(connection, manifest, VersionState.LIVE)
-            records.commit_calibration(connection, records.reserve_calibration(connection, 0), "0" * 64)
+            records.store_calibration(connection, records.reserve_calibration(connection, 0), "0" * 64)
             at_work.set()
             time.sleep(0.3)
 

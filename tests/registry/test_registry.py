@@ -212,43 +212,17 @@ def test_routing_states_without_vectors_are_no_shared_data(place, facts, files):
     assert registry.purge("banking@1") and registry.open_version("travel")
 
 
-def test_an_erased_calibration_leaves_a_tombstone(place, facts, files):
+def test_a_calibration_stays_when_a_member_is_purged(place, facts, files):
     registry = place.create()
     first, second = registry.add("banking", facts, files("1")), registry.add("travel", facts, files("2"))
-    registry.add_calibration(b"one", [first], "why")
     registry.add_calibration(b"both", [first, second], "why")
-    assert (registry.calibrations_of(first), registry.calibrations_of("travel")) == ([1, 2], [2])
-    registry.erase_calibration(2, "travel was purged")
-    registry.erase_calibration(2, "again")
+    registry.purge(second)
     for forget in (False, True):
-        assert (registry.latest_calibration(), registry.snapshot().calibration, registry.calibrations_of(second)) == (1, 1, [])
-        assert [path.name for path in sorted((place.folder / "calibrations").iterdir())] == ["1.safetensors", "history.jsonl"]
-        with pytest.raises(InvalidInput, match="calibration 2 was erased"):
-            registry.calibration(2)
-        with pytest.raises(InvalidInput, match=r"no calibration 3\. Known: 1"):
-            registry.erase_calibration(3)
-        [event] = [event for event in registry.events() if event.kind is EventKind.ERASED]
-        assert (event.version, event.reason) == (2, "travel was purged") and registry.verify().ok
-        if not forget:
-            place.forget()
-            registry = place.open()
-    assert registry.add_calibration(b"next", [first], "") == 3
-
-
-def test_an_interrupted_erasure_of_a_calibration_is_finished_at_the_next_open(place, facts, files):
-    registry = place.create()
-    record = place.folder / "calibrations/1.safetensors"
-    registry.add_calibration(b"metric", [registry.add("banking", facts, files())], "why")
-    registry.erase_calibration(1)
-    for forget in (False, True):    # as a crash between commit and erasure leaves it, with and without its catalogue
-        record.write_bytes(b"metric")
-        assert [problem.where for problem in registry.verify().problems] == ["calibration 1"]
-        place.run("UPDATE hub_calibrations SET state = 'purging'")
-        place.close()
         if forget:
             place.forget()
-        registry = place.open()
-        assert not record.exists() and registry.verify().ok
+            registry = place.open()
+        assert (registry.latest_calibration(), registry.snapshot().calibration, registry.calibration(1)) == (1, 1, b"both")
+        assert registry.verify().problems == ()
 
 
 def test_a_calibration_of_what_was_purged_meanwhile_is_not_stored(place, facts, files):

@@ -13,17 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
+from adapter_hub.base_model import DEFAULT_MODEL
+from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged, ModelNotFound
 from adapter_hub.examples import Example
-from adapter_hub.routing.encoder import HashEncoder
-from adapter_hub.routing.statistics import Exemplars, RoutingState, build_state, quantise, state_of
+from adapter_hub.routing.encoder import HashEncoder, SentenceEncoder
+from adapter_hub.routing.features import Features, extract, sketch
+from adapter_hub.routing.statistics import SCHEMA, Encodings, Exemplars, RoutingState, build_state, quantise, state_of
 
 ENCODER = HashEncoder(64)
+HELD_OUT = [Example("is the card blocked", "freeze"), Example("how much is left")]
 ROWS = [Example("freeze my card", "freeze"), Example("what is my balance", "balance"), Example("block the card", "freeze"), Example("send money")]
 
 
 def same(a: RoutingState, b: RoutingState) -> bool:
-    return a.to_bytes() == b.to_bytes() and (a.vectors == b.vectors).all() and a.class_names == b.class_names
+    equal = (a.exemplars.vectors == b.exemplars.vectors).all() and a.class_names == b.class_names and (a.classes == b.classes).all()
+    return a.to_bytes() == b.to_bytes() and a.digest == b.digest and bool(equal) and len(a.evaluation) == len(b.evaluation)
 
 
 def test_labels_are_classes_and_the_rest_are_prototypes() -> None:
@@ -37,6 +41,70 @@ def test_a_state_survives_its_bytes_exactly() -> None:
     state = build_state(ENCODER, ROWS)
     assert same(RoutingState.from_bytes(state.to_bytes()), state)
     assert state.to_bytes() == build_state(ENCODER, ROWS).to_bytes()
+    assert same(RoutingState.from_bytes(build_state(ENCODER, ROWS, evaluation=HELD_OUT).to_bytes()), build_state(ENCODER, ROWS, evaluation=HELD_OUT))
+
+
+def test_a_state_is_written_as_it_is_read_however_its_vectors_lie_in_memory() -> None:
+    """safetensors writes memory as it lies."""
+    features = extract(ENCODER, [row.text for row in ROWS])
+    by_columns = Features(np.asfortranarray(features.dense), features.lexical)
+    labels = [row.label for row in ROWS]
+    assert same(state_of(ENCODER, by_columns, labels), state_of(ENCODER, features, labels))
+    state = state_of(ENCODER, by_columns, labels, by_columns)
+    assert same(RoutingState.from_bytes(state.to_bytes()), state)
+
+
+def test_evaluation_inputs_are_kept_beside_the_exemplars() -> None:
+    state = RoutingState.from_bytes(build_state(ENCODER, ROWS, evaluation=HELD_OUT).to_bytes())
+    assert state.count == 4 and len(state.evaluation) == 2
+    alone = build_state(ENCODER, HELD_OUT).exemplars
+    assert state.evaluation.keys == alone.keys
+    assert state.exemplars.keys == build_state(ENCODER, ROWS).exemplars.keys
+    assert len(state.extended(ENCODER, [Example("more")]).evaluation) == 2
+
+
+def test_features_are_stored_at_a_byte_a_number_and_a_byte_a_place() -> None:
+    texts = [row.text for row in ROWS]
+    made = Encodings.of(extract(ENCODER, texts))
+    assert made.codes.nbytes == 4 * 64 and made.sketches.nbytes < 1.1 * sketch(texts).nnz + 16 * len(texts)
+    again = made.features
+    assert (again.lexical != sketch(texts)).nnz == 0
+    assert (again.dense * ENCODER.encode(texts)).sum(axis=1).min() > 0.9995
+    np.testing.assert_allclose(np.linalg.norm(again.dense, axis=1), 1, atol=1e-6)
+
+
+def test_encodings_add_up_row_by_row() -> None:
+    texts = [row.text for row in ROWS]
+    whole, first, rest = (Encodings.of(extract(ENCODER, some)) for some in (texts, texts[:1], texts[1:]))
+    nothing = Encodings.of(Features.empty(64))
+    for total in (first + rest, nothing + whole, whole + nothing):
+        assert total.keys == whole.keys and (total.offsets == whole.offsets).all()
+        assert all((total.tensors()[name] == whole.tensors()[name]).all() for name in whole.tensors())
+
+
+def test_keys_are_equal_for_equal_texts_alone() -> None:
+    keys = Encodings.of(extract(ENCODER, ["freeze my card", "freeze my cards", "Freeze my card", "freeze my card"])).keys
+    assert keys[0] == keys[2] == keys[3] != keys[1]
+
+
+def test_keys_do_not_follow_the_last_bits_of_an_encoder() -> None:
+    """Which a batch decides: the same text in another company would else be no duplicate and no contradiction."""
+    features = extract(ENCODER, [row.text for row in ROWS])
+    nearly = Features(features.dense * np.float32(1 + 2**-22), features.lexical)
+    assert (Encodings.of(nearly).scales != Encodings.of(features).scales).any()
+    assert Encodings.of(nearly).keys == Encodings.of(features).keys
+
+
+def test_a_sentence_encoder_gives_a_text_one_key_in_any_company() -> None:
+    try:
+        encoder = SentenceEncoder(DEFAULT_MODEL)
+    except ModelNotFound as error:
+        pytest.skip(f"the default model is not here: {error}")
+    company = [f"a longer text that needs some padding, number {i}" for i in range(6)]
+    alone = Encodings.of(extract(encoder, ["call me back"])).keys[0]
+    assert Encodings.of(extract(encoder, ["call me back", *company])).keys[0] == alone
+    taught = build_state(encoder, [Example("call me back")]).extended(encoder, [Example("call me back"), *map(Example, company)])
+    assert len(Exemplars.of(taught)) == 7
 
 
 @given(arrays(np.float32, (5, 16), elements=st.floats(-1, 1, width=32)).filter(lambda a: (np.abs(a).max(axis=1) > 1e-3).all()))
@@ -48,7 +116,7 @@ def test_a_stored_number_is_within_half_a_step(vectors: Any) -> None:
 
 def test_quantised_unit_vectors_keep_their_direction() -> None:
     vectors = ENCODER.encode([row.text for row in ROWS])
-    stored = build_state(ENCODER, ROWS).vectors
+    stored = build_state(ENCODER, ROWS).exemplars.vectors
     cosines = (stored * vectors).sum(axis=1) / np.linalg.norm(stored, axis=1)
     assert cosines.min() > 0.9995
 
@@ -78,18 +146,41 @@ def test_another_encoder_cannot_teach() -> None:
 
 
 def test_prototypes_do_not_depend_on_the_order_of_the_rows(make_world: Callable[..., Any]) -> None:
-    vectors, _ = make_world(1, 6).sample(0, 12)
-    state = state_of(HashEncoder(32), vectors, [None] * len(vectors))
-    order = np.random.default_rng(1).permutation(len(vectors))
-    shuffled = state_of(HashEncoder(32), vectors[order], [None] * len(vectors))
+    features, _ = make_world(1, 6).sample(0, 12)
+    state = state_of(HashEncoder(32), features, [None] * len(features))
+    order = np.random.default_rng(1).permutation(len(features))
+    shuffled = state_of(HashEncoder(32), features[order], [None] * len(features))
     assert (shuffled.classes == state.classes[order]).all() and len(state.class_names) == 9
 
 
 def test_what_is_computed_with_ignores_order_and_repetition() -> None:
     one = Exemplars.of(build_state(ENCODER, ROWS))
     other = Exemplars.of(build_state(ENCODER, [*ROWS[::-1], *ROWS, ROWS[0]]))
-    for field in ("vectors", "classes", "counts", "sums"):
+    for field in ("classes", "counts", "sums", "labelled", "testable"):
         assert (getattr(one, field) == getattr(other, field)).all()
+    assert (one.features.dense == other.features.dense).all() and (one.features.lexical != other.features.lexical).nnz == 0
+
+
+def test_one_text_under_two_labels_is_two_exemplars() -> None:
+    one = Exemplars.of(build_state(ENCODER, [Example("call me", "phone"), Example("call me", "contact"), Example("call me", "phone")]))
+    assert len(one) == 2 and one.counts.tolist() == [1, 1] and not one.testable.any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "single", "testable"),
+    [
+        ([Example("a")], True, 0),                                                            # nothing says how wide it is
+        ([Example("a"), Example("a")], True, 0),
+        ([Example("a", "x")], False, 0),
+        ([Example("a", "x"), Example("b", "y")], False, 0),                                   # nothing of a label stays behind
+        ([Example("a", "x"), Example("b", "x"), Example("c", "y")], False, 2),
+        ([Example("a"), Example("b")], False, 2),
+        ([Example("a"), Example("b", "x")], False, 1),
+    ],
+)
+def test_what_can_be_left_out_leaves_something_behind(rows: list[Example], single: bool, testable: int) -> None:
+    one = Exemplars.of(build_state(ENCODER, rows))
+    assert one.single is single and one.testable.sum() == testable
 
 
 def test_nan_and_zero_vectors_are_refused() -> None:
@@ -125,6 +216,19 @@ def tampered(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
         lambda t, f: f.update(from_description=True),
         lambda t, f: f.update(schema=99),
         lambda t, f: f.pop("encoder_fingerprint"),
+        lambda t, f: f.update(schema=SCHEMA - 1),
+        lambda t, f: t["offsets"].__setitem__(1, 10**6),
+        lambda t, f: t["offsets"].__setitem__(0, 1),
+        lambda t, f: t.update(offsets=t["offsets"][:-1]),
+        lambda t, f: t.update(offsets=t["offsets"].astype(np.int64)),
+        lambda t, f: t["sketches"].__setitem__(slice(None), 255),
+        lambda t, f: t["sketches"].__setitem__(slice(None), 254),
+        lambda t, f: t.update(sketches=t["sketches"][:-1]),
+        lambda t, f: t.pop("sketches"),
+        lambda t, f: t.pop("evaluation.codes"),
+        lambda t, f: t.update({"evaluation.codes": np.zeros((0, 32), np.int8)}),
+        lambda t, f: t.update(classes=t["classes"].astype(np.int64)),
+        lambda t, f: f.update(class_names=None),
     ],
 )
 def test_a_damaged_state_is_refused(change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:

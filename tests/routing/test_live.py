@@ -1,0 +1,444 @@
+"""The live router: it follows every event of another handle, never forgets what was settled, and one bad file stops nobody."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from adapter_hub.errors import InvalidInput, ModelChanged
+from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.layout import Layout
+from adapter_hub.registry.registry import Registry
+from adapter_hub.routing.calibration import fit
+from adapter_hub.routing.decision import Method, Reason
+from adapter_hub.routing.encoder import HashEncoder
+from adapter_hub.routing.features import Features
+from adapter_hub.routing.head import Solver, digest_of
+from adapter_hub.routing.live import ROUTING_FILE, LiveRouter
+from adapter_hub.routing.router import Router
+from adapter_hub.routing.statistics import Exemplars, RoutingState, build_state
+from tests.routing.conftest import ENCODER, World
+from tests.routing.registries import CONFIG, add
+from tests.routing.test_router import assert_agree
+from tests.soak import router_threads
+
+WORLD = World(5, 2, noise=0.9, seed=21)
+STATES = [WORLD.state(i, 5) for i in range(5)]
+QUERIES = Features.concatenate([*(WORLD.sample(i, 2)[0] for i in range(5)), WORLD.strangers(5)])
+ALPHA, BETA, GAMMA = (AdapterRef(name, 1) for name in ("alpha", "beta", "gamma"))
+DAMAGES: list[Callable[[Path], object]] = [
+    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.unlink(),
+]
+
+
+@dataclass
+class Place:
+    """A registry folder with `alpha` and `beta`, written by one handle and followed by others."""
+
+    folder: Path
+    writer: Registry
+    opened: list[Registry] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)    # digests of the states that live routers have read
+
+    def live(self, check: Callable[[RoutingState], None] | None = None) -> LiveRouter:
+        self.opened.append(Registry.open(self.folder))
+        return LiveRouter(self.opened[-1], check or (lambda state: self.read.append(state.digest)))
+
+    @property
+    def saved(self) -> Path:
+        return self.folder / "index" / "router"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    with Registry.create(tmp_path / "registry", config=CONFIG) as writer:
+        place = Place(tmp_path / "registry", writer)
+        add(writer, "alpha", STATES[0])
+        add(writer, "beta", STATES[1])
+        yield place
+        for registry in place.opened:
+            registry.close()
+
+
+def reference(router: Router, states: dict[AdapterRef, RoutingState]) -> Router:
+    """Built at once from these states under the router's calibration, with the head solved for them."""
+    head = Solver({ref: Exemplars.of(state) for ref, state in states.items()}, STATES[0].dim)
+    return Router.build(states, router.calibration, head.head(digest_of({ref: state.digest for ref, state in states.items()})))
+
+
+def assert_serves(live: LiveRouter, states: dict[AdapterRef, RoutingState]) -> None:
+    """At once by prototypes, and settled as if it had never served anything else."""
+    assert live.snapshot().refs == tuple(sorted(states))
+    settled = live.snapshot(settled=True)
+    expected = reference(settled, states)
+    assert settled.digest == expected.digest
+    assert_agree(settled.route_features(QUERIES, k=9), expected.route_features(QUERIES, k=9))
+    assert live.snapshot().digest == settled.digest
+
+
+# ---- follow -------------------------------------------------------------------------------------------------------------
+
+
+def test_it_follows_every_event_of_another_handle(place: Place) -> None:
+    live = place.live()
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+    add(place.writer, "gamma", STATES[2])
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    second = add(place.writer, "alpha", STATES[3], promote=False)
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    place.writer.promote(second)
+    assert_serves(live, {second: STATES[3], BETA: STATES[1], GAMMA: STATES[2]})
+    place.writer.rollback("alpha")
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    place.writer.retire(BETA)
+    assert_serves(live, {ALPHA: STATES[0], GAMMA: STATES[2]})
+    place.writer.purge(GAMMA)
+    place.writer.promote(second)
+    add(place.writer, "beta", STATES[4])
+    assert_serves(live, {second: STATES[3], AdapterRef("beta", 2): STATES[4]})
+
+
+def test_a_newcomer_answers_by_its_prototypes_at_once_and_by_the_head_when_settled(place: Place) -> None:
+    live = place.live()
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    own = STATES[2].exemplars.features
+    at_once = live.snapshot().route_features(own, max_false_reject=0)
+    assert {(decision.adapter, decision.method) for decision in at_once} == {(GAMMA, Method.PROTOTYPES)}
+    settled = live.snapshot(settled=True).route_features(own, max_false_reject=0)
+    assert {(decision.adapter, decision.method) for decision in settled} == {(GAMMA, Method.HEAD)}
+
+
+def test_a_snapshot_is_the_same_object_while_nothing_happens(place: Place) -> None:
+    live = place.live()
+    first = live.snapshot()
+    reads = len(place.read)
+    assert live.snapshot() is first and live.snapshot(settled=True) is first and len(place.read) == reads
+
+
+def test_thresholds_do_not_move_when_a_task_is_added(place: Place) -> None:
+    live = place.live()
+    before = live.snapshot()
+    expected = before.route_features(QUERIES, k=2)
+    add(place.writer, "gamma", STATES[2])
+    after = live.snapshot(settled=True)
+    assert before.calibration is not None and after.calibration is not None
+    assert after.calibration.digest == before.calibration.digest and after.calibration.id == before.calibration.id == 1
+    assert {decision.threshold for decision in after.route_features(QUERIES)} == {expected[0].threshold}
+    assert before.route_features(QUERIES, k=2) == expected
+    assert place.writer.latest_calibration() == 1
+
+
+def test_an_empty_registry_has_no_candidates_until_the_first_version(tmp_path: Path) -> None:
+    with Registry.create(tmp_path / "registry", config=CONFIG) as registry:
+        live = LiveRouter(registry, lambda state: None)
+        assert {decision.reason for decision in live.snapshot().route_features(QUERIES)} == {Reason.NO_CANDIDATES}
+        add(registry, "named", build_state(ENCODER, []))
+        assert live.snapshot().versions == (AdapterRef("named", 1),) and registry.latest_calibration() is None
+        add(registry, "alpha", STATES[0])
+        found = live.snapshot()
+        assert found.refs == (ALPHA,) and found.versions == (ALPHA, AdapterRef("named", 1)) and registry.latest_calibration() == 1
+        registry.retire(ALPHA)
+        assert live.snapshot().refs == ()
+
+
+def test_hundreds_of_versions_are_taken_up_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.routing.live.STEPS_MAX", 2)
+    live = place.live()
+    live.snapshot()
+    states = {add(place.writer, f"more{i}", STATES[i]): STATES[i] for i in range(4)}
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], **states})
+    for ref in states:
+        place.writer.retire(ref)
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+
+
+def test_a_version_purged_while_it_is_about_to_be_read_is_passed_over(place: Place) -> None:
+    """Reading `beta` is what lets another handle purge `gamma` here, after the standing was taken and before it is read."""
+    add(place.writer, "gamma", STATES[2])
+
+    def purge(state: RoutingState) -> None:
+        if state.digest == STATES[1].digest and GAMMA in place.writer.production():
+            place.writer.purge(GAMMA)
+
+    live = place.live(purge)
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+
+
+def test_a_version_purged_while_the_head_is_solved_is_passed_over(place: Place) -> None:
+    armed, main = threading.Event(), threading.current_thread()
+
+    def purge(state: RoutingState) -> None:
+        if armed.is_set() and threading.current_thread() is main and state.digest == STATES[1].digest and GAMMA in place.writer.production():
+            place.writer.purge(GAMMA)
+
+    live = place.live(purge)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot()    # its prototypes are taken up
+    armed.set()
+    assert live.snapshot(settled=True).refs == (ALPHA, BETA)
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+
+
+# ---- saved --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_router_is_opened_without_reading_a_state(place: Place) -> None:
+    first = place.live().snapshot()
+    place.read.clear()
+    again = place.live().snapshot()
+    assert again.digest == first.digest and place.read == [] and again.calibration is not None and again.calibration.id == 1
+    assert again.route_features(QUERIES, k=5) == first.route_features(QUERIES, k=5)
+
+
+def test_a_saved_router_that_needs_no_head_is_opened_without_reading_a_state(tmp_path: Path) -> None:
+    place = Place(tmp_path / "registry", Registry.create(tmp_path / "registry", config=CONFIG))
+    with place.writer:
+        add(place.writer, "described", build_state(ENCODER, [], "questions about cards"))
+        first = place.live().snapshot()
+        place.read.clear()
+        assert first.head is None and place.live().snapshot().digest == first.digest and place.read == []
+        for registry in place.opened:
+            registry.close()
+
+
+def test_a_saved_router_is_brought_up_to_date_by_reading_what_is_new(place: Place) -> None:
+    place.live().snapshot()
+    add(place.writer, "gamma", STATES[2])
+    place.writer.retire(ALPHA)
+    place.read.clear()
+    live = place.live()
+    live.snapshot()
+    assert place.read[0] == STATES[2].digest
+    assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
+
+
+def test_each_saved_file_is_made_again_when_it_is_damaged(place: Place) -> None:
+    expected = place.live().snapshot().digest
+    names = sorted(path.name for path in place.saved.iterdir())
+    assert names == ["0.safetensors", "head.safetensors", "router.json"]
+    for name in names:
+        for damage in DAMAGES:
+            damage(place.saved / name)
+            place.read.clear()
+            assert place.live().snapshot().digest == expected and place.read != []
+            place.read.clear()
+            assert place.live().snapshot().digest == expected and place.read == []
+
+
+def test_the_saved_router_of_an_older_calibration_is_not_used(place: Place) -> None:
+    live = place.live()
+    live.snapshot()
+    keep = {path.name: path.read_bytes() for path in place.saved.iterdir()}
+    add(place.writer, "gamma", STATES[2])
+    live.calibrate("more tasks")
+    for name, data in keep.items():
+        (place.saved / name).write_bytes(data)
+    assert_serves(place.live(), {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+
+
+def test_an_index_folder_that_cannot_be_written_stops_nobody(place: Place) -> None:
+    (place.folder / "index").write_text("a file where the folder belongs")
+    assert_serves(place.live(), {ALPHA: STATES[0], BETA: STATES[1]})
+
+
+def test_what_is_forgotten_is_made_again_from_what_is_left(place: Place) -> None:
+    live = place.live()
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot()
+    place.writer.purge(GAMMA)
+    live.forget()
+    assert not place.saved.exists()
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+
+
+class Gate:
+    """A check that holds the thread which solves in the background, once it has read the last state that it needs."""
+
+    def __init__(self, last: RoutingState) -> None:
+        self.last, self.reached, self.go = last.digest, threading.Event(), threading.Event()
+
+    def __call__(self, state: RoutingState) -> None:
+        if threading.current_thread().name == "adapter_hub head" and state.digest == self.last:
+            self.reached.set()
+            assert self.go.wait(60)
+
+    def join(self) -> None:
+        self.go.set()
+        for thread in threading.enumerate():
+            if thread.name == "adapter_hub head":
+                thread.join(60)
+
+
+def test_what_was_purged_while_the_head_was_solved_is_not_saved(place: Place) -> None:
+    gate = Gate(STATES[2])
+    live = place.live(gate)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot()
+    assert gate.reached.wait(60)
+    place.writer.purge(ALPHA)
+    live.forget()
+    gate.join()
+    assert not place.saved.exists()
+    assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
+
+
+def test_a_head_that_comes_late_does_not_take_the_place_of_a_newer_one(place: Place) -> None:
+    gate = Gate(STATES[2])
+    live = place.live(gate)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot()
+    assert gate.reached.wait(60)
+    delta = add(place.writer, "zeta", STATES[3])
+    settled = live.snapshot(settled=True)
+    gate.join()
+    assert settled.head is not None and delta in settled.head.columns
+    assert live.snapshot().digest == settled.digest
+    assert place.live().snapshot().digest == settled.digest
+
+
+# ---- damage -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_version_is_left_out_and_said_once(damage: Callable[[Path], object], place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    add(place.writer, "gamma", STATES[2])
+    damage(Layout(place.folder).version("beta", 1) / ROUTING_FILE)
+    live = place.live()
+    with caplog.at_level(logging.ERROR, logger="adapter_hub"):
+        assert_serves(live, {ALPHA: STATES[0], GAMMA: STATES[2]})
+        add(place.writer, "delta", STATES[3])
+        assert_serves(live, {ALPHA: STATES[0], GAMMA: STATES[2], AdapterRef("delta", 1): STATES[3]})
+    assert [record.message for record in caplog.records if record.message.startswith("beta@1 is left out of routing")] == [caplog.messages[0]]
+    assert live.calibrate("without it").members == (ALPHA, AdapterRef("delta", 1), GAMMA)
+
+
+def test_a_newcomer_that_is_damaged_does_not_stop_the_others(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    live = place.live()
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    DAMAGES[0](Layout(place.folder).version("gamma", 1) / ROUTING_FILE)
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+    assert "gamma@1 is left out of routing" in caplog.text
+
+
+def test_a_damaged_calibration_is_made_anew(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.live().snapshot()
+    DAMAGES[0](Layout(place.folder).calibration(1))
+    live = place.live()
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+    assert "Calibrated anew" in caplog.text
+    number = live.snapshot().calibration
+    assert number is not None and number.digest == fit({ALPHA: STATES[0], BETA: STATES[1]}).calibration.digest
+
+
+def test_a_state_of_another_encoder_is_refused(place: Place) -> None:
+    def check(state: RoutingState) -> None:
+        if state.encoder_fingerprint != ENCODER.fingerprint:
+            raise ModelChanged("another encoder")
+
+    live = place.live(check)
+    live.snapshot()
+    add(place.writer, "other", build_state(HashEncoder(64), [], "a description"))
+    with pytest.raises(ModelChanged):
+        live.snapshot()
+
+
+# ---- calibrate ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recalibration_gets_the_next_number_and_says_what_moved(place: Place) -> None:
+    live, other = place.live(), place.live()
+    first = live.snapshot().calibration
+    other.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    second = live.calibrate("one task more")
+    assert first is not None and (first.id, second.id) == (1, 2) and "moved" not in first.facts
+    assert {"moved", "let_in", "turned_away"} <= set(second.facts) and all(0 <= second.facts[key] <= 1 for key in ("moved", "let_in", "turned_away"))
+    assert second.members == (ALPHA, BETA, GAMMA) and first.members == (ALPHA, BETA)
+    assert place.writer.history("alpha") and [event.reason for event in place.writer.events() if event.kind == "calibrated"][-1] == "one task more"
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    assert other.snapshot(settled=True).digest == live.snapshot(settled=True).digest
+
+
+def test_what_came_and_went_leaves_no_trace_in_the_next_record(place: Place) -> None:
+    live = place.live()
+    before = live.snapshot().calibration
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot(settled=True)
+    place.writer.purge(GAMMA)
+    live.forget()
+    after = live.calibrate("without gamma")
+    assert before is not None and after.id == 2
+    assert {key: value for key, value in after.facts.items() if key not in ("moved", "let_in", "turned_away")} == before.facts
+    assert (after.quantiles == before.quantiles).all() and after.centres == before.centres and after.scoring == before.scoring
+    assert (after.facts["moved"], after.facts["let_in"], after.facts["turned_away"]) == (0, 0, 0)
+
+
+def test_there_is_nothing_to_calibrate_on_without_examples(tmp_path: Path) -> None:
+    with Registry.create(tmp_path / "registry", config=CONFIG) as registry:
+        add(registry, "named", build_state(ENCODER, []))
+        with pytest.raises(InvalidInput) as caught:
+            LiveRouter(registry, lambda state: None).calibrate("now")
+        assert caught.value.fact == "no version in production has examples to calibrate on."
+
+
+def test_a_router_of_the_past_is_built_again(place: Place) -> None:
+    live = place.live()
+    past = live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    place.writer.retire(ALPHA)
+    live.calibrate("anew")
+    again = live.of(past.versions, 1)
+    assert again.digest == past.digest
+    assert_agree(again.route_features(QUERIES, k=5), past.route_features(QUERIES, k=5))
+
+
+def test_a_calibration_that_knows_few_of_the_adapters_is_said_once(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    live = place.live()
+    live.snapshot()
+    for i in range(4):
+        add(place.writer, f"more{i}", STATES[i])
+        live.snapshot()
+    assert caplog.text.count("calibration 1 knows 2 of the 5 adapters in production") == 1 and caplog.text.count(" knows ") == 1
+
+
+# ---- read-only ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_registry_that_may_only_be_read_is_routed(calibrated: bool, place: Place) -> None:
+    if calibrated:
+        place.live().snapshot()
+    before = sorted(path for path in place.folder.rglob("*") if "catalog" not in path.name)
+    with Registry._open_read_only(Layout(place.folder), CONFIG) as registry:
+        live = LiveRouter(registry, lambda state: None)
+        assert not registry.writable
+        assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+        made = live.snapshot().calibration
+        assert made is not None and made.id == (1 if calibrated else None)
+        assert before == sorted(path for path in place.folder.rglob("*") if "catalog" not in path.name)
+        add(place.writer, "gamma", STATES[2])
+        assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+        later = live.snapshot().calibration
+        assert later is not None and later.digest == made.digest
+
+
+# ---- threads ------------------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_threads_get_only_answers_of_consistent_snapshots(tmp_path: Path) -> None:
+    changes = 1000 if os.environ.get("ADAPTER_HUB_SOAK") else 100
+    found = router_threads.run(16, changes, tmp_path / "registry")
+    assert found["faults"] == []
