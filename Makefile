@@ -31,14 +31,18 @@ help:
 	@echo "make wheel   build dist/adapter_hub-*.whl"
 	@echo "make clean   remove .venv and everything built"
 
+# A virtual environment knows the folder it was made in. Where this clone was moved, it is set up again: quick, all is installed.
+MOVED := $(shell [ ! -e $(VENV)/.base ] || [ "$$(cat $(VENV)/.base)" = "$(CURDIR)" ] || echo $(VENV)/.moved)
+$(VENV)/.moved: ;
+
 # torch comes first and by its exact version, so that no later requirement can choose another build of it.
-$(VENV)/.base: constraints.txt
+$(VENV)/.base: constraints.txt $(MOVED)
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	@echo "setting up $(VENV) with $$($(PYTHON) --version) (minutes the first time) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(INSTALL) setuptools
 	@$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"
-	@touch $@
+	@echo "$(CURDIR)" > $@
 
 # setuptools is there already: --no-build-isolation keeps the build to the pinned one.
 $(VENV)/.demo: $(VENV)/.base pyproject.toml

@@ -123,6 +123,7 @@ class FrozenBase:
 
         `max_tokens` cuts longer inputs; by default the model's own limit. `local` downloads nothing. Raises ModelNotFound, InvalidInput.
         """
+        check_device(device)
         path = resolve_model(source, local=local)
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -247,6 +248,15 @@ class FrozenBase:
         digest.update(json.dumps([self._pooling, self._normalise]).encode())
         digest.update(json.dumps(_tokenizer_facts(self.copy_tokenizer()), sort_keys=True).encode())
         return "sha256:" + digest.hexdigest()
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises InvalidInput where models cannot run on this device: it is none, or this machine or this torch lacks it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise InvalidInput(f"models cannot run on device {device!r}: {reason[:200]}.", hint="Use cpu, or install a torch for it.") from error
 
 
 def resolve_model(source: str | Path, revision: str | None = None, *, local: bool = False) -> Path:

@@ -15,37 +15,36 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adapter_hub.adapters.checks import check_acts, check_fits
+from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
-from adapter_hub.adapters.weights import Adapter, adapter_of, read_adapter
-from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
-from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture, Shares
-from adapter_hub.errors import HubError, InvalidInput, ModelChanged, ModelNotFound, RegistryExists, WrongBase
-from adapter_hub.examples import Example, as_examples, digest_of, read_examples
+from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, ModelNotFound, RegistryExists, WrongBase
+from adapter_hub.examples import Example, as_examples, digest_of, read_examples, text_fault
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig
 from adapter_hub.registry.layout import Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
-from adapter_hub.routing.calibration import Calibration
-from adapter_hub.routing.calibration import check_rate as _rate
 from adapter_hub.routing.decision import Decision
-from adapter_hub.routing.effect import Effect, effect
-from adapter_hub.routing.encoder import Encoder, SentenceEncoder, load_encoder
-from adapter_hub.routing.explain import Explanation, explain
-from adapter_hub.routing.features import extract
-from adapter_hub.routing.live import ROUTING_FILE, LiveRouter
-from adapter_hub.routing.router import Router
-from adapter_hub.routing.statistics import RoutingState, build_state
-from adapter_hub.training.config import TrainConfig
-from adapter_hub.training.train import train_classifier
 
+# What needs torch is imported by the methods that need it: listing and promoting take no seconds and no memory for models.
 if TYPE_CHECKING:
     from peft import PeftModel
+
+    from adapter_hub.adapters.weights import Adapter
+    from adapter_hub.base_model import FrozenBase
+    from adapter_hub.engine.engine import Engine, Output
+    from adapter_hub.routing.calibration import Calibration
+    from adapter_hub.routing.effect import Effect
+    from adapter_hub.routing.encoder import Encoder
+    from adapter_hub.routing.explain import Explanation
+    from adapter_hub.routing.live import LiveRouter
+    from adapter_hub.routing.router import Router
+    from adapter_hub.routing.statistics import RoutingState
+    from adapter_hub.training.config import TrainConfig
 
 log = logging.getLogger("adapter_hub")
 
@@ -117,13 +116,14 @@ class Hub:
     """
 
     def __init__(self, registry: Registry, *, device: str = "cpu") -> None:
-        self.registry = registry
+        self._registry = registry
+        self._closed = False
         self.device = device
         self._lock = threading.RLock()
         self._base: FrozenBase | None = None
         self._encoder: Encoder | None = None
         self._engine: Engine | None = None
-        self._live = LiveRouter(registry, self._check_state)
+        self._router: LiveRouter | None = None
 
     # ---- open and close -----------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Hub:
         cls,
         path: str | Path,
         *,
-        base_model: str | Path = DEFAULT_MODEL,
+        base_model: str | Path | None = None,
         encoder: str | Path | None = None,
         max_tokens: int | None = None,
         database: str | None = None,
@@ -140,13 +140,15 @@ class Hub:
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
-        `encoder` is a sentence-transformers id or folder, or "hash" for one without a model; by default the default model.
+        `base_model` is a hub id or a folder; `encoder` too, or "hash" for one without a model; by default both are `DEFAULT_MODEL`.
         `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise.
         Raises RegistryExists, ModelNotFound.
         """
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
-        base = FrozenBase.load(_absolute(base_model), max_tokens=max_tokens, device=device)
+        from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
+
+        base = FrozenBase.load(_absolute(base_model or DEFAULT_MODEL), max_tokens=max_tokens, device=device)
         router_encoder = _encoder(_absolute(encoder or DEFAULT_MODEL), device)
         config = RegistryConfig(
             base_model=base.id,
@@ -165,13 +167,55 @@ class Hub:
         return cls(Registry.open(path, artifacts=artifacts), device=device)
 
     def close(self) -> None:
-        self.registry.close()
+        """Let go of the registry; whatever is asked of this hub afterwards raises HubError."""
+        self._closed = True
+        self._registry.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        return f"Hub({str(self._registry.layout.root)!r}{', closed' if self._closed else ''})"
+
+    @property
+    def registry(self) -> Registry:
+        self._check_open()
+        return self._registry
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise HubError("this hub is closed.", hint="Open another: Hub.open.")
+
+    # ---- a collection of names ----------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Every name that is registered, in production or not, in alphabetical order."""
+        return self.registry.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __bool__(self) -> bool:
+        return True    # a hub without adapters is a hub: its base model answers
+
+    def __contains__(self, ref: object) -> bool:
+        """Whether a name is registered; of `name@3` and `name@alias`, whether that version is."""
+        if not isinstance(ref, str | AdapterRef):
+            return False
+        try:
+            if isinstance(ref, str) and "@" not in ref:
+                self.registry.aliases(ref)
+            else:
+                self.registry.manifest(ref)
+        except (AdapterNotFound, InvalidName):
+            return False
+        return True
 
     # ---- the models, loaded when first needed -------------------------------------------------------------------
 
@@ -184,6 +228,8 @@ class Hub:
         """The frozen base model. Raises ModelNotFound, ModelChanged if it is not the one this registry was made for."""
         with self._lock:
             if self._base is None:
+                from adapter_hub.base_model import FrozenBase
+
                 base = FrozenBase.load(self.config.base_model, max_tokens=self.config.max_tokens, device=self.device)
                 _check_same("base model", base.id, base.fingerprint, self.config.base_fingerprint)
                 self._base = base
@@ -201,13 +247,28 @@ class Hub:
 
     @property
     def engine(self) -> Engine:
+        self._check_open()
         with self._lock:
             if self._engine is None:
+                from adapter_hub.engine.engine import Engine
+
                 self._engine = Engine(self.base, self._load)
             return self._engine
 
+    @property
+    def _live(self) -> LiveRouter:
+        self._check_open()
+        with self._lock:
+            if self._router is None:
+                from adapter_hub.routing.live import LiveRouter
+
+                self._router = LiveRouter(self._registry, self._check_state)
+            return self._router
+
     def _load(self, ref: AdapterRef) -> Adapter:
         """The adapter of a version, from the bytes that were checked against their digests."""
+        from adapter_hub.adapters.weights import adapter_of
+
         manifest = self.registry.manifest(ref)
         _check_same("base model", self.base.id, self.base.fingerprint, manifest.base_fingerprint)
         config, weights = (self.registry.read(ref, file) for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
@@ -242,17 +303,22 @@ class Hub:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
-        label) tell the router what belongs to it; without any, the description does. `labels` name the head's outputs.
+        label) tell the router what belongs to it; without any, the description does. `labels` name the head's outputs; a PeftModel
+        whose config names them needs none.
         `evaluation` are further inputs that belong to it, not among the examples: thresholds are measured on them. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
+        from adapter_hub.adapters.checks import check_acts, check_fits
+        from adapter_hub.adapters.weights import adapter_of
+        from adapter_hub.routing.statistics import build_state
+
         check_name(name)
         rows, held_out = as_examples(examples), as_examples(evaluation)
         tags = _texts("tags", tags)
         names = _texts("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
-        adapter = adapter_of(found, labels=names or None, prompt_template=prompt_template, generation=generation)
+        adapter = adapter_of(found, labels=names or found.labels, prompt_template=prompt_template, generation=generation)
         self._check_named_base(adapter, assume_base)
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
@@ -276,6 +342,8 @@ class Hub:
             source=found.repository,
             revision=found.revision,
         )
+        if not state.count:
+            log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
         return self._added(name, facts, files | self._routing_files(state, rows, held_out), promote=promote)
 
@@ -295,6 +363,8 @@ class Hub:
         return self.promote(ref, reason=reason)
 
     def _routing_files(self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example] = ()) -> dict[str, Path | bytes]:
+        from adapter_hub.routing.live import ROUTING_FILE
+
         files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
         if self.config.keep == "text":
             files |= {file: _jsonl(given) for file, given in ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out)) if given}
@@ -308,6 +378,8 @@ class Hub:
         hint = "If it was trained on the same weights, pass assume_base=True (`--assume-base`)."
         if not named:
             raise WrongBase("adapter_config.json does not name its base model.", hint=hint)
+        from adapter_hub.base_model import FrozenBase
+
         try:
             other = FrozenBase.load(named, local=True).fingerprint    # a file from elsewhere names it: nothing is downloaded for that
         except ModelNotFound:
@@ -334,6 +406,8 @@ class Hub:
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
+        from adapter_hub.training.train import train_classifier
+
         rows = _rows(train)
         held_out = _rows(validation) if validation is not None else None
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
@@ -384,7 +458,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._live.snapshot(), _texts("texts", texts), k, max_false_reject)
+        return self._route(self._live.snapshot(), _inputs(texts), k, max_false_reject)
 
     def predict(
         self,
@@ -403,7 +477,9 @@ class Hub:
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
-        texts = _texts("texts", texts)
+        texts = _inputs(texts)
+        if adapters is not None and max_false_reject is not None:
+            raise InvalidInput("adapters and max_false_reject exclude each other.", hint="Where the adapters are named, nothing is routed.")
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
@@ -417,10 +493,18 @@ class Hub:
         return self._run(texts, decisions, answering, generation)
 
     def _route(self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None) -> list[Decision]:
-        rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
+        from adapter_hub.routing.features import extract
+
+        rate = self._rate(max_false_reject)
         if not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
         return router.route_features(extract(self.encoder, texts), k=k, max_false_reject=rate) if texts else []
+
+    def _rate(self, max_false_reject: float | None) -> float:
+        """The rate that is meant. Raises InvalidInput."""
+        from adapter_hub.routing.calibration import check_rate
+
+        return check_rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
 
     def _mixed(self, decision: Decision) -> Answering:
         """The candidates that mix with the one that was accepted, by their weights; None where none was."""
@@ -437,6 +521,8 @@ class Hub:
     def _run(
         self, texts: Sequence[str], decisions: Sequence[Decision], answering: Sequence[Answering], generation: Mapping[str, Any] | None
     ) -> list[Prediction]:
+        from adapter_hub.engine.engine import Request
+
         requests = [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
         outputs = self.engine.predict(requests, generation=generation)
         return [_prediction(*row) for row in zip(decisions, answering, outputs, strict=True)]
@@ -459,7 +545,7 @@ class Hub:
         """
         started = interrupted(output) if resume else None
         router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._live.snapshot(settled=True)
-        rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
+        rate = self._rate(max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
             "encoder": self.config.encoder_fingerprint,
@@ -489,8 +575,11 @@ class Hub:
 
         The exemplars' texts are shown where the registry keeps them (`keep = "text"` in hub.toml).
         """
-        rate = _rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
-        features = extract(self.encoder, [text])
+        from adapter_hub.routing.explain import explain
+        from adapter_hub.routing.features import extract
+
+        rate = self._rate(max_false_reject)
+        features = extract(self.encoder, _inputs([text]))
         decision = self._live.snapshot().route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
@@ -504,6 +593,8 @@ class Hub:
 
         Both sides are solved in full: some seconds for thousands of exemplars. Raises AdapterNotFound, NotRoutable, InvalidInput.
         """
+        from adapter_hub.routing.effect import effect
+
         newcomer = self.registry.resolve(ref)
         now = self._live.snapshot(settled=True)
         others = [other for other in now.refs if other.name != newcomer.name]
@@ -525,8 +616,9 @@ class Hub:
 
         `names` restricts to rows of those adapters. Rates are 0-1; keys that do not apply are absent.
         """
-        wanted = None if names is None else set(_texts("names", names))
-        rows = [row for row in _rows(data) if wanted is None or row.extra.get("adapter") in wanted]
+        rows = _rows(data)
+        if names is not None:
+            rows = self._rows_of(_texts("names", names), rows)
         if not rows or any(row.label is None for row in rows):
             raise InvalidInput("evaluation needs rows, each with a label.", hint='Rows look like {"text": …, "label": …, "adapter": …}.')
         texts, targets = [row.text for row in rows], [row.label for row in rows]
@@ -540,6 +632,15 @@ class Hub:
             facts["routing_accuracy"] = _share(p.adapter and n.adapter and p.adapter.name == n.adapter.name for p, n in pairs)
             facts["accuracy_named"] = _share(p.label == t for p, t in zip(named, targets, strict=True))
         return facts
+
+    def _rows_of(self, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:
+        """The rows of these adapters. Raises AdapterNotFound, InvalidInput for a name that no row mentions."""
+        homes = {id(row): str(row.extra.get("adapter")).partition("@")[0] for row in rows}
+        for name in names:
+            self.registry.aliases(name)
+            if name not in homes.values():
+                raise InvalidInput(f"no row names the adapter {name!r}.", hint="The field `adapter` of a row says whose it is.")
+        return [row for row in rows if homes[id(row)] in names]
 
     def calibrate(self, reason: str = "asked for") -> Calibration:
         """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
@@ -589,6 +690,8 @@ class Hub:
         return replace(report, problems=(*damaged, *report.problems))
 
     def _models(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        from adapter_hub.routing.encoder import load_encoder
+
         config = self.config
         yield "base model", lambda: _check_same("base model", config.base_model, self.base.compute_fingerprint(), config.base_fingerprint)
         yield "encoder", lambda: _check_same("encoder", config.encoder, load_encoder(config.encoder).fingerprint, config.encoder_fingerprint)
@@ -602,6 +705,10 @@ class Hub:
 
     def _check_usable(self, folder: Path, manifest: Manifest) -> None:
         """Raises HubError where a version could not be run or routed here."""
+        from adapter_hub.adapters.checks import check_acts, check_fits
+        from adapter_hub.routing.live import ROUTING_FILE
+        from adapter_hub.routing.statistics import RoutingState
+
         adapter = _read_version(folder, manifest)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
@@ -609,13 +716,29 @@ class Hub:
         _check_same("encoder", self.config.encoder, state.encoder_fingerprint, self.config.encoder_fingerprint)
 
     def list(self, name: str | None = None, *, base: str | None = None, tag: str | None = None, task_type: str | None = None) -> Any:
-        return self.registry.versions(name, base=base, tag=tag, task_type=task_type)
+        """The versions, by name and number. `base` is an id, a fingerprint or a folder. Raises AdapterNotFound, InvalidInput, ModelNotFound."""
+        if task_type is not None:
+            task_type = _task_type(task_type)
+        rows = self.registry.versions(name, base=base, tag=tag, task_type=task_type)
+        if base is not None and not rows and Path(base).expanduser().is_dir():    # another place of a model is known by its content
+            from adapter_hub.base_model import FrozenBase
+
+            rows = self.registry.versions(name, base=FrozenBase.load(base, local=True).fingerprint, tag=tag, task_type=task_type)
+        return rows
 
     def show(self, ref: str | AdapterRef) -> Manifest:
         return self.registry.manifest(ref)
 
     def history(self, name: str) -> Any:
         return self.registry.history(name)
+
+
+def _task_type(text: str) -> str:
+    """As the manifests write it. Raises InvalidInput for one that there is not."""
+    found = str(text).upper()
+    if found not in TaskType.__members__:
+        raise InvalidInput(f"{text!r} is not a task type.", hint=f"Known are {', '.join(TaskType)}.")
+    return found
 
 
 def _foremost(adapter: Answering) -> AdapterRef | None:
@@ -660,6 +783,8 @@ def _check_same(what: str, name: str, found: str, recorded: str | None) -> None:
 
 
 def _read_version(folder: Path, manifest: Manifest) -> Adapter:
+    from adapter_hub.adapters.weights import read_adapter
+
     return read_adapter(folder, labels=manifest.labels, prompt_template=manifest.prompt_template, generation=manifest.generation)
 
 
@@ -681,6 +806,11 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Ex
 
 
 def _encoder(id: str, device: str) -> Encoder:
+    """Raises ModelNotFound, InvalidInput."""
+    from adapter_hub.base_model import check_device
+    from adapter_hub.routing.encoder import SentenceEncoder, load_encoder
+
+    check_device(device)
     encoder = load_encoder(id)
     return SentenceEncoder(id, device=device) if isinstance(encoder, SentenceEncoder) else encoder
 
@@ -691,6 +821,15 @@ def _texts(what: str, texts: Any) -> tuple[str, ...]:
         hint = f"Give a list: [{texts[:20]!r}]." if isinstance(texts, str) else "Give a list of texts."
         raise InvalidInput(f"{what} is {'one string' if isinstance(texts, str) else type(texts).__name__}.", hint=hint)
     return tuple(texts)
+
+
+def _inputs(texts: Any) -> tuple[str, ...]:
+    """Of what is to be routed or answered. Raises InvalidInput with the position of the text that cannot be read."""
+    found = _texts("texts", texts)
+    for position, text in enumerate(found, 1):
+        if reason := text_fault(text):
+            raise InvalidInput(f"text {position} of {len(found)} {reason}.", hint="Remove it or write its text.")
+    return found
 
 
 def _aligned(adapters: Any, count: int) -> Sequence[Named]:

@@ -9,6 +9,8 @@ import os
 
 # Before the libraries are imported: what they would print stands between a reader and the answer, and nothing here is downloaded.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+# Threads that wait for each other sleep: where others use the cores as well, spinning takes them from the very thread that is waited for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import hashlib

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from adapter_hub.cli import app
 from adapter_hub.cli.arguments import label_names, shown_url
-from adapter_hub.cli.console import plain, shown
+from adapter_hub.cli.console import plain, rows, shown
 from adapter_hub.errors import InvalidInput
 
 ROOT = Path(__file__).parents[1]
@@ -238,7 +238,7 @@ def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path,
 
     register = ["register", "colours", str(made / "colours"), "--examples", lines(tmp_path / "shades.jsonl", shades), "--labels", "red,blue"]
     code, out, err = invoke(*register, *registry, "--json")
-    assert (code, json.loads(out)) == (0, {"ref": "colours@1", "production": True, "examples": 6}), err
+    assert (code, json.loads(out)) == (0, {"ref": "colours@1", "production": True, "examples": 6, "evaluation": 0}), err
     code, out, err = invoke(*register, *registry, "--labels", "red")
     assert code == 2 and "1 labels were given for a head of 2 outputs" in err
 
@@ -273,15 +273,53 @@ def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path,
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     code, out, _ = invoke("verify", *registry, "--json")
     assert code == 1 and "colours" in str(json.loads(out)["problems"])
+    code, out, _ = invoke("verify", *registry)
+    assert code == 1 and out.startswith("DAMAGED") and f"colours@1: {weights} " in out    # uncut, whatever its length
     weights.write_bytes(whole)
 
     other = tmp_path / "other"
     assert invoke("init", str(other), "--base-model", str(made / "bert"), "--encoder", "hash")[0] == 0
     shutil.copytree(made / "registry" / "adapters" / "colours", other / "adapters" / "colours")
+    (other / "adapters" / "colours" / "history.jsonl").unlink()
+    code, out, _ = invoke("verify", "--registry", str(other))
+    assert code == 0 and out.startswith("no damage was found\nunregistered folders: 1; no reader sees them") and "\n  colours@1\n" in out
     code, out, err = invoke("adopt", "--registry", str(other), "--json")
     assert code == 0 and json.loads(out)["adopted"] == ["colours@1"], err
     code, out, err = invoke("predict", "x", "--adapter", "colours@1", "--registry", str(other), "--json")
     assert code == 0 and json.loads(out)[0]["adapter"] == "colours@1", err
+
+
+def test_what_is_asked_wrongly_or_without_result_is_said(made: Path, tmp_path: Path) -> None:
+    registry = ["--registry", str(made / "registry")]
+    adapter = ["register", "shades", str(made / "colours"), *registry]
+    code, out, _ = invoke(*adapter, "--labels", "warm,cold")
+    assert code == 0 and out.startswith("registered shades@1; only its name reaches it")
+    code, _, err = invoke(*adapter, "--labels", "labels.json")
+    assert code == 2 and "there is no file 'labels.json'" in err
+    code, _, err = invoke("show", "shads", *registry)
+    assert code == 2 and "adapter 'shads' is not registered. Closest: 'shades'." in err
+    code, _, err = invoke("predict", "x", "--adapter", "shades", "--max-false-reject", "0.1", *registry)
+    assert code == 2 and "exclude each other" in err
+    code, _, err = invoke("--device", "tpu9", "predict", "x", "--adapter", "shades", *registry)
+    assert code == 2 and err.startswith("error: models cannot run on device 'tpu9'") and len(err.splitlines()) == 1
+    assert "no version matches" in invoke("list", "--base", "some/other", *registry)[1]
+    assert "shades@1" in invoke("list", "--task-type", "seq_cls", *registry)[1]
+    code, out, _ = invoke("export", "shades", str(tmp_path / "plain"), *registry)
+    assert (code, out) == (0, f"exported shades@1 to {tmp_path / 'plain'}\n")
+    code, out, _ = invoke("export", "shades", str(tmp_path / "again"), *registry, "--json")
+    assert json.loads(out) == {"ref": "shades@1", "folder": str(tmp_path / "again")}
+
+    other = tmp_path / "other"
+    assert invoke("init", str(other), "--base-model", str(made / "bert"), "--encoder", "hash")[0] == 0
+    shutil.copytree(made / "registry" / "adapters" / "shades", other / "adapters" / "shades")
+    (other / "adapters" / "shades" / "1" / "adapter_model.safetensors").write_bytes(b"other bytes")
+    code, out, _ = invoke("adopt", "--registry", str(other))
+    assert code == 1 and "refused: " in out and str(other / "adapters" / "shades" / "1" / "adapter_model.safetensors") in out
+
+
+def test_verbose_says_what_this_package_does_and_not_what_its_libraries_do(made: Path) -> None:
+    done = as_process("-v", "route", "x", "--registry", str(made / "registry"))
+    assert done.returncode == 0 and "faiss" not in done.stderr.lower(), done.stderr
 
 
 def test_ctrl_c_says_the_command_that_goes_on_with_every_option(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +351,11 @@ def test_plain_turns_facts_into_json_values_and_numbers_that_json_lacks_into_nul
 
     assert plain([Fact(), float("nan"), True]) == [{"score": None, "path": "a", "refs": ["x", 1]}, None, True]
     json.dumps(plain(Fact()), allow_nan=False)
+
+
+def test_columns_stand_in_the_order_of_the_fields_whichever_row_fills_them(capsys: pytest.CaptureFixture[str]) -> None:
+    rows([{"ref": "a@1", "aliases": [], "state": "live"}, {"ref": "a@2", "aliases": ["production"], "state": "live"}])
+    assert capsys.readouterr().out.split("\n")[0].split() == ["ref", "aliases", "state"]
 
 
 def test_a_cell_is_one_short_line_that_a_terminal_does_not_obey() -> None:

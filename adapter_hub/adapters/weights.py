@@ -115,6 +115,11 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
         if not key.startswith(KEY_PREFIX):
             raise DoesNotFit(f"tensor {key!r} does not begin with {KEY_PREFIX!r}.", hint="Save the adapter with PEFT's save_pretrained.")
         name = key.removeprefix(KEY_PREFIX)
+        if ".base_layer." in name:
+            raise DoesNotFit(
+                f"tensor {key!r} is the base's own: PEFT saves it too where the output layer or an embedding is adapted.",
+                hint="Save it with save_pretrained(folder, save_embedding_layers=False).",
+            )
         module, dot, part = name.rpartition(".lora_")
         part = part.removesuffix(".weight")
         if not dot:
@@ -130,6 +135,10 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
         if missing or len(found) > len(wanted):
             state = f"lacks lora_{missing[0]}" if missing else "has a magnitude vector, but use_dora is off"
             raise DoesNotFit(f"module {module!r} {state}.", hint="Save the adapter again: its tensors and its config disagree.")
+        rank = settings.rank(module)
+        if found["A"].shape[:1] != (rank,):    # before PEFT makes tensors of that size to compare with
+            shape = tuple(found["A"].shape)
+            raise DoesNotFit(f"lora_A of module {module!r} has shape {shape}, the config says rank {rank}.", hint="Save the adapter again.")
         deltas[module] = LoraDelta(found["A"], found["B"], settings.scaling(module), found.get("magnitude_vector"))
     if not deltas:
         raise DoesNotFit("the adapter holds no LoRA tensors.", hint="Save it with PEFT's save_pretrained after training.")

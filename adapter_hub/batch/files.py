@@ -68,7 +68,10 @@ class JobFiles:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the job's lock, a file that is gone afterwards. Raises InvalidInput while another process runs this job."""
+        """Hold the job's lock, a file that is gone afterwards. Raises InvalidInput while another process runs this job.
+
+        A kill may leave the file, also beside a whole output: it holds nobody up, and the next run of the job removes it.
+        """
         path = self._beside(".lock")
         while True:
             try:

@@ -89,10 +89,12 @@ def json_object(option: str, text: str) -> dict[str, JSON] | None:
 
 
 def label_names(text: str) -> list[str] | None:
-    """`a,b,c`, or a file that holds a JSON list or one name a line."""
+    """`a,b,c`, or a file that holds a JSON list or one name a line. Raises InvalidInput, also for the name of a file that is not there."""
     if not text:
         return None
     if not os.path.isfile(text):    # unlike Path.is_file, it takes names of any length
+        if "," not in text and (text.endswith((".json", ".txt")) or os.sep in text):
+            raise InvalidInput(f"there is no file {text[:200]!r}.", hint="Give the labels as a,b,c, or a file of them.")
         return [label.strip() for label in text.split(",")]
     content = read_utf8(text)
     if not content.lstrip().startswith("["):

@@ -70,10 +70,30 @@ def facts(document: Mapping[str, JSON]) -> None:
             print(f"{key:{width}}  {shown(value, chars_max=400)}")
 
 
+def in_full(document: Mapping[str, JSON]) -> None:
+    """As `facts`, but of a list every item, one a line and uncut: what is wrong is said at the end of a long line."""
+    facts({key: value for key, value in document.items() if not isinstance(value, list)})
+    for key, items in document.items():
+        if isinstance(items, list):
+            print(f"{key}: {len(items)}")
+            for item in items:
+                said = ": ".join(str(part) for part in item.values()) if isinstance(item, Mapping) else str(item)
+                print(f"  {shown(said, chars_max=10_000)}")
+
+
+def verified(document: Mapping[str, JSON]) -> None:
+    """What `verify` found. A folder that no reader sees is no damage, and not all that is well."""
+    unregistered = document["unregistered"]
+    line("no damage was found" if document["ok"] else "DAMAGED: see the problems")
+    if unregistered:
+        line(f"unregistered folders: {len(unregistered)}; no reader sees them until `adapter-hub adopt` takes them in")
+    in_full({key: value for key, value in document.items() if key != "ok"})
+
+
 def rows(documents: Sequence[Mapping[str, JSON]]) -> None:
-    """A table with a column for each field that is filled anywhere."""
-    filled = (key for document in documents for key, value in document.items() if value not in EMPTY)
-    columns = list(dict.fromkeys(filled))
+    """A table with a column for each field that is filled anywhere, in the order of the fields."""
+    filled = {key for document in documents for key, value in document.items() if value not in EMPTY}
+    columns = [key for key in dict.fromkeys(key for document in documents for key in document) if key in filled]
     table(columns, [[document.get(column) for column in columns] for document in documents])
 
 

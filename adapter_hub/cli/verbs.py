@@ -35,7 +35,20 @@ from adapter_hub.cli.arguments import (
     read_utf8,
     shown_url,
 )
-from adapter_hub.cli.console import decisions, effects, emit, events, explanations, facts, line, predictions, progress_bar, versions
+from adapter_hub.cli.console import (
+    decisions,
+    effects,
+    emit,
+    events,
+    explanations,
+    facts,
+    in_full,
+    line,
+    predictions,
+    progress_bar,
+    verified,
+    versions,
+)
 from adapter_hub.errors import HubError, InvalidInput
 
 if TYPE_CHECKING:
@@ -45,6 +58,8 @@ if TYPE_CHECKING:
 JSON = Any
 # The libraries' own bars and notices would stand between a person and the answer.
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+# torch's threads sleep while they wait: on shared cores, spinning takes them from the very thread that is waited for.
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 
 
@@ -105,8 +120,10 @@ def _before_the_verb(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for variable, value in QUIET.items():
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if verbose:
+        logging.getLogger("adapter_hub").setLevel(logging.INFO)    # the libraries' own steps are not the verb's
+    for variable, value in (QUIET | SLEEPING).items():
         os.environ.setdefault(variable, value)
     ctx.obj = {"artifacts": artifacts or None, "device": device}
     # A --registry before the verb is the default of the one after it.
@@ -170,6 +187,7 @@ def register(
     )
     live = hub.registry.aliases(ref.name).get("production") == ref.version
     said = f"registered {ref}" + ("" if live == promote else ", not promoted: see `adapter-hub effect`")
+    said += "" if known or description.strip() else "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
     emit({"ref": ref, "production": live, "examples": len(known), "evaluation": len(held_out)}, as_json, lambda _: line(said))
 
 
@@ -240,7 +258,9 @@ def list_versions(
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """List the versions, newest of each name last."""
-    emit(_open(ctx, registry).list(name, base=base, tag=tag, task_type=task_type), as_json, versions)
+    found = _open(ctx, registry).list(name, base=base, tag=tag, task_type=task_type)
+    filtered = any(value is not None for value in (base, tag, task_type))
+    emit(found, as_json, versions if found or not filtered else lambda _: line("no version matches; without a filter `adapter-hub list` shows all."))
 
 
 @_verb("show", "adapter-hub show banking@2")
@@ -337,8 +357,10 @@ def export(
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Copy REF to a folder that PEFT reads."""
-    written = _open(ctx, registry).export(ref, folder)
-    emit({"folder": written}, as_json, lambda _: line(f"exported {ref} to {written}"))
+    hub = _open(ctx, registry)
+    found = hub.registry.resolve(ref)
+    written = hub.export(found, folder)
+    emit({"ref": found, "folder": written}, as_json, lambda _: line(f"exported {found} to {written}"))
 
 
 # ---- verbs: the daily work ------------------------------------------------------------------------------------------
@@ -451,7 +473,7 @@ def evaluate(
 def verify(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
     """Hash every stored file and the base model. Exit code 1 where something is damaged."""
     report = _open(ctx, registry).verify()
-    emit(report, as_json, facts)
+    emit(report, as_json, verified)
     if not report.ok:
         raise typer.Exit(SOME_FAILED)
 
@@ -466,9 +488,9 @@ def gc(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = Fa
 def adopt(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
     """Take in version folders that came by git or copy.
 
-    Exit code 1 where two different folders claim one number.
+    Exit code 1 where one was refused, or two different folders claim one number.
     """
     report = _open(ctx, registry).adopt()
-    emit(report, as_json, facts)
-    if getattr(report, "conflicts", ()):
+    emit(report, as_json, in_full)
+    if report.conflicts or report.refused:
         raise typer.Exit(SOME_FAILED)

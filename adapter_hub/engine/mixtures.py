@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.engine.generation import merged
-from adapter_hub.engine.slots import Facts
 from adapter_hub.errors import InvalidInput
 from adapter_hub.refs import AdapterRef
+
+if TYPE_CHECKING:
+    from adapter_hub.engine.slots import Facts  # torch: the hub names mixtures without it
 
 Shares = tuple[tuple[AdapterRef, float], ...]
 

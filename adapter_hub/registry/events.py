@@ -188,9 +188,7 @@ def alias_trail(events: Iterable[Event]) -> tuple[list[int], int | None]:
     return trail, current
 
 
-def rollback_target(events: Iterable[Event]) -> int | None:
-    """The version that an alias goes back to, or None where there is nothing before."""
+def rollback_targets(events: Iterable[Event]) -> list[int]:
+    """The versions that an alias named before, the one it goes back to first."""
     trail, current = alias_trail(events)
-    if current is not None:
-        trail = trail[:-1]
-    return trail[-1] if trail else None
+    return trail[::-1] if current is None else trail[-2::-1]

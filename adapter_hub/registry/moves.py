@@ -15,7 +15,7 @@ from adapter_hub.errors import CorruptVersion, InvalidInput, NotRoutable
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import check_folder, make_folder, open_regular, storage_errors, sync_folder, write_atomic
-from adapter_hub.registry.events import EventKind, rollback_target
+from adapter_hub.registry.events import EventKind, rollback_targets
 from adapter_hub.registry.layout import DATA_FILES, MANIFEST, Layout
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.schema import VersionState
@@ -53,13 +53,15 @@ def set_alias(connection: Connection, ref: AdapterRef, alias: str, *, at: str, r
 
 
 def roll_back(connection: Connection, name: str, *, at: str, reason: str) -> int:
-    """The version that `production` names again. Raises NotRoutable where there is none to go back to."""
-    target = rollback_target(records.select_events(connection, name=name, alias=PRODUCTION))
-    if target is None:
-        hint = f"Promote a version: `adapter-hub list {name}` shows them."
-        raise NotRoutable(f"'{name}' has no earlier version in production to go back to.", hint=hint)
-    records.check_usable(connection, AdapterRef(name, target), retired=False)
+    """The version that `production` names again, past retired and purged ones. Raises NotRoutable where there is none to go back to."""
+    targets = rollback_targets(records.select_events(connection, name=name, alias=PRODUCTION))
     previous = records.aliases_of(connection, name).get(PRODUCTION)
+    live = (version for version in targets if records.state_of(connection, name, version) is VersionState.LIVE)
+    target = next((version for version in live if version != previous), None)
+    if target is None:
+        gone = " that is neither retired nor purged" if targets else ""
+        hint = f"Promote a version: `adapter-hub list {name}` shows them."
+        raise NotRoutable(f"'{name}' has no earlier version in production{gone} to go back to.", hint=hint)
     records.write_alias(connection, name, PRODUCTION, target)
     records.record(connection, EventKind.ROLLED_BACK, name, target, at=at, alias=PRODUCTION, previous=previous, reason=reason)
     return target

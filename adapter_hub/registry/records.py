@@ -109,8 +109,9 @@ def version_of(connection: Connection, ref: AdapterRef) -> int:
 
 def _unknown(connection: Connection, ref: AdapterRef) -> AdapterNotFound:
     known = [f"{ref.name}@{version}" for version in _versions_of(connection, ref.name)]
-    known += [f"{ref.name}@{alias}" for alias in aliases_of(connection, ref.name)]
-    return AdapterNotFound(ref, known=known or names(connection))
+    if not known:    # then the name is what was misspelt, whatever stands after the @
+        return AdapterNotFound(ref.name, known=names(connection))
+    return AdapterNotFound(ref, known=[*known, *(f"{ref.name}@{alias}" for alias in aliases_of(connection, ref.name))])
 
 
 def _versions_of(connection: Connection, name: str, *states: VersionState) -> list[int]:

@@ -110,6 +110,8 @@ class Registry:
         A catalogue that is missing is rebuilt from the files. A folder that this process may not write is opened for
         reading. Raises RegistryNotFound, InvalidConfig, SchemaTooNew, InvalidInput, RegistryError.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InvalidInput(f"a registry is a folder or a database URL, not {type(path).__name__}.", hint='For example "registry".')
         url = str(path) if "://" in str(path) else None
         if url is not None and artifacts is None:
             raise InvalidInput("a database URL alone does not say where the files are.", hint="Give artifacts=FOLDER (`--artifacts`).")
@@ -403,7 +405,10 @@ class Registry:
         return self.set_alias(found.name, PRODUCTION, found.version or 0, reason)
 
     def rollback(self, name: str, reason: str = "") -> AdapterRef:
-        """Move `production` back to the version it named before; twice goes two back. Raises AdapterNotFound, NotRoutable."""
+        """Move `production` back to the version it named before; twice goes two back. Retired and purged ones are passed over.
+
+        Raises AdapterNotFound, NotRoutable.
+        """
         moves.check_reason(reason)
         with self._catalog.writing() as connection:
             records.check_name_known(connection, check_name(name))
@@ -488,8 +493,10 @@ class Registry:
         return verify(self._catalog, self.layout, found)
 
     def gc(self, age_max_s: float = AGE_MAX_S) -> GcReport:
-        """Remove what interrupted registrations left behind, never a complete version. Raises ReadOnlyRegistry."""
-        self._check_writable()
+        """Remove what interrupted registrations left behind, never a complete version. Raises ReadOnlyRegistry.
+
+        It writes to no catalogue: a registry that a full disk keeps open for reading only can be cleaned.
+        """
         return collect_garbage(self.layout, age_max_s)
 
     def adopt(self, check: Check | None = None) -> AdoptReport:

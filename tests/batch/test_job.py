@@ -347,12 +347,13 @@ def test_the_same_after_two_hundred_kills() -> None:
     assert result["faults"] == []
 
 
-STEPS = ("answered", "half-made", "errors moved", "output moved", "partial removed")
+STEPS = ("answered", "half-made", "errors moved", "output moved", "partial removed", "progress removed")
 
 
 def in_state(files: JobFiles, step: str, whole: JobFiles) -> None:
     """From "the last chunk is whole" to the folder's state after `step` of finishing, as a crash would leave it."""
     at = STEPS.index(step)
+    files.output.with_name(files.output.name + ".lock").touch()    # goes last of all
     table = files.output.suffix != ".jsonl"
     if at >= 1 and table:
         files.finished.write_bytes(whole.output.read_bytes()[: 100 if at == 1 else None])
@@ -362,6 +363,8 @@ def in_state(files: JobFiles, step: str, whole: JobFiles) -> None:
         (files.finished if table else files.partial).replace(files.output)
     if at >= 4:
         files.partial.unlink(missing_ok=True)
+    if at >= 5:
+        files.progress.unlink()
 
 
 @pytest.mark.parametrize("bad_rows", [True, False])

@@ -329,7 +329,7 @@ def test_named_weights_are_a_mixture_and_the_prediction_says_so(hub: Hub) -> Non
         (lambda h: h.predict(["x"], adapters="cars", mix=2), InvalidInput, "adapters were named, and mix is for routed inputs. Name a mixture"),
         (lambda h: h.predict(["x"], adapters={}), InvalidInput, "a mixture has no weight above 0."),
         (lambda h: h.predict(["x"], adapters={"cars": -1}), InvalidInput, "the weight of cars@1 in a mixture is -1, not a finite number"),
-        (lambda h: h.predict(["x"], adapters={"cars": 1, "lorries": 1}), AdapterNotFound, "adapter 'lorries@production' is not registered."),
+        (lambda h: h.predict(["x"], adapters={"cars": 1, "lorries": 1}), AdapterNotFound, "adapter 'lorries' is not registered."),
         (
             lambda h: h.predict(["x"], adapters=[{"cars": 1, "animals": 1}]),
             InvalidInput,

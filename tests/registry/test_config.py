@@ -17,7 +17,7 @@ printable = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filte
 @given(base=printable, encoder=printable, tokens=st.integers(1, 10**6), rate=st.floats(0, 1), keep=st.sampled_from(["vectors", "text"]))
 def test_any_configuration_is_read_back_as_it_was_written(tmp_path_factory, base, encoder, tokens, rate, keep):
     path = tmp_path_factory.mktemp("config") / "hub.toml"
-    config = RegistryConfig(base, encoder, tokens, "sha256:1", "sha256:2", rate, keep)
+    config = RegistryConfig(base, encoder, tokens, "sha256:1", "sha256:2", max_false_reject=rate, keep=keep)
     write_config(path, config)
     assert read_config(path) == config
 
@@ -25,7 +25,7 @@ def test_any_configuration_is_read_back_as_it_was_written(tmp_path_factory, base
 def test_the_defaults_are_filled_in(tmp_path):
     path = tmp_path / "hub.toml"
     path.write_text('base_model = "b"\nencoder = "hash"\nmax_tokens = 128\n')
-    assert read_config(path) == RegistryConfig("b", "hash", 128, "", "", 0.05, "vectors")
+    assert read_config(path) == RegistryConfig("b", "hash", 128, "", "", max_false_reject=0.05, max_taken=1.0, keep="vectors")
 
 
 @pytest.mark.parametrize(
@@ -72,4 +72,4 @@ def test_bytes_that_are_not_text_and_a_missing_file(tmp_path):
 def test_people_find_an_explanation_above_each_setting():
     lines = render_config(RegistryConfig("b", "hash", 8)).splitlines()
     bare = [line for before, line in itertools.pairwise(lines) if " = " in line and not (before.startswith("#") or " = " in before)]
-    assert bare == [] and sum(" = " in line for line in lines) == 7
+    assert bare == [] and sum(" = " in line for line in lines) == 8

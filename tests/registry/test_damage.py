@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -218,6 +219,12 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=False)
 
 
+def leave_no_room(folder: Path) -> None:
+    with (folder / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(512))
+
+
 def test_a_full_disk_changes_nothing_and_space_makes_it_work_again(small_disk, facts, files):
     """Whichever write fails first, of files, catalogue or history: what was stored stays, and staging is cleaned."""
     reserve, place = small_disk / "reserve", small_disk / "registry"
@@ -236,6 +243,16 @@ def test_a_full_disk_changes_nothing_and_space_makes_it_work_again(small_disk, f
     registry.close()
     with Registry.open(place) as still_full:
         assert everything(still_full) == before and still_full.read("banking", "README.md")
+    for lost in ([], place.glob("catalog.sqlite*")):    # the catalogue cannot be written, then not be made anew
+        for path in lost:
+            path.unlink()
+        leave_no_room(small_disk)
+        with Registry.open(place) as still_full:
+            assert everything(still_full) == before and still_full.read("banking", "README.md")
+    (place / ".staging" / "left").mkdir()
+    with Registry.open(place) as still_full:
+        assert not still_full.writable and still_full.gc().removed == ("left",)
+    (small_disk / "filler").unlink()
     reserve.unlink()
     with Registry.open(place) as registry:
         assert everything(registry) == before

@@ -102,10 +102,12 @@ class RegistryMachine(RuleBasedStateMachine):
         if not model.contents:
             with pytest.raises(AdapterNotFound):
                 self.registry.rollback(name)
-        elif not model.before or not model.usable(model.before[-1]):
+        elif not any(model.usable(version) and version != model.aliases.get("production") for version in model.before):
             with pytest.raises(NotRoutable):
                 self.registry.rollback(name)
         else:
+            while not model.usable(model.before[-1]) or model.before[-1] == model.aliases.get("production"):
+                model.before.pop()
             model.aliases["production"] = model.before.pop()
             assert self.registry.rollback(name).version == model.aliases["production"]
 

@@ -113,14 +113,20 @@ def test_rollback_walks_back_through_what_was_in_production(place, facts, files)
     assert registry.resolve("banking").version == 1
 
 
-def test_rollback_refuses_a_retired_target(place, facts, files):
+def test_rollback_goes_on_past_retired_and_purged_versions(place, facts, files):
     registry = place.create()
-    for word in range(3):
+    for word in range(5):
         registry.add("banking", facts, files(str(word)))
-    registry.retire("banking@2")
-    with pytest.raises(NotRoutable, match="banking@2 is retired"):
+    registry.retire("banking@4")
+    registry.purge("banking@3")
+    assert registry.rollback("banking").version == 2
+    registry.retire("banking@1")
+    with pytest.raises(NotRoutable, match="no earlier version in production that is neither retired nor purged"):
         registry.rollback("banking")
-    assert registry.resolve("banking").version == 3
+    assert registry.resolve("banking").version == 2
+    registry.close()
+    registry.layout.catalog.unlink(missing_ok=True)
+    assert place.open().resolve("banking").version == 2    # also where the history is replayed
 
 
 def test_a_retired_version_leaves_production_and_can_still_be_read(place, facts, files):
@@ -261,8 +267,9 @@ def test_an_unknown_reference_is_an_error_that_shows_the_closest(place, facts, f
     registry.add("sentiment", facts, files())
     with pytest.raises(AdapterNotFound, match=r"adapter 'sentment' is not registered\. Closest: 'sentiment'"):
         registry.versions("sentment")
-    with pytest.raises(AdapterNotFound, match=r"adapter 'sentment@3' is not registered\. Closest: 'sentiment'"):
-        registry.resolve("sentment@3")
+    for asked in ("sentment", "sentment@3", "sentment@production"):    # the message names what was misspelt, with nothing added
+        with pytest.raises(AdapterNotFound, match=r"adapter 'sentment' is not registered\. Closest: 'sentiment'"):
+            registry.manifest(asked)
     with pytest.raises(AdapterNotFound, match="Closest: 'sentiment@1'"):
         registry.resolve("sentiment@2")
     for call in (registry.manifest, registry.folder, registry.promote, registry.retire, registry.purge, registry.open_version):
