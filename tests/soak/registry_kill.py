@@ -124,11 +124,12 @@ class Soak:
 
     def kill_one(self) -> None:
         read_end, write_end = os.pipe()
+        seed = self.choose.randrange(2**32)    # drawn here: drawn in the child, the next one may draw the same, and store the same weights
         child = os.fork()
         if child == 0:
             try:
                 os.close(read_end)
-                work(self.folder, self.url, self.choose.randrange(2**32), write_end)
+                work(self.folder, self.url, seed, write_end)
             except BaseException:
                 os.write(write_end, json.dumps({"error": traceback.format_exc()}).encode() + b"\n")
             finally:
