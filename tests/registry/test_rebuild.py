@@ -49,7 +49,7 @@ def test_a_lost_catalogue_comes_back_the_same(place, facts, files):
     registry = place.open()
     assert everything(registry) == before
     assert registry.verify().to_json()["problems"] == []
-    with pytest.raises(NotRoutable, match="banking@2 was purged"):    # what production named before is remembered too
+    with pytest.raises(NotRoutable, match="that is neither retired nor purged"):    # what production named before is remembered too
         registry.rollback("banking")
     assert registry.add("banking", facts, files("new")).version == 5
 
