@@ -74,6 +74,8 @@ bench: $(VENV)/.bench
 	@$(BIN)/python -W ignore benchmarks/parity.py
 	@$(BIN)/python -W ignore benchmarks/batch.py
 	@$(BIN)/python benchmarks/registry.py
+	@$(BIN)/python benchmarks/routing.py --data "$(ADAPTER_HUB_DATA)"
+	@$(BIN)/python benchmarks/routing_scale.py --data "$(ADAPTER_HUB_DATA)"
 
 soak: $(VENV)/.test
 	@ADAPTER_HUB_SOAK=1 $(BIN)/python -m pytest -m soak

@@ -88,6 +88,7 @@ def run(hub: Hub, registry: Path) -> list[Proof]:
     console.print(f"{report.ref} learned in {seconds:.0f} s, {'promoted' if report.promoted else 'NOT promoted'}: {report.reason}\n")
 
     console.rule("3. The same hub, one skill later")
+    hub.settle()    # it is routed by its prototypes already; here the router's head has learned of it too
     after = hub.predict([row["text"] for row in new_rows])
     console.print(new_table(new_rows, before.new_inputs, after))
     routed_now = hub.route([row["text"] for row in inbox])

@@ -177,7 +177,7 @@ class FaissIndex:
         if self._scale:
             queries, scales = _whole(queries)
         with _threads(len(queries)):
-            scores, rows = self._index.search(queries, k)
+            scores, rows = self._index.search(queries, k) if scales is None else self._read(queries, k)
             short = np.flatnonzero(rows[:, -1] < 0)    # the lists that were read hold fewer than k
             if len(short):
                 every = faiss.SearchParametersIVF()
@@ -188,6 +188,14 @@ class FaissIndex:
         equal = np.flatnonzero((scores[:, 1:] == scores[:, :-1]).any(axis=1))
         order = np.lexsort((rows[equal], -scores[equal]), axis=1)
         rows[equal] = np.take_along_axis(rows[equal], order, axis=1)
+        return scores, rows
+
+    def _read(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
+        """Search the nearest lists. Queries of the same first list go one after another: what they read is still in the cache."""
+        centre_scores, lists = self._index.quantizer.search(queries, self._index.nprobe)
+        order = np.argsort(lists[:, 0], kind="stable")
+        scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        scores[order], rows[order] = self._index.search_preassigned(queries[order], k, lists[order], centre_scores[order])
         return scores, rows
 
 
@@ -204,6 +212,8 @@ def _inverted(rows: Stored) -> tuple[Any, float]:
     chosen = np.random.default_rng(SEED).choice(len(rows), min(SAMPLE_PER_LIST * lists, len(rows)), replace=False)
     centres, finder = _centres(np.ascontiguousarray(rows[np.sort(chosen)], np.float32), lists)
     homes = np.concatenate([finder.assign(block, 1)[:, 0] for block in _blocks(rows)])
+    if len(lost := np.flatnonzero(homes < 0)):    # the groups that were read have no list: most rows are alike
+        homes[lost] = centres.assign(np.ascontiguousarray(rows[lost], np.float32), 1)[:, 0]
     scale = BYTE_MAX / max(PEAK_MIN, *(float(np.abs(block).max()) for block in _blocks(rows)))
 
     kind = faiss.ScalarQuantizer.QT_8bit_direct_signed

@@ -198,7 +198,7 @@ def rename(tensors: Tensors, old: str, new: str) -> None:
         (lambda t: t.pop(first(t, "lora_B")), DoesNotFit, "lacks lora_B"),
         (lambda t: t.pop(first(t, "lora_magnitude")), DoesNotFit, "lacks lora_magnitude_vector"),
         (lambda t: t.update({(k := first(t, "lora_A")): t[k][:, :-1]}), DoesNotFit, "has shape (4, 31)"),
-        (lambda t: t.update({(k := first(t, "lora_A")): t[k][:-1]}), DoesNotFit, "the base and the config's rank need (4, 32)"),
+        (lambda t: t.update({(k := first(t, "lora_A")): t[k][:-1]}), DoesNotFit, "has shape (3, 32), the config says rank 4"),
         (lambda t: t.update({(k := first(t, "lora_magnitude")): t[k][:1]}), DoesNotFit, "has shape (1,)"),
         (lambda t: rename(t, "layer.1.", "layer.7."), DoesNotFit, "has no place in the base"),
         (lambda t: rename(t, "base_model.model.", ""), DoesNotFit, "does not begin with 'base_model.model.'"),

@@ -27,7 +27,11 @@ TASKS = {
 OWN_TASK = {BaseKind.ENCODER: None, BaseKind.CAUSAL: "CAUSAL_LM", BaseKind.SEQ2SEQ: "SEQ_2_SEQ_LM"}
 LABELS = ("x", "y", "z")
 TARGETS: dict[str, Any] = {
-    "list": lambda base: {"encoder": ["query", "value"], "causal": ["q_proj", "down_proj", "c_attn"], "seq2seq": ["q", "wo"]}[base.kind],
+    "list": lambda base: [
+        name
+        for name in {"encoder": ["query", "value"], "causal": ["q_proj", "down_proj", "c_attn"], "seq2seq": ["q", "wo"]}[base.kind]
+        if any(module.endswith(name) for module in base.modules)
+    ],
     "regex": lambda base: r".*\.(query|key|q_proj|c_fc|k|wi_1)$",
     "all-linear": lambda base: "all-linear",
 }

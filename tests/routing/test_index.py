@@ -169,3 +169,11 @@ def test_zero_rows_and_zero_queries_score_zero() -> None:
     scores, found = FaissIndex.build(stored, flat_max=0).search(np.zeros((2, 8), np.float32), 5)
     np.testing.assert_array_equal(scores, np.zeros((2, 5)))
     np.testing.assert_array_equal(found, np.tile(np.arange(5), (2, 1)))
+
+
+def test_inverted_lists_hold_every_row_where_most_are_the_same() -> None:
+    stored = np.concatenate([np.tile(clustered(1, 11), (6000, 1)), clustered(300, 12)])
+    index = FaissIndex.build(stored, flat_max=0)
+    _, found = index.search(stored[6000:], 1)
+    np.testing.assert_array_equal(found[:, 0], np.arange(6000, 6300))
+    np.testing.assert_array_equal(index.search(stored[:2], 5)[1], np.tile(np.arange(5), (2, 1)))

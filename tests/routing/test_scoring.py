@@ -223,7 +223,7 @@ def test_an_adapter_of_many_classes_does_not_fill_the_memory(monkeypatch: pytest
     """128 inputs × 32 candidates × 200 classes × 256 numbers would be 1.2 GB at once, in float16 and float32."""
     rng = np.random.default_rng(7)
     sizes = [200, *[2] * 40]
-    made = [Prototypes(unit(rng.normal(size=(size, 256))).astype(np.float16), np.ones(size, np.float32), False) for size in sizes]
+    made = [Prototypes(unit(rng.normal(size=(size, 256))).astype(np.float16), np.ones(size, np.float32), size, False) for size in sizes]
     segment = Segment.of([Entry(AdapterRef(f"task{i:02d}", 1), one, "x") for i, one in enumerate(made)])
     monkeypatch.setattr(segment_module, "DENSE_MAX", 100)
     queries = unit(rng.normal(size=(128, 256))).astype(np.float32)
