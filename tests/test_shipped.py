@@ -79,6 +79,7 @@ def test_every_proof_of_the_demonstration_holds(tmp_path: Path) -> None:
         assert right >= 0.8 * len(inbox)
         before = demo.remember(hub, registry, inbox, new_rows, predictions)
         hub.learn("gardening", ROOT / "examples" / "gardening.jsonl", config=TrainConfig(epochs=1, steps_min=0), promote="always")
+        hub.settle()
         after = hub.predict([row["text"] for row in new_rows])
         proofs = demo.prove(hub, registry, inbox, new_rows, before, after)
     assert len(proofs) == 6 and [proof.claim for proof in proofs if not proof.holds] == []
