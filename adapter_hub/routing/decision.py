@@ -9,7 +9,7 @@ from typing import Any
 
 from adapter_hub.refs import AdapterRef
 
-TEMPERATURE = 0.15    # of candidates' weights, in scores: on CLINC150's validation split a weight is then about a probability
+TEMPERATURE = 0.15    # of candidates' weights, in scores: a usual margin leaves the runner-up next to nothing. Set by hand, not measured
 
 
 class Reason(StrEnum):
@@ -37,7 +37,7 @@ class Decision:
     threshold: float | None                          # the least score that is accepted; -inf never abstains
     margin: float | None                             # best candidate minus runner-up, in candidate scores; None without a runner-up
     reason: Reason
-    candidates: tuple[tuple[AdapterRef, float], ...]  # (adapter, score), best first; 1 to 2.5 for inputs like the exemplars, near 0 for others
+    candidates: tuple[tuple[AdapterRef, float], ...]  # (adapter, score), best first; around 1 for inputs like the exemplars
     calibration: int | None                          # number of the record behind scores and threshold; None: not stored
     method: Method | None = None                     # what scored the best candidate; None: nothing was scored
 

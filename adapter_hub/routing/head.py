@@ -27,7 +27,7 @@ from adapter_hub.routing.statistics import F64, I64, Exemplars, corrupt, read_te
 
 # n exemplars, h hidden width, k classes of all solved adapters
 SCHEMA = 2
-RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 nothing changes on validation splits
+RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 little changes on validation splits
 CLASSES_MAX = 4096         # more: prototypes alone. h × k numbers are held
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
 DIM_MAX = 2**14            # of an encoder whose head is read: more is damage, and would be an allocation
