@@ -56,7 +56,7 @@ def slow_responses(solver: Solver, kept: Any, asked: Features) -> Any:
 
 def test_the_kernel_is_of_the_joined_features() -> None:
     features = next(iter(EXEMPLARS.values())).features
-    np.testing.assert_allclose(Kernel(features)(features[:5]), slow_kernel(features[:5], features), atol=1e-6)
+    np.testing.assert_allclose(Kernel(features)(features[:5]), slow_kernel(features[:5], features), atol=1e-5)    # float32, whose last bits follow the processor
 
 
 def test_responses_are_those_of_the_plain_equations(width: int) -> None:
