@@ -31,6 +31,7 @@ LEFT_OUT_MAX = 20_000          # exemplars that are left out, evenly spread over
 LEFT_OUT_NUMBERS_MAX = 2**26
 NUMBERS_MAX = 2**25            # of products held at once
 EVALUATION_MIN = 10            # evaluation inputs of an adapter that take the place of its left-out exemplars
+OWN_MAX = 500                  # exemplars that the centre of a newcomer is measured on
 CENTRE_WEIGHT = 50.0           # scored inputs that an adapter needs to outweigh all others in its own centre
 CLASS_FULL = 5.0               # classes with more exemplars than this count the same
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)    # of closeness that are tried
@@ -43,6 +44,7 @@ PRIOR_WEIGHT = 2.0
 PRIOR_FREEDOM = 4.0
 SINGLE_DROP = 0.3              # as descriptions of CLINC150's domains: without it a quarter of their inputs is turned away at "5 %"
 PRIOR_PRODUCT = 0.7            # of an input with the prototype of its class, before any was seen
+SLOPE_MIN = 1e-6               # 0 times the product of nothing, which is -inf, would be no number
 TAIL = 0.05                    # where the standard error of the quantiles is measured
 
 
@@ -67,9 +69,19 @@ class Calibration:
         """The versions that it was fitted on, sorted."""
         return tuple(self.centres)
 
-    def centre_of(self, ref: AdapterRef, *, single: bool = False) -> float:
-        """What inputs of an adapter usually score: lower, and wider apart, for one that is known by a description or one example."""
-        return self.centre - SINGLE_DROP if single else self.centres.get(ref, self.centre)
+    def centre_of(self, ref: AdapterRef, state: RoutingState, exemplars: Exemplars, prototypes: Prototypes) -> float:
+        """What inputs of an adapter usually score: less where it is known by a description or one example.
+
+        One that came after this record is measured by its own evaluation inputs, or exemplars left out, from its prototypes alone.
+        """
+        if exemplars.single:
+            return self.centre - SINGLE_DROP
+        if ref in self.centres:
+            return self.centres[ref]
+        products = _own_products(state, exemplars, prototypes.means.astype(np.float32))
+        one_adapter = np.zeros(1, np.int64)
+        scores = self.scoring.scores(self.scoring.expected(products), products, one_adapter).astype(np.float64)
+        return (float(scores.sum()) + CENTRE_WEIGHT * self.centre) / (len(scores) + CENTRE_WEIGHT)
 
     def threshold(self, max_false_reject: float) -> float:
         """The acceptance score below which this share of belonging inputs falls; -inf for 0, which never abstains.
@@ -174,6 +186,17 @@ class Calibration:
             raise corrupt(source, "a number is not finite")
         if self.count < 0 or self.deviation <= 0 or scoring.closeness < 0 or (np.diff(self.quantiles) < 0).any():
             raise corrupt(source, "a number is out of range")
+
+
+def _own_products(state: RoutingState, exemplars: Exemplars, means: F32) -> F32:
+    """(n, c) of an adapter's evaluation inputs, or of some exemplars as if they had never been given, with its own class means (c, d)."""
+    if len(state.evaluation) >= EVALUATION_MIN:
+        return np.asarray(state.evaluation.features.dense @ means.T)
+    rows = np.flatnonzero(exemplars.testable)
+    rows = rows[:: max(1, -(-len(rows) // OWN_MAX))]
+    products = exemplars.features.dense[rows] @ means.T
+    products[np.arange(len(rows)), exemplars.classes[rows]] = left_out_products(exemplars, rows)
+    return np.asarray(products)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -302,7 +325,7 @@ class _Bench:
         x, y = self._products_and_responses()
         if len(x) >= ACCURACY_MIN and x.std() > 1e-3:
             slope, intercept = np.polyfit(x, y, 1)
-            scoring = replace(scoring, slope=max(float(slope), 0.0), intercept=float(intercept))
+            scoring = replace(scoring, slope=max(float(slope), SLOPE_MIN), intercept=float(intercept))
         return replace(scoring, closeness=self._weight(scoring))
 
     def _products_and_responses(self) -> tuple[F64, F64]:

@@ -33,7 +33,7 @@ from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
 from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, corrupt, read_tensors
 
 # n inputs, d encoder width, c candidates
-SCHEMA = 1
+SCHEMA = 2
 CHUNK = 512             # inputs scored at once
 SCORE_DECIMALS = 5      # so that an input decides the same alone and in a batch, where sums run in another order
 
@@ -76,7 +76,9 @@ class Router:
     def _entry(self, ref: AdapterRef, state: RoutingState) -> Entry:
         assert self.calibration is not None
         check_encoder(str(ref), state, self.calibration.encoder_fingerprint, self.calibration.encoder)
-        return Entry(ref, Prototypes.of(Exemplars.of(state), state.from_description), state.digest)
+        exemplars = Exemplars.of(state)
+        prototypes = Prototypes.of(exemplars, state.from_description)
+        return Entry(ref, prototypes, self.calibration.centre_of(ref, state, exemplars, prototypes), state.digest)
 
     def with_added(self, ref: AdapterRef, state: RoutingState) -> Router:
         """The next snapshot, under the same calibration and head: nothing moves for the adapters that were there. Raises ModelChanged.
@@ -193,8 +195,7 @@ class Router:
                 decisions.append(Decision(None, None, None, None, Reason.NO_CANDIDATES, (), self.calibration.id))
                 continue
             best, best_score = found[0]
-            single = any(best in segment.singles for segment in self._segments)
-            score = round(best_score - self.calibration.centre_of(best, single=single), SCORE_DECIMALS)
+            score = round(best_score - self._centre_of(best), SCORE_DECIMALS)
             accepted = score >= threshold
             decisions.append(
                 Decision(
@@ -209,6 +210,9 @@ class Router:
                 )
             )
         return decisions
+
+    def _centre_of(self, ref: AdapterRef) -> float:
+        return next(float(segment.centres[segment.place[ref]]) for segment in self._segments if ref in segment.place)
 
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
         """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
@@ -263,9 +267,8 @@ class Router:
             yield "head.safetensors", self.head.to_bytes()
         for number, segment in enumerate(self._segments):
             facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
-            facts["singles"] = sorted(map(str, segment.singles))
-            tensors: dict[str, NDArray[Any]] = {"means": segment.means, "counts": segment.counts, "sizes": segment.sizes}
-            tensors["labelled"] = segment.labelled
+            names = ("centres", "sizes", "labelled", "means", "counts")
+            tensors: dict[str, NDArray[Any]] = {name: getattr(segment, name) for name in names}
             yield f"{number}.safetensors", safetensors.numpy.save(tensors, {"segment": json.dumps(facts)})
 
     @classmethod
@@ -289,15 +292,15 @@ class Router:
 def _read_segment(folder: Path, number: int) -> Segment:
     path = folder / f"{number}.safetensors"
     tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path)
-    means, counts, sizes, labelled = (tensors[name] for name in ("means", "counts", "sizes", "labelled"))
-    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(facts["refs"])
+    centres, sizes, labelled, means, counts = (tensors[name] for name in ("centres", "sizes", "labelled", "means", "counts"))
+    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(centres) == len(facts["refs"])
     if means.dtype != np.float16 or means.ndim != 2 or not whole:
         raise corrupt(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
     index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
         raise corrupt(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
-    refs, singles = ([AdapterRef.parse(ref) for ref in facts[name]] for name in ("refs", "singles"))
-    return Segment(refs, facts["digests"], singles, sizes, labelled, means, counts, index)
+    refs = [AdapterRef.parse(ref) for ref in facts["refs"]]
+    return Segment(refs, facts["digests"], centres, sizes, labelled, means, counts, index)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from adapter_hub.routing.head import Head
 from adapter_hub.routing.index import FaissIndex, Index
 from adapter_hub.routing.prototypes import F16, SHARPNESS, Prototypes
 from adapter_hub.routing.scoring import Scoring, columns_of
-from adapter_hub.routing.statistics import I64
+from adapter_hub.routing.statistics import F64, I64
 
 # n inputs, d encoder width, p prototypes, a adapters, c candidates, m most prototypes of one adapter
 DENSE_MAX = 4096        # prototypes that are all scored
@@ -33,6 +33,7 @@ class Entry:
 
     ref: AdapterRef
     prototypes: Prototypes
+    centre: float           # what its inputs usually score
     digest: str             # of its routing state
 
 
@@ -43,7 +44,7 @@ class Segment:
         self,
         refs: Sequence[AdapterRef],
         digests: Sequence[str],
-        singles: Collection[AdapterRef],
+        centres: F64,
         sizes: I64,
         labelled: I64,
         means: F16,
@@ -52,7 +53,7 @@ class Segment:
     ) -> None:
         self.refs = tuple(refs)
         self.digests = tuple(digests)
-        self.singles = frozenset(singles)    # known by a description or one example
+        self.centres = np.asarray(centres, np.float64)    # (a,) what inputs of each usually score
         self.sizes = np.asarray(sizes, np.int64)          # (a,) prototypes of each
         self.labelled = np.asarray(labelled, np.int64)    # (a,) those that are labels; they come first
         self.means = means
@@ -67,7 +68,7 @@ class Segment:
         return cls(
             [entry.ref for entry in entries],
             [entry.digest for entry in entries],
-            [entry.ref for entry in entries if entry.prototypes.single],
+            np.array([entry.centre for entry in entries]),
             np.array([len(p.counts) for p in prototypes]),
             np.array([p.labelled for p in prototypes]),
             np.concatenate([p.means for p in prototypes]),
@@ -97,7 +98,7 @@ class Segment:
         return cls(
             [segment.refs[i] for segment, i in parts],
             [segment.digests[i] for segment, i in parts],
-            [segment.refs[i] for segment, i in parts if segment.refs[i] in segment.singles],
+            np.array([segment.centres[i] for segment, i in parts], np.float64),
             np.array([segment.sizes[i] for segment, i in parts], np.int64),
             np.array([segment.labelled[i] for segment, i in parts], np.int64),
             np.concatenate([segment.means[span] for segment, span in spans]) if spans else np.empty((0, 0), np.float16),

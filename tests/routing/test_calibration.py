@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import EVALUATION_MIN, Calibration, calibrate, check_rate, fit
+from adapter_hub.routing.calibration import CENTRE_WEIGHT, EVALUATION_MIN, Calibration, calibrate, check_rate, fit
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
 from adapter_hub.routing.router import Router
@@ -104,6 +104,31 @@ def test_scores_left_out_are_like_scores_of_fresh_inputs(many: Calibration) -> N
         assert abs(np.quantile(scores, share) - np.interp(share, np.linspace(0, 1, len(many.quantiles)), many.quantiles)) < 0.1
     known = [decision.score for decision in router.route_features(Features.concatenate([s.exemplars.features for s in MANY_STATES.values()]))]
     assert np.median(known) > np.median(scores) + 0.05
+
+
+def test_a_newcomer_is_measured_by_its_own_exemplars_left_out(many: Calibration) -> None:
+    newcomer, ref = World(1, 3, noise=1.6, seed=9), AdapterRef("newcomer", 1)
+    (features, labels), alone = newcomer.sample(0, 6), []
+    for i in range(len(labels)):
+        rest = [row for row in range(len(labels)) if row != i]
+        without = Router.build({ref: state_of(ENCODER, features[np.array(rest)], [labels[row] for row in rest])}, many)
+        alone += [decision.candidates[0][1] for decision in without.route_features(features[i])]
+    expected = (sum(alone) + CENTRE_WEIGHT * many.centre) / (len(alone) + CENTRE_WEIGHT)
+    router = Router.build({**MANY_STATES, ref: state_of(ENCODER, features, labels)}, many)
+    found = router.route_features(newcomer.sample(0, 100)[0], max_false_reject=0)
+    own = [decision for decision in found if decision.candidates[0][0] == ref]
+    assert own[0].candidates[0][1] - own[0].score == pytest.approx(expected, abs=2e-3)    # exemplars are stored in bytes
+    assert expected < many.centre - 0.05
+
+
+def test_a_newcomer_is_measured_by_its_evaluation_inputs_where_it_has_them(many: Calibration) -> None:
+    """Else most inputs of one that lies wider than the others would be turned away; how they spread is still taken from all."""
+    newcomer, ref = World(1, 3, noise=1.6, seed=9), AdapterRef("newcomer", 1)
+    router = Router.build({**MANY_STATES, ref: newcomer.state(0, 6, evaluation=100)}, many)
+    decisions = router.route_features(newcomer.sample(0, 200)[0], max_false_reject=0.1)
+    turned_away = np.mean([decision.adapter is None for decision in decisions])
+    by_the_common_centre = np.mean([decision.candidates[0][1] - many.centre < many.threshold(0.1) for decision in decisions])
+    assert turned_away < 0.4 and turned_away < by_the_common_centre - 0.1
 
 
 def test_strangers_are_turned_away_more_than_those_who_belong(many: Calibration) -> None:

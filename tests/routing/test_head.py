@@ -56,7 +56,8 @@ def slow_responses(solver: Solver, kept: Any, asked: Features) -> Any:
 
 def test_the_kernel_is_of_the_joined_features() -> None:
     features = next(iter(EXEMPLARS.values())).features
-    np.testing.assert_allclose(Kernel(features)(features[:5]), slow_kernel(features[:5], features), atol=1e-5)    # float32, whose last bits follow the processor
+    # float32, whose last bits follow the processor
+    np.testing.assert_allclose(Kernel(features)(features[:5]), slow_kernel(features[:5], features), atol=1e-5)
 
 
 def test_responses_are_those_of_the_plain_equations(width: int) -> None:

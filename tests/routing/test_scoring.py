@@ -138,7 +138,7 @@ def test_columns_follow_the_prototypes_of_solved_adapters() -> None:
 
 MANY = World(90, 3, noise=0.5, seed=9)
 STATES = {ref: MANY.state(i, 1 + i % 5) for i, ref in enumerate(MANY.refs)}
-ENTRIES = [Entry(ref, Prototypes.of(Exemplars.of(state), described=False), state.digest) for ref, state in STATES.items()]
+ENTRIES = [Entry(ref, Prototypes.of(Exemplars.of(state), described=False), i / 8, state.digest) for i, (ref, state) in enumerate(STATES.items())]
 NEAR = np.concatenate([MANY.sample(i, 2)[0].dense for i in range(0, 90, 3)])
 
 
@@ -215,7 +215,7 @@ def test_a_segment_of_parts_is_the_segment_of_the_whole() -> None:
     fewer = merged.without(ENTRIES[4].ref)
     for a, b in ((merged, whole), (fewer, Segment.of([entry for entry in ENTRIES if entry is not ENTRIES[4]]))):
         assert a.refs == b.refs and a.digests == b.digests and (a.means == b.means).all() and (a.counts == b.counts).all()
-        assert (a.starts == b.starts).all() and a.place == b.place and a.singles == b.singles
+        assert (a.starts == b.starts).all() and a.place == b.place and (a.centres == b.centres).all()
     assert len(Segment.of(ENTRIES[:1]).without(ENTRIES[0].ref)) == 0
 
 
@@ -224,7 +224,7 @@ def test_an_adapter_of_many_classes_does_not_fill_the_memory(monkeypatch: pytest
     rng = np.random.default_rng(7)
     sizes = [200, *[2] * 40]
     made = [Prototypes(unit(rng.normal(size=(size, 256))).astype(np.float16), np.ones(size, np.float32), size, False) for size in sizes]
-    segment = Segment.of([Entry(AdapterRef(f"task{i:02d}", 1), one, "x") for i, one in enumerate(made)])
+    segment = Segment.of([Entry(AdapterRef(f"task{i:02d}", 1), one, 0.0, "x") for i, one in enumerate(made)])
     monkeypatch.setattr(segment_module, "DENSE_MAX", 100)
     queries = unit(rng.normal(size=(128, 256))).astype(np.float32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
