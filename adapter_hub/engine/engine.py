@@ -9,6 +9,8 @@ import bisect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import zip_longest
 from typing import Any, cast
 
 import numpy as np
@@ -23,15 +25,17 @@ from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
 from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.heads import Head, probabilities, summed
-from adapter_hub.engine.lora_layers import MixedLayers
+from adapter_hub.engine.lora_layers import MixedLayers, Part
 from adapter_hub.engine.mixtures import Mixture, Shares, canonical, obstacle
-from adapter_hub.engine.plan import Batch, Row, plan_batches
+from adapter_hub.engine.plan import Batch, BatchPlan, Row, plan_batches
 from adapter_hub.engine.slots import Facts, Resident, Slots
+from adapter_hub.engine.table import Table
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
 
 # n rows, t tokens, d hidden width, c labels, k adapters of a row, at most
+SLOTS_MAX, BYTES_MAX = 64, 2**31
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
 _BASE = Facts(None, None, None)
 
@@ -72,10 +76,11 @@ class Output:
 class Engine:
     """Runs adapters on one base. `load` gives the adapter of a resolved reference. Safe between threads."""
 
-    def __init__(self, base: FrozenBase, load: Callable[[AdapterRef], Adapter], *, slots_max: int = 64) -> None:
+    def __init__(self, base: FrozenBase, load: Callable[[AdapterRef], Adapter], *, slots_max: int = SLOTS_MAX, bytes_max: int = BYTES_MAX) -> None:
+        """At most `slots_max` adapters of `bytes_max` together are resident."""
         self.base = base
         self._layers = MixedLayers(base)
-        self.slots = Slots(base, self._layers, load, slots_max)
+        self.slots = Slots(base, self._layers, load, slots_max, bytes_max)
 
     def evict(self, ref: AdapterRef) -> None:
         self.slots.evict(ref)
@@ -98,13 +103,23 @@ class Engine:
         facts = [self._facts(row) for row in shares]
         kinds = [self._kind(fact, call) for fact in facts]
         encoded = self._encode([request.text for request in requests], facts, kinds)
-        rows = [Row(tuple(ref for ref, _ in row), kind, len(ids)) for row, kind, ids in zip(shares, kinds, encoded, strict=True)]
         outputs: dict[int, Output] = {}
-        for batch in plan_batches(rows, slots_max=self.slots.slots_max).batches:
+        batches = self._plan(shares, facts, kinds, encoded).batches
+        for batch, after in zip_longest(batches, batches[1:]):
             run = self._hidden if batch.kind == HIDDEN else self._generate
             with self.slots.hold(batch.adapters) as held, torch.inference_mode():
+                if after is not None:
+                    self.slots.read_ahead(after.adapters)
                 outputs |= run(batch, held, shares, facts, encoded)
         return [outputs[i] for i in range(len(requests))]
+
+    def _plan(self, shares: Sequence[Shares], facts: Sequence[Facts], kinds: Sequence[Hashable], encoded: Sequence[Encoded]) -> BatchPlan:
+        rows = [
+            Row(tuple(ref for ref, _ in row), kind, len(ids), fact.form or () if len(row) == 1 else ())
+            for row, fact, kind, ids in zip(shares, facts, kinds, encoded, strict=True)
+        ]
+        sizes = {ref: self.slots.facts(ref).bytes for ref in {ref for row in shares for ref, _ in row}}
+        return plan_batches(rows, slots_max=self.slots.slots_max, bytes_max=self.slots.bytes_max, sizes=sizes)
 
     def mixable(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
         """The first of these versions, and those of the others that can answer together with it."""
@@ -191,16 +206,29 @@ class Engine:
             raise InvalidInput(f"max_new_tokens={new} is more than the model can write: it has {positions} positions.", hint=hint)
         return limit
 
-    def _open(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares]) -> Any:
-        places = {ref: place for place, ref in enumerate(batch.adapters, 1)}
-        k = max(1, *(len(segment.adapters) for segment in batch.segments))
-        padded = [[*shares[i], *[(None, 0.0)] * (k - len(shares[i]))] for i in batch.rows]
-        slots = torch.tensor([[places[ref] if ref else 0 for ref, _ in row] for row in padded], device=self.base.device)
-        stacks = self.slots.stacks(batch.adapters, held) if held else {}
-        if k == 1:    # nothing is weighed, so that what it costs and gives is as if there were no mixtures
-            return self._layers.open(slots[:, 0], None, stacks)
-        weights = torch.tensor([[weight for _, weight in row] for row in padded], device=self.base.device, dtype=torch.float32)
-        return self._layers.open(slots, weights, stacks)
+    def _open(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], *, steps: bool = False) -> Any:
+        """The base adapted for these rows; with `steps` for several forwards of them."""
+        residents = dict(zip(batch.adapters, held, strict=True))
+        found: dict[tuple[int, bool, Table], list[tuple[int, int, float]]] = {}    # (row, place, weight) of each part
+        for row, i in enumerate(batch.rows):
+            for nth, (ref, weight) in enumerate(shares[i]):
+                adapter = residents[ref]
+                found.setdefault((nth, len(shares[i]) > 1, adapter.table), []).append((row, adapter.place, weight))
+        parts = [self._part(rows, table, weighted, steps) for (_, weighted, table), rows in found.items()]
+        return self._layers.open(len(batch.rows), parts)
+
+    def _part(self, found: Sequence[tuple[int, int, float]], table: Table, weighted: bool, steps: bool) -> Part:
+        rows, places, weights = zip(*found, strict=True)
+        together = rows == tuple(range(rows[0], rows[0] + len(rows)))
+        tensor = partial(torch.tensor, device=self.base.device)
+        return Part(
+            rows=slice(rows[0], rows[0] + len(rows)) if together else tensor(rows),
+            places=tensor(places),
+            stacks=table.stacks,
+            weights=tensor(weights, dtype=torch.float32) if weighted else None,
+            lone=places[0] if len(set(places)) == 1 else None,
+            taken={} if steps else None,
+        )
 
     # ---- classification and embeddings --------------------------------------------------------------------------
 
@@ -246,7 +274,7 @@ class Engine:
         if stop:
             config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
         draws = Draws(len(batch.rows), seed, self.base.device) if settings["do_sample"] else nullcontext()
-        with self._open(batch, held, shares), draws:
+        with self._open(batch, held, shares, steps=True), draws:
             written: Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
         if self.base.kind is BaseKind.CAUSAL:
             written = written[:, inputs["input_ids"].shape[1] :]

@@ -6,6 +6,7 @@ and only the adapter's head tensors are loaded. So BERT's pooler, RoBERTa's two 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import BatchEncoding, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from adapter_hub.adapters.checks import skeletons
+from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import Adapter, outputs_of
 from adapter_hub.base_model import FrozenBase
 
@@ -34,16 +36,32 @@ class Replay(nn.Module):
         return self.output
 
 
+class Heads:
+    """Makes the heads of one base's adapters. A task's model is built once, and copied for each further adapter. Safe between threads."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        self._base = base
+        self._lock = threading.Lock()
+        self._models: dict[tuple[TaskType | None, int], PreTrainedModel] = {}    # without transformer and weights
+
+    def of(self, adapter: Adapter) -> Head:
+        form = adapter.task_type, outputs_of(adapter.head)
+        with self._lock:
+            if form not in self._models:
+                model = next(iter(skeletons(self._base, *form)))
+                setattr(model, model.base_model_prefix, Replay())
+                self._models[form] = model.train(False).requires_grad_(False)
+            model = copy.deepcopy(self._models[form])
+        model.load_state_dict({name: tensor.to(self._base.device, self._base.dtype) for name, tensor in adapter.head.items()}, assign=True)
+        return Head(model.requires_grad_(False))
+
+
 class Head:
     """The head of one adapter. Safe between threads: one call at a time."""
 
-    def __init__(self, base: FrozenBase, adapter: Adapter) -> None:
-        self._model: PreTrainedModel = next(iter(skeletons(base, adapter.task_type, outputs_of(adapter.head))))
-        self._replay = Replay()
-        setattr(self._model, self._model.base_model_prefix, self._replay)
-        tensors = {name: tensor.to(base.device, base.dtype) for name, tensor in adapter.head.items()}
-        self._model.load_state_dict(tensors, strict=True, assign=True)
-        self._model.train(False).requires_grad_(False)
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._replay: Replay = getattr(model, model.base_model_prefix)
         self._lock = threading.Lock()
 
     def logits(self, body: ModelOutput, inputs: BatchEncoding, rows: Tensor) -> Tensor:

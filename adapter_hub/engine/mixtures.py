@@ -59,7 +59,7 @@ def obstacle(first: tuple[AdapterRef, Facts], other: tuple[AdapterRef, Facts]) -
     """Why these two cannot answer together; None where they can."""
     (a, ours), (b, theirs) = first, other
     for ref, facts in (first, other):
-        if facts.use_dora:
+        if facts.form is not None and facts.form.dora:
             return f"{ref} is a DoRA adapter, whose output is not linear in B·A: a share of it is not defined"
     tasks = [facts.task_type or TaskType.FEATURE_EXTRACTION for facts in (ours, theirs)]
     if tasks[0] != tasks[1]:

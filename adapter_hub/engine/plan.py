@@ -1,12 +1,12 @@
 """Plan a request of many rows: which rows share a forward, and which adapters must be resident for it. Pure: no torch, no files.
 
 A plan depends on the request alone, never on what is resident or registered: the same request gives the same tensor shapes, and
-so the same bytes. What must be loaded for a batch is asked separately, by `missing`.
+so the same bytes. What must be loaded for a batch is asked separately, by `evictions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from adapter_hub.refs import AdapterRef
@@ -21,6 +21,7 @@ class Row:
     adapters: tuple[AdapterRef, ...]    # distinct, in order; empty: the base model; several: they answer it together
     kind: Hashable                      # rows of different kinds cannot share a forward: hidden states, or one set of generation settings
     tokens: int
+    form: tuple[int, ...] = ()          # rows of one form are run by one product; empty: the base model, and rows of several adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,45 +54,64 @@ class BatchPlan:
     batches: tuple[Batch, ...]
 
 
-def plan_batches(rows: Sequence[Row], *, rows_max: int = BATCH_ROWS_MAX, slots_max: int) -> BatchPlan:
-    """Group rows by kind and length into batches of at most `rows_max` rows and `slots_max` distinct adapters.
+def plan_batches(
+    rows: Sequence[Row], *, slots_max: int, rows_max: int = BATCH_ROWS_MAX, bytes_max: int | None = None, sizes: Mapping[AdapterRef, int] = {}
+) -> BatchPlan:
+    """Group rows by kind and length into batches of at most `rows_max` rows and `slots_max` distinct adapters of `bytes_max` together.
 
-    No row may need more adapters than that by itself.
+    No row may need more adapters than that by itself; one adapter may be larger than `bytes_max`, alone.
     """
     kinds = list(dict.fromkeys(row.kind for row in rows))
     batches = []
     for kind in kinds:
         found = [i for i, row in enumerate(rows) if row.kind == kind]
-        crowded = len({ref for i in found for ref in rows[i].adapters}) > slots_max
+
+        def fits(adapters: Collection[AdapterRef]) -> bool:
+            return len(adapters) <= slots_max and (bytes_max is None or sum(sizes.get(ref, 0) for ref in adapters) <= bytes_max)
+
+        crowded = not fits({ref for i in found for ref in rows[i].adapters})
         # Rows of like length are padded little; ties keep the request's order. Where not all adapters can be resident,
         # each one's rows stay together instead: loading it once costs less than padding saves.
         order = sorted(found, key=lambda i: (tuple(map(str, rows[i].adapters)) if crowded else (), -rows[i].tokens))
-        batches += [_batch(kind, rows, chunk) for chunk in _chunks(rows, order, rows_max, slots_max)]
+        batches += [_batch(kind, rows, chunk) for chunk in _chunks(rows, order, rows_max, fits)]
     return BatchPlan(tuple(batches))
 
 
-def missing(wanted: Iterable[AdapterRef], resident: Sequence[AdapterRef], slots_max: int) -> tuple[list[AdapterRef], list[AdapterRef]]:
-    """(loads, evictions) that make `wanted` resident. `resident` is least recently used first; only what must go, goes."""
-    wanted = list(dict.fromkeys(wanted))
-    loads = [ref for ref in wanted if ref not in resident]
-    excess = len(resident) + len(loads) - slots_max
-    idle = [ref for ref in resident if ref not in wanted]
-    return loads, idle[: max(excess, 0)]
+def evictions(
+    resident: Mapping[AdapterRef, int], idle: Sequence[AdapterRef], loads: int, loads_bytes: int, *, slots_max: int, bytes_max: int
+) -> list[AdapterRef]:
+    """Which of the idle must go so that `loads` more adapters fit, in their order; all of them where that is not enough.
+
+    `resident` holds the bytes of each, `idle` those that no batch needs, least recently used first.
+    """
+    count, size = len(resident) + loads, sum(resident.values()) + loads_bytes
+    gone: list[AdapterRef] = []
+    for ref in idle if loads else ():
+        if count <= slots_max and size <= bytes_max:
+            break
+        gone.append(ref)
+        count, size = count - 1, size - resident[ref]
+    return gone
 
 
-def _chunks(rows: Sequence[Row], order: Sequence[int], rows_max: int, slots_max: int) -> Iterable[list[int]]:
+def _chunks(rows: Sequence[Row], order: Sequence[int], rows_max: int, fits: Callable[[Collection[AdapterRef]], bool]) -> Iterable[list[int]]:
     chunk: list[int] = []
     adapters: set[AdapterRef] = set()
     for i in order:
-        if chunk and (len(chunk) == rows_max or len(adapters.union(rows[i].adapters)) > slots_max):
+        more = adapters.union(rows[i].adapters)
+        if chunk and (len(chunk) == rows_max or (more != adapters and not fits(more))):
             yield chunk
-            chunk, adapters = [], set()
+            chunk, more = [], set(rows[i].adapters)
         chunk.append(i)
-        adapters.update(rows[i].adapters)
+        adapters = more
     if chunk:
         yield chunk
 
 
 def _batch(kind: Hashable, rows: Sequence[Row], chunk: Sequence[int]) -> Batch:
-    sets = sorted({rows[i].adapters for i in chunk})    # the empty one, the base's, is first
-    return Batch(kind, tuple(Segment(refs, tuple(i for i in chunk if rows[i].adapters == refs)) for refs in sets))
+    # The base's is first, then each form's, then rows of several adapters.
+    sets = sorted({(len(rows[i].adapters) > 1, rows[i].form, rows[i].adapters) for i in chunk})
+    by_set: dict[tuple[AdapterRef, ...], list[int]] = {}
+    for i in chunk:
+        by_set.setdefault(rows[i].adapters, []).append(i)
+    return Batch(kind, tuple(Segment(refs, tuple(by_set[refs])) for _, _, refs in sets))

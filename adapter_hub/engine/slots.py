@@ -1,34 +1,36 @@
-"""The adapters that are resident: loaded once, bound to the base's modules, least recently used out first."""
+"""The adapters that are resident: loaded once, each in a place of its form's table, least recently used out first."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import nn
 
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.engine.heads import Head
-from adapter_hub.engine.lora_layers import Bound, MixedLayers, Stack, stack_bound
-from adapter_hub.engine.plan import missing
+from adapter_hub.engine.heads import Head, Heads
+from adapter_hub.engine.lora_layers import MixedLayers
+from adapter_hub.engine.plan import evictions
+from adapter_hub.engine.table import Form, Table
 from adapter_hub.refs import AdapterRef
 
-STACKS_KEPT = 4    # a job meets the same few sets of adapters again and again
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Resident:
     """An adapter as the engine runs it."""
 
-    bound: Mapping[nn.Module, Bound]
+    table: Table
+    place: int
     head: Head | None
+    bytes: int
+    holders: int = 0         # running batches
+    dropped: bool = False    # its place is given back when the last holder leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +41,23 @@ class Facts:
     labels: tuple[str, ...] | None
     prompt_template: str | None
     generation: Mapping[str, Any] = field(default_factory=dict)
-    use_dora: bool = False
+    form: Form | None = None    # None: the base model
+    bytes: int = 0              # that it takes while it is resident
 
 
 class Slots:
-    """At most `slots_max` adapters, more only while running batches hold them. Safe between threads."""
+    """At most `slots_max` adapters of `bytes_max` together, more only while running batches hold them. Safe between threads."""
 
-    def __init__(self, base: FrozenBase, layers: MixedLayers, load: Callable[[AdapterRef], Adapter], slots_max: int) -> None:
-        self.slots_max = slots_max
-        self._base, self._layers, self._load = base, layers, load
+    def __init__(self, base: FrozenBase, layers: MixedLayers, load: Callable[[AdapterRef], Adapter], slots_max: int, bytes_max: int) -> None:
+        self.slots_max, self.bytes_max = slots_max, bytes_max
+        self._layers, self._load, self._heads = layers, load, Heads(base)
         self._lock = threading.RLock()
         self._resident: OrderedDict[AdapterRef, Resident] = OrderedDict()    # least recently used first
+        self._tables: dict[Form, Table] = {}
         self._facts: dict[AdapterRef, Facts] = {}
-        self._pins: Counter[AdapterRef] = Counter()
-        self._stacks: OrderedDict[tuple[AdapterRef, ...], dict[nn.Module, Stack]] = OrderedDict()
+        self._evicted: dict[AdapterRef, int] = {}                     # how often
+        self._ahead: dict[AdapterRef, Future[Adapter]] = {}           # read before they are asked for
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter_hub read")
 
     @property
     def resident(self) -> tuple[AdapterRef, ...]:
@@ -60,62 +65,102 @@ class Slots:
         with self._lock:
             return tuple(self._resident)
 
+    @property
+    def bytes(self) -> int:
+        """That the tables take, free places too."""
+        with self._lock:
+            return sum(table.bytes for table in self._tables.values())
+
     def facts(self, ref: AdapterRef) -> Facts:
         """Loads the adapter the first time it is asked for."""
         with self._lock:
-            if ref not in self._facts:
-                with self.hold([ref]):
-                    pass
-            return self._facts[ref]
+            known = self._facts.get(ref)
+        if known is None:
+            with self.hold([ref]):
+                known = self._facts[ref]
+        return known
+
+    def read_ahead(self, refs: Sequence[AdapterRef]) -> None:
+        """Begin to read the files of those that are not resident; `hold` finds them read."""
+        with self._lock:
+            for ref in refs:
+                if ref not in self._resident and ref not in self._ahead and len(self._ahead) < self.slots_max:
+                    self._ahead[ref] = self._reader.submit(self._load, ref)
 
     @contextmanager
     def hold(self, refs: Sequence[AdapterRef]) -> Iterator[list[Resident]]:
-        """The adapters, resident for as long as the context is open."""
-        with self._lock:
-            # What another thread's batch holds cannot go: others must, or more than slots_max would stay.
-            loads, evictions = missing([*refs, *(ref for ref in self._pins if ref in self._resident)], self.resident, self.slots_max)
-            loaded = {ref: self._bind(ref) for ref in loads}    # a damaged file raises here, before anything is evicted
-            for ref in evictions:
-                self._drop(ref)
-            self._resident |= loaded
-            for ref in refs:
-                self._resident.move_to_end(ref)
-            held = [self._resident[ref] for ref in refs]
-            self._pins.update(refs)
+        """The adapters, resident for as long as the context is open. Raises what `load` raises, before anything is evicted."""
+        held = self._held(list(dict.fromkeys(refs)))
         try:
-            yield held
+            yield [held[ref] for ref in refs]
         finally:
             with self._lock:
-                self._pins.subtract(refs)
-                self._pins += Counter()    # drops the zeros
+                for adapter in held.values():
+                    adapter.holders -= 1
+                    if adapter.dropped and not adapter.holders:
+                        self._free(adapter)
 
-    def stacks(self, refs: tuple[AdapterRef, ...], held: Sequence[Resident]) -> dict[nn.Module, Stack]:
-        """The stacked weights of these adapters, remembered for the next batch of the same set."""
-        with self._lock:
-            if refs in self._stacks:
-                self._stacks.move_to_end(refs)
-                return self._stacks[refs]
-            made = stack_bound([adapter.bound for adapter in held])
-            # A batch may hold what was evicted while it ran: that is used this once, and not kept.
-            if all(self._resident.get(ref) is adapter for ref, adapter in zip(refs, held, strict=True)):
-                self._stacks[refs] = made
-                while len(self._stacks) > STACKS_KEPT:
-                    self._stacks.popitem(last=False)
-            return made
+    def _held(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, Resident]:
+        read: dict[AdapterRef, tuple[int, Adapter]] = {}
+        while True:
+            with self._lock:
+                absent = [ref for ref in refs if ref not in self._resident and ref not in read]
+                if not absent:
+                    return self._placed(refs, {ref: adapter for ref, adapter in read.items() if ref not in self._resident})
+                evicted = {ref: self._evicted.get(ref, 0) for ref in absent}
+                ahead = {ref: self._ahead.pop(ref, None) for ref in absent}
+            # Files are read outside the lock, so that other batches go on.
+            for ref, future in ahead.items():
+                read[ref] = evicted[ref], future.result() if future else self._load(ref)
+
+    def _placed(self, refs: Sequence[AdapterRef], read: Mapping[AdapterRef, tuple[int, Adapter]]) -> dict[AdapterRef, Resident]:
+        made = {ref: self._made(ref, adapter) for ref, (_, adapter) in read.items()}
+        sizes = {ref: adapter.bytes for ref, adapter in self._resident.items()}
+        idle = [ref for ref, adapter in self._resident.items() if not adapter.holders and ref not in refs]
+        loads = sum(facts.bytes for facts, *_ in made.values())
+        for ref in evictions(sizes, idle, len(made), loads, slots_max=self.slots_max, bytes_max=self.bytes_max):
+            self._drop(ref)
+        held = {}
+        for ref in refs:
+            if ref in made:
+                facts, updates, head = made[ref]
+                assert facts.form is not None
+                table = self._tables.setdefault(facts.form, Table(facts.form))
+                adapter = Resident(table, table.put(updates), head, facts.bytes)
+                # Purged while it was read: it serves this batch, and is not kept.
+                adapter.dropped = self._evicted.get(ref, 0) != read[ref][0]
+                if not adapter.dropped:
+                    self._resident[ref], self._facts[ref] = adapter, facts
+            else:
+                adapter = self._resident[ref]
+                self._resident.move_to_end(ref)
+            adapter.holders += 1
+            held[ref] = adapter
+        return held
+
+    def _made(self, ref: AdapterRef, adapter: Adapter) -> tuple[Facts, Mapping[Any, Any], Head | None]:
+        generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
+        form, updates = Form.of(adapter), self._layers.bind(adapter)
+        size = sum(update.bytes(form.rank) for update in updates.values())
+        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size)
+        return facts, updates, self._heads.of(adapter) if adapter.head else None
 
     def evict(self, ref: AdapterRef) -> None:
         """Forget this adapter: its file is gone. A running batch keeps what it holds."""
         with self._lock:
-            self._drop(ref)
+            self._evicted[ref] = self._evicted.get(ref, 0) + 1
+            self._ahead.pop(ref, None)
             self._facts.pop(ref, None)
+            if ref in self._resident:
+                self._drop(ref)
 
     def _drop(self, ref: AdapterRef) -> None:
-        self._resident.pop(ref, None)
-        for refs in [refs for refs in self._stacks if ref in refs]:
-            del self._stacks[refs]
+        adapter = self._resident.pop(ref)
+        adapter.dropped = True
+        if not adapter.holders:
+            self._free(adapter)
 
-    def _bind(self, ref: AdapterRef) -> Resident:
-        adapter = self._load(ref)
-        generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
-        self._facts[ref] = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, adapter.settings.use_dora)
-        return Resident(self._layers.bind(adapter), Head(self._base, adapter) if adapter.head else None)
+    def _free(self, adapter: Resident) -> None:
+        adapter.table.free(adapter.place)
+        if adapter.table.empty:
+            self._tables.pop(adapter.table.form, None)

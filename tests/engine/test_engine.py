@@ -225,15 +225,49 @@ def test_a_batch_that_another_thread_holds_is_not_evicted_and_no_more_than_the_s
         assert a not in engine.slots.resident
 
 
-def test_an_adapter_that_is_evicted_while_a_batch_holds_it_is_not_kept_in_its_stacks(shelf: Shelf) -> None:
+def test_a_place_is_not_given_to_another_while_a_batch_holds_it(shelf: Shelf) -> None:
     """Previously the batch cached the stacked weights of an adapter that was purged meanwhile."""
-    engine, refs = Engine(shelf.base, shelf.load), tuple(shelf.folders)[:2]
-    with engine.slots.hold(refs) as held:
-        engine.evict(refs[0])
-        assert engine.slots.stacks(refs, held)
-    assert not engine.slots._stacks
-    with engine.slots.hold(refs) as held:
-        assert engine.slots.stacks(refs, held) is engine.slots.stacks(refs, held)
+    engine, (a, b, *_) = Engine(shelf.base, shelf.load), shelf.folders
+    with engine.slots.hold([a]) as [held]:
+        engine.evict(a)
+        with engine.slots.hold([a, b]) as again:
+            assert held.place not in {adapter.place for adapter in again if adapter.table is held.table}
+        assert engine.slots.resident == (a, b)
+    engine.evict(a)
+    engine.evict(b)
+    assert engine.slots.bytes == 0
+
+
+def test_an_adapter_that_is_purged_while_it_is_read_serves_its_batch_and_is_not_kept(shelf: Shelf) -> None:
+    def purged_meanwhile(ref: AdapterRef) -> Adapter:
+        adapter = shelf.load(ref)
+        engine.evict(ref)
+        return adapter
+
+    engine, ref = Engine(shelf.base, purged_meanwhile), next(iter(shelf.folders))
+    with engine.slots.hold([ref]) as [held]:
+        assert held.holders == 1
+    assert engine.slots.resident == () and engine.slots.bytes == 0
+
+
+def test_a_thousand_loads_and_evictions_take_no_more_memory_than_the_slots(shelf: Shelf) -> None:
+    engine, refs = Engine(shelf.base, shelf.load, slots_max=2), list(shelf.folders)
+    sizes = []
+    for turn in range(1000):
+        with engine.slots.hold([refs[turn % 3]]):    # of one form
+            sizes.append(engine.slots.bytes)
+    assert max(sizes) == sizes[0]
+
+
+def test_no_more_bytes_than_there_are_stay(shelf: Shelf) -> None:
+    refs = list(shelf.folders)
+    size = Engine(shelf.base, shelf.load).slots.facts(refs[0]).bytes
+    engine = Engine(shelf.base, shelf.load, bytes_max=2 * size)
+    expected = numbers(Engine(shelf.base, shelf.load).predict(requests([*refs])))
+    found = numbers(engine.predict(requests([*refs])))
+    for one, other in zip(found, expected, strict=True):
+        assert np.abs(np.frombuffer(one) - np.frombuffer(other)).max() <= 1e-5
+    assert sum(engine.slots.facts(ref).bytes for ref in engine.slots.resident) <= 2 * size
 
 
 def test_no_requests_give_no_outputs(shelf: Shelf) -> None:

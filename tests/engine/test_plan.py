@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_hub.engine.plan import Row, missing, plan_batches
+from adapter_hub.engine.plan import Row, evictions, plan_batches
 from adapter_hub.refs import AdapterRef
 
 REFS = [AdapterRef(f"a{i}", 1) for i in range(8)]
@@ -27,12 +27,33 @@ def test_every_row_is_in_one_batch_and_no_batch_is_too_large(rows: list[Row], ro
     assert plan == plan_batches(rows, rows_max=rows_max, slots_max=slots_max)
 
 
-@given(st.lists(st.sampled_from(REFS), unique=True), st.lists(st.sampled_from(REFS), unique=True), st.integers(1, 9))
-def test_only_what_must_go_is_evicted(wanted: list[AdapterRef], resident: list[AdapterRef], slots_max: int) -> None:
-    loads, evicted = missing(wanted, resident, slots_max)
-    after = [ref for ref in resident if ref not in evicted] + loads
-    assert set(wanted) <= set(after) and not set(evicted) & set(wanted)
-    if len(wanted) <= slots_max and len(resident) <= slots_max:
-        assert len(after) <= slots_max
-        assert not evicted or len(after) == slots_max
-    assert evicted == [ref for ref in resident if ref not in wanted][: len(evicted)]    # least recently used first
+@given(st.dictionaries(st.sampled_from(REFS), st.integers(1, 9)), st.data(), st.integers(0, 4), st.integers(1, 9), st.integers(1, 40))
+def test_only_what_must_go_is_evicted(resident: dict[AdapterRef, int], data: st.DataObject, loads: int, slots_max: int, bytes_max: int) -> None:
+    idle = [ref for ref in resident if data.draw(st.booleans())]
+    gone = evictions(resident, idle, loads, 5 * loads, slots_max=slots_max, bytes_max=bytes_max)
+
+    def fits(without: list[AdapterRef]) -> bool:
+        left = [size for ref, size in resident.items() if ref not in without]
+        return len(left) + loads <= slots_max and sum(left) + 5 * loads <= bytes_max
+
+    assert gone == idle[: len(gone)]    # least recently used first
+    assert not loads or fits(gone) or gone == idle
+    assert not gone or not fits(gone[:-1])
+
+
+@given(rows_of, st.integers(1, 9))
+def test_a_batchs_adapters_take_no_more_bytes_than_there_are(rows: list[Row], bytes_max: int) -> None:
+    sizes = {ref: place + 1 for place, ref in enumerate(REFS)}
+    plan = plan_batches(rows, slots_max=9, bytes_max=bytes_max, sizes=sizes)
+    assert sorted(i for batch in plan.batches for i in batch.rows) == list(range(len(rows)))
+    for batch in plan.batches:
+        assert sum(sizes[ref] for ref in batch.adapters) <= bytes_max or batch.adapters in {rows[i].adapters for i in batch.rows}
+
+
+@given(st.lists(st.tuples(sets, st.integers(0, 2)), max_size=40))
+def test_rows_of_one_form_stand_together_between_the_bases_and_those_of_several(found: list[tuple[tuple[AdapterRef, ...], int]]) -> None:
+    forms = {refs: (2**form,) for refs, form in found if len(refs) == 1}
+    [*batches] = plan_batches([Row(refs, "hidden", 1, forms.get(refs, ())) for refs, _ in found], slots_max=9).batches
+    for batch in batches:
+        order = [(len(segment.adapters) > 1, forms.get(segment.adapters, ())) for segment in batch.segments]
+        assert order == sorted(order)
