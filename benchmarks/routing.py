@@ -499,11 +499,11 @@ def draw(stem: Path, measured: Mapping[str, Measured], grown: Mapping[str, Figur
         panels = {h: (one.routed[h].test.acceptance, one.routed[h].outside.acceptance, None) for h in (OURS, JOINT, CENTROID)}
         panels[OURS] = (*panels[OURS][:2], one.thresholds[0.05])
         routing_plots.scores(path("scores"), panels)
-    stated = {
-        title: {n: (RATES, [measured[n].heads[OURS][f"false_reject_{100 * r:g}"] for r in RATES]) for n in measured if (FEW in n) == shots}
-        for title, shots in (("enough examples", False), (f"{SHOTS} examples a class", True))
-    }
-    if stated := {title: tasks for title, tasks in stated.items() if tasks}:
+    stated: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]] = {}
+    for name, one in measured.items():
+        panel = "test inputs unlike the examples" if name == "prompt34" else f"{SHOTS} examples a class" if FEW in name else "enough examples"
+        stated.setdefault(panel, {})[name] = (RATES, [one.heads[OURS][f"false_reject_{100 * rate:g}"] for rate in RATES])
+    if stated:
         routing_plots.calibration(path("calibration"), stated, RATE_TOLERANCE)
 
 

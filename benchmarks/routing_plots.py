@@ -53,7 +53,7 @@ def growth(path: Path, panels: Mapping[str, tuple[Sequence[int], Mapping[str, Se
                 axis.plot(counts, values.mean(axis=0), marker="o", markersize=3, label=name, **styles[name])
                 axis.fill_between(counts, values.min(axis=0), values.max(axis=0), color=styles[name]["color"], alpha=0.08)
             axis.set(title=title, xlabel="adapters", ylabel="top-1 of the first adapters' test inputs")
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
             axis.legend(fontsize=8)
 
 
