@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from adapter_hub.errors import InvalidInput, InvalidName, ModelChanged
+from adapter_hub.errors import CorruptIndex, InvalidInput, InvalidName, ModelChanged
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
 from adapter_hub.routing.decision import Decision, Method, Reason
@@ -30,7 +30,7 @@ from adapter_hub.routing.head import Head
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
-from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, corrupt, read_tensors
+from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_tensors
 
 # n inputs, d encoder width, c candidates
 SCHEMA = 1
@@ -270,7 +270,7 @@ class Router:
 
     @classmethod
     def open(cls, folder: Path, calibration: Calibration | None) -> Router:
-        """What `save` wrote, under the calibration that it was made with. Raises CorruptVersion where it is cut short or another's."""
+        """What `save` wrote, under the calibration that it was made with. Raises CorruptIndex where it is cut short or another's."""
         try:
             facts = json.loads((folder / "router.json").read_bytes())
             head_file = folder / "head.safetensors"
@@ -280,22 +280,22 @@ class Router:
             gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
             router = cls(segments, calibration, head, unroutable, gone)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidName) as error:
-            raise corrupt(folder, f"not a saved router ({error})") from error
+            raise CorruptIndex(folder, f"not a saved router ({error})") from error
         if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:
-            raise corrupt(folder, "not the router of these versions and this calibration")
+            raise CorruptIndex(folder, "not the router of these versions and this calibration")
         return router
 
 
 def _read_segment(folder: Path, number: int) -> Segment:
     path = folder / f"{number}.safetensors"
-    tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path)
+    tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path, CorruptIndex)
     means, counts, sizes, labelled = (tensors[name] for name in ("means", "counts", "sizes", "labelled"))
     whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(facts["refs"])
     if means.dtype != np.float16 or means.ndim != 2 or not whole:
-        raise corrupt(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
+        raise CorruptIndex(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
     index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
-        raise corrupt(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
+        raise CorruptIndex(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
     refs, singles = ([AdapterRef.parse(ref) for ref in facts[name]] for name in ("refs", "singles"))
     return Segment(refs, facts["digests"], singles, sizes, labelled, means, counts, index)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
+from adapter_hub.errors import CorruptIndex, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing import router as router_module
@@ -342,7 +342,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             folder = tmp_path / f"{name}-{number}"
             shutil.copytree(tmp_path / "whole", folder)
             damage(folder / name)
-            with pytest.raises(CorruptVersion):
+            with pytest.raises(CorruptIndex):
                 Router.open(folder, FITTED.calibration)
 
 
@@ -357,14 +357,14 @@ DAMAGES = [
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorruptVersion):
+    with pytest.raises(CorruptIndex):
         Router.open(tmp_path / "nowhere", FITTED.calibration)
 
 
 def test_the_router_of_another_calibration_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "router")
     for other in (fit({ref: STATES[ref] for ref in WORLD.refs}).calibration, None):
-        with pytest.raises(CorruptVersion, match="not the router of these versions and this calibration"):
+        with pytest.raises(CorruptIndex, match="not the router of these versions and this calibration"):
             Router.open(tmp_path / "router", other)
 
 
@@ -375,7 +375,7 @@ def test_another_routers_head_or_segment_is_refused(tmp_path: Path) -> None:
     for name in ("head.safetensors", "0.safetensors", "router.json"):
         shutil.copytree(tmp_path / "router", tmp_path / name)
         shutil.copy(tmp_path / "other" / name, tmp_path / name / name)
-        with pytest.raises(CorruptVersion):
+        with pytest.raises(CorruptIndex):
             Router.open(tmp_path / name, FITTED.calibration)
 
 
@@ -384,5 +384,5 @@ def test_facts_that_do_not_fit_are_refused(key: str, value: Any, tmp_path: Path)
     saved(tmp_path / "router")
     path = tmp_path / "router" / "router.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(CorruptVersion):
+    with pytest.raises(CorruptIndex):
         Router.open(tmp_path / "router", FITTED.calibration)
