@@ -34,6 +34,7 @@ from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_te
 
 # n inputs, d encoder width, c candidates
 SCHEMA = 1
+SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
 SCORE_DECIMALS = 5      # so that an input decides the same alone and in a batch, where sums run in another order
 
@@ -245,6 +246,7 @@ class Router:
             for number, segment in enumerate(self._segments):
                 if len(segment) > DENSE_MAX:
                     segment.index.save(staging / f"{number}.faiss")    # type: ignore[attr-defined]
+            _write(staging / SUMS, _sums(staging))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(staging, folder)
         finally:
@@ -270,8 +272,10 @@ class Router:
 
     @classmethod
     def open(cls, folder: Path, calibration: Calibration | None) -> Router:
-        """What `save` wrote, under the calibration that it was made with. Raises CorruptIndex where it is cut short or another's."""
+        """What `save` wrote, under the calibration that it was made with. Raises CorruptIndex where it is damaged or another's."""
         try:
+            if (folder / SUMS).read_bytes() != _sums(folder):
+                raise CorruptIndex(folder, "a file is missing, or not as it was saved")
             facts = json.loads((folder / "router.json").read_bytes())
             head_file = folder / "head.safetensors"
             head = Head.from_bytes(head_file.read_bytes(), head_file) if head_file.exists() else None
@@ -298,6 +302,15 @@ def _read_segment(folder: Path, number: int) -> Segment:
         raise CorruptIndex(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
     refs, singles = ([AdapterRef.parse(ref) for ref in facts[name]] for name in ("refs", "singles"))
     return Segment(refs, facts["digests"], singles, sizes, labelled, means, counts, index)
+
+
+def _sums(folder: Path) -> bytes:
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMS:
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -34,6 +34,7 @@ QUERIES = Features.concatenate([*(WORLD.sample(i, 2)[0] for i in range(5)), WORL
 ALPHA, BETA, GAMMA = (AdapterRef(name, 1) for name in ("alpha", "beta", "gamma"))
 DAMAGES: list[Callable[[Path], object]] = [
     lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     lambda path: path.write_bytes(b""),
     lambda path: path.unlink(),
 ]
@@ -225,7 +226,7 @@ def test_a_saved_router_is_brought_up_to_date_by_reading_what_is_new(place: Plac
 def test_each_saved_file_is_made_again_when_it_is_damaged(place: Place) -> None:
     expected = place.live().snapshot().digest
     names = sorted(path.name for path in place.saved.iterdir())
-    assert names == ["0.safetensors", "head.safetensors", "router.json"]
+    assert names == ["0.safetensors", "SHA256SUMS", "head.safetensors", "router.json"]
     for name in names:
         for damage in DAMAGES:
             damage(place.saved / name)

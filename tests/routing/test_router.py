@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -332,11 +333,11 @@ def test_a_router_without_adapters_can_be_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file of a saved router in turn: cut short, emptied, missing, or something else."""
+    """Each file of a saved router in turn: a flipped bit, cut short, emptied, missing, or something else."""
     large_segments(monkeypatch, 5)
     saved(tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert {"router.json", "head.safetensors", "0.safetensors", "0.faiss"} <= set(names)
+    assert {"SHA256SUMS", "router.json", "head.safetensors", "0.safetensors", "0.faiss"} <= set(names)
     for name in names:
         for number, damage in enumerate(DAMAGES):
             folder = tmp_path / f"{name}-{number}"
@@ -346,7 +347,15 @@ def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
                 Router.open(folder, FITTED.calibration)
 
 
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 DAMAGES = [
+    lambda path: flip(path, -1),
+    lambda path: flip(path, path.stat().st_size // 2),
     lambda path: path.write_bytes(path.read_bytes()[:-1]),
     lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     lambda path: path.write_bytes(b""),
@@ -354,6 +363,19 @@ DAMAGES = [
     lambda path: path.write_bytes(b"[]"),
     lambda path: path.unlink(),
 ]
+
+
+def vouch_for(folder: Path) -> None:
+    """Let the sums be those of what lies there, so that it is read."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.name != "SHA256SUMS"}
+    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+
+
+def test_the_sums_are_those_that_sha256sum_checks(tmp_path: Path) -> None:
+    saved(tmp_path / "router")
+    written = (tmp_path / "router" / "SHA256SUMS").read_text()
+    vouch_for(tmp_path / "router")
+    assert (tmp_path / "router" / "SHA256SUMS").read_text() == written
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -375,6 +397,7 @@ def test_another_routers_head_or_segment_is_refused(tmp_path: Path) -> None:
     for name in ("head.safetensors", "0.safetensors", "router.json"):
         shutil.copytree(tmp_path / "router", tmp_path / name)
         shutil.copy(tmp_path / "other" / name, tmp_path / name / name)
+        vouch_for(tmp_path / name)
         with pytest.raises(CorruptIndex):
             Router.open(tmp_path / name, FITTED.calibration)
 
@@ -384,5 +407,6 @@ def test_facts_that_do_not_fit_are_refused(key: str, value: Any, tmp_path: Path)
     saved(tmp_path / "router")
     path = tmp_path / "router" / "router.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    vouch_for(tmp_path / "router")
     with pytest.raises(CorruptIndex):
         Router.open(tmp_path / "router", FITTED.calibration)
