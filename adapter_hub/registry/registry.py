@@ -162,6 +162,7 @@ class Registry:
         try:
             with storage_errors(self.layout.root):
                 make_folder(self.layout.staging)
+                self.layout.lock("purge").touch()         # while there is room: a full disk must not keep data from being erased
                 with locked(self.layout.lock("open")):    # two processes must not make one catalogue at a time
                     if not shared and not self.layout.catalog.exists():
                         for left in ("-wal", "-shm"):     # of a catalogue that was deleted
@@ -447,9 +448,10 @@ class Registry:
         return [tombstone.ref for tombstone in tombstones]
 
     def _erase(self, tombstone: Manifest) -> None:
-        moves.erase_files(self.layout, tombstone)
-        with self._catalog.writing() as connection:
-            records.set_state(connection, tombstone.name, tombstone.version, VersionState.PURGED)
+        with storage_errors(self.layout.staging), locked(self.layout.lock("purge")):    # two may purge one version at once
+            moves.erase_files(self.layout, tombstone)
+            with self._catalog.writing() as connection:
+                records.set_state(connection, tombstone.name, tombstone.version, VersionState.PURGED)
 
     def _named(self, ref: str | AdapterRef) -> AdapterRef:
         """The version that a reference names, in whatever state; for a caller who is about to change it."""

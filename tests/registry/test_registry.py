@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,22 @@ def test_purge_erases_the_data_and_keeps_a_tombstone(place, facts, files):
     assert registry.purge("banking@2") == [second] and registry.versions("banking")[1].state is VersionState.PURGED
     assert registry.add("banking", facts, files("3")).version == 3
     assert [event.kind for event in registry.history("banking") if event.version == 2][-2:] == [EventKind.REMOVED, EventKind.PURGED]
+
+
+def test_threads_that_purge_one_version_at_once_all_find_it_done(place, facts, files):
+    registry, start = place.create(), threading.Barrier(4)
+    many = {f"part{i}.safetensors": bytes([i]) for i in range(60)}
+
+    def purge(ref: AdapterRef) -> list[AdapterRef]:
+        start.wait(60)
+        return registry.purge(ref)
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(5):
+            ref = registry.add("banking", facts, files(str(number)) | many)
+            assert list(threads.map(purge, [ref] * 4)) == [[ref]] * 4
+            assert os.listdir(place.folder / f"adapters/banking/{ref.version}") == ["manifest.json"]
+    assert registry.verify().ok and [event.kind for event in registry.events()].count(EventKind.PURGED) == 5
 
 
 @pytest.fixture
