@@ -168,7 +168,8 @@ class Registry:
                         for left in ("-wal", "-shm"):     # of a catalogue that was deleted
                             self.layout.catalog.with_name(self.layout.catalog.name + left).unlink(missing_ok=True)
                     self._check_one_catalogue()
-                    ensure_schema(self._catalog, self.layout)
+                    if ensure_schema(self._catalog, self.layout):
+                        moves.erase_index(self.layout)    # tombstones may have come with the files
                     self._catalog.take_claim(self.layout.claim, self.layout.staging)
             self._reconcile()
         except (ReadOnlyRegistry, StorageFull):
@@ -427,7 +428,7 @@ class Registry:
         return found
 
     def purge(self, ref: str | AdapterRef, reason: str = "", *, descendants: bool = False) -> list[AdapterRef]:
-        """Erase a version's weights, routing state and exemplars; a tombstone and the history stay. Returns what was purged, it first.
+        """Erase a version's weights, routing state and exemplars, and `index/`; a tombstone and the history stay. Returns what was purged, it first.
 
         Versions that were made from it, or that have its weights or routing state, hold the same data: they are purged with it
         where `descendants` says so. The same again finishes what a crash interrupted.
@@ -450,8 +451,22 @@ class Registry:
     def _erase(self, tombstone: Manifest) -> None:
         with storage_errors(self.layout.staging), locked(self.layout.lock("purge")):    # two may purge one version at once
             moves.erase_files(self.layout, tombstone)
+            moves.erase_index(self.layout)
             with self._catalog.writing() as connection:
                 records.set_state(connection, tombstone.name, tombstone.version, VersionState.PURGED)
+
+    @contextmanager
+    def deriving(self) -> Iterator[frozenset[AdapterRef]]:
+        """Inside it `index/` is there to be written to, and purges wait. Gives the versions whose data may not be written there any more.
+
+        Raises ReadOnlyRegistry, CorruptVersion where a link stands in its place, and for an OSError inside what it means.
+        """
+        self._check_writable()
+        with storage_errors(self.layout.index), locked(self.layout.lock("purge")):
+            make_folder(self.layout.index)
+            with self._reading() as connection:
+                purged = records.purged(connection)
+            yield purged
 
     def _named(self, ref: str | AdapterRef) -> AdapterRef:
         """The version that a reference names, in whatever state; for a caller who is about to change it."""

@@ -6,7 +6,6 @@ A newcomer is routed by its prototypes from the next snapshot on; the head that 
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -213,31 +212,37 @@ class LiveRouter:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
         digest = _head_digest(router)
         head = _solved(self._states(router.versions), digest) if router.prototype_count <= CLASSES_MAX else None
-        router = router.with_head(head)
         with self._saving:
             with self._lock:
                 now = self._router
                 if now is None or self._solved == _head_digest(now) != digest:    # forgotten, or settled by another thread
-                    return router
-                self._router, self._solved = now.with_head(head), digest
-            if _head_digest(now) == digest:
-                self._save(router)
-        return router
+                    return router.with_head(head)
+                self._router = settled = now.with_head(head)
+                self._solved = digest
+            if _head_digest(settled) == digest:
+                self._save(settled)
+        return router.with_head(head)
 
     def _save(self, router: Router) -> None:
+        """Without a trace of what was purged. Where a purge is yet to be followed, what it leaves will be saved instead."""
         if not self._registry.writable or router.calibration is None or router.calibration.id is None:
             return
         try:
-            router.save(self._saved)
-        except OSError as error:
+            with self._registry.deriving() as purged:
+                kept = router.erased(purged)
+                if purged.isdisjoint(kept.refs):
+                    kept.save(self._saved)
+        except (HubError, OSError) as error:
             log.info("the router is not saved, and will be made anew next time: %s", error)
+            return
+        with self._lock:
+            if self._router is router:
+                self._router = kept
 
     def forget(self) -> None:
-        """Drop what was derived, here and on disk; the next snapshot is made from the versions that are left."""
+        """Drop what was derived; the next snapshot is made from the versions that are left."""
         with self._lock:
             self._router, self._event, self._solved = None, -1, None
-        with self._saving:    # after a thread that is just saving
-            shutil.rmtree(self._saved, ignore_errors=True)
 
 
 def _head_digest(router: Router) -> str:

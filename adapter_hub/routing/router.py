@@ -114,6 +114,14 @@ class Router:
             return self._replaced(segments=kept, unroutable=unroutable)
         return self._replaced(unroutable=unroutable)
 
+    def erased(self, refs: Collection[AdapterRef]) -> Router:
+        """The same decisions, and no vectors of those among `refs` that were removed: a large segment, which only masked them, is made again."""
+        masked = self._gone.intersection(refs)
+        if not masked:
+            return self
+        segments = [segment.without(*masked) if not masked.isdisjoint(segment.place) else segment for segment in self._segments]
+        return self._replaced(segments=[segment for segment in segments if len(segment)], gone=self._gone - masked)
+
     def with_head(self, head: Head | None) -> Router:
         """The same adapters, under another head."""
         return self._replaced(head=head)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adapter_hub.errors import InvalidInput, ModelChanged
@@ -21,11 +22,12 @@ from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
 from adapter_hub.routing.head import Solver, digest_of
 from adapter_hub.routing.live import ROUTING_FILE, LiveRouter
+from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState, build_state
 from tests.routing.conftest import ENCODER, World
 from tests.routing.registries import CONFIG, add
-from tests.routing.test_router import assert_agree
+from tests.routing.test_router import assert_agree, large_segments
 from tests.soak import router_threads
 
 WORLD = World(5, 2, noise=0.9, seed=21)
@@ -292,6 +294,45 @@ def test_what_was_purged_while_the_head_was_solved_is_not_saved(place: Place) ->
     gate.join()
     assert not place.saved.exists()
     assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
+
+
+def test_who_did_not_hear_of_a_purge_yet_saves_nothing_of_what_was_purged(place: Place) -> None:
+    gate = Gate(STATES[2])
+    live = place.live(gate)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot()
+    assert gate.reached.wait(60) and held(place.folder / "index", STATES[0])
+    place.writer.purge(ALPHA)
+    assert not (place.folder / "index").exists()
+    gate.join()
+    assert not held(place.folder / "index", STATES[0])
+    assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
+    assert held(place.folder / "index", STATES[1]) and not held(place.folder / "index", STATES[0])
+
+
+def test_what_is_only_masked_in_a_large_segment_is_saved_no_more_once_it_is_purged(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    large_segments(monkeypatch, 2)
+    add(place.writer, "gamma", STATES[2])
+    live, index = place.live(), place.folder / "index"
+    live.snapshot()
+    place.writer.retire(BETA)
+    place.writer.retire(GAMMA)
+    assert_serves(live, {ALPHA: STATES[0]})
+    assert held(index, STATES[0]) and held(index, STATES[1]) and (place.saved / "0.faiss").exists()
+    place.writer.purge(BETA)
+    place.read.clear()
+    add(place.writer, "delta", STATES[3])
+    assert_serves(live, {ALPHA: STATES[0], AdapterRef("delta", 1): STATES[3]})
+    assert held(index, STATES[0]) and held(index, STATES[2]) and not held(index, STATES[1])
+    assert_serves(place.live(), {ALPHA: STATES[0], AdapterRef("delta", 1): STATES[3]})
+
+
+def held(folder: Path, state: RoutingState) -> bool:
+    """Whether a file has a vector of these exemplars: of the head's, or a prototype as a segment or a flat index stores it."""
+    means = Prototypes.of(Exemplars.of(state), False).means
+    stored = b"\0".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    return any(row.tobytes() in stored for row in (*means, *means.astype(np.float32), *state.exemplars.features.dense))
 
 
 def test_a_head_that_comes_late_does_not_take_the_place_of_a_newer_one(place: Place) -> None:

@@ -237,6 +237,16 @@ def test_the_first_routable_version_keeps_those_reached_by_name() -> None:
     assert_same(grown, Router.build({CARDS: build_state(ENCODER, []), FOOD: state}), ENCODER_QUERIES)
 
 
+def test_what_is_erased_is_held_no_more_and_the_rest_decides_as_before(sizes: None) -> None:
+    """What is still routed is not erased."""
+    gone, routed = WORLD.refs[0], WORLD.refs[1]
+    router = build(sorted(STATES)).without(gone)
+    erased = router.erased([gone, routed, AdapterRef("nobody", 1)])
+    assert_same(erased, router)
+    assert gone not in {ref for segment in erased._segments for ref in segment.refs} and erased.erased([gone]) is erased
+    assert_same(erased.with_added(gone, STATES[gone]), build(sorted(STATES)))
+
+
 def test_a_version_may_lose_its_exemplars_and_get_them_back(sizes: None) -> None:
     router, ref = build(sorted(STATES)), WORLD.refs[1]
     bare = router.with_added(ref, build_state(ENCODER, []))
