@@ -493,6 +493,14 @@ class Registry:
         with storage_errors(self.layout.calibrations):
             return read_checked(self.layout.calibration(number), known[number])
 
+    def calibrated_on(self, number: int) -> list[AdapterRef]:
+        """The versions that a calibration was fitted on, as its event says, without those that were purged."""
+        with self._reading() as connection:
+            events = records.select_events(connection, calibrations=True)
+            members = {str(member) for event in events if event.version == number for member in event.detail.get("members", [])}
+            rows = records.list_rows(connection)
+        return [row.ref for row in rows if row.state is not VersionState.PURGED and str(row.ref) in members]
+
     def latest_calibration(self) -> int | None:
         with self._reading() as connection:
             return max(records.live_calibrations(connection), default=None)

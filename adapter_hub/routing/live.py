@@ -42,6 +42,7 @@ class LiveRouter:
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
         self._warned: int | None = -1
+        self._begun: int | None = -1                # number of the newest calibration when the router began
 
     # ---- hand out ---------------------------------------------------------------------------------------------------
 
@@ -97,9 +98,9 @@ class LiveRouter:
                     raise
 
     def _reach(self, standing: Standing) -> None:
-        number = self._router.calibration.id if self._router is not None and self._router.calibration is not None else None
-        if self._router is None or number != standing.calibration:
+        if self._is_over(standing.calibration):
             self._begin(standing)
+            self._begun = standing.calibration
         assert self._router is not None
         wanted = set(standing.production) - self._left_out
         missing, surplus = wanted - set(self._router.versions), set(self._router.versions) - wanted
@@ -115,13 +116,28 @@ class LiveRouter:
         self._event = standing.event
         self._warn_if_young()
 
+    def _is_over(self, newest: int | None) -> bool:
+        """Whether the router must begin again: under another calibration than its own, or than the one that its own stands in for."""
+        if self._router is None:
+            return True
+        own = self._router.calibration
+        if own is not None and own.id is None and self._registry.writable:    # a purge was in the way of storing it
+            return True
+        return newest not in (own and own.id, self._begun)
+
     def _begin(self, standing: Standing) -> None:
-        """The saved router where it fits, else a new one; with the first calibration where there is none."""
+        """The saved router where it fits, else a new one; with the first calibration where there is none.
+
+        A damaged one is fitted again on those of its versions that are left: to the same numbers, whoever does it. It gets the next
+        number; who may only read keeps it to himself, until another is stored.
+        """
         try:
             calibration = self._record(standing.calibration)
         except CorruptVersion as error:
-            log.error("%s Calibrated anew for this process.", error)
-            calibration = None
+            log.error("%s Fitted again on the versions it knew.", error)
+            states = self._states(self._registry.calibrated_on(standing.calibration or 0))
+            known = any(state.count for state in states.values())
+            calibration = self._stored(fit(states).calibration, f"calibration {standing.calibration} is damaged") if known else None
         if calibration is not None and self._router is None and self._saved.exists():
             try:
                 self._router = Router.open(self._saved, calibration)
@@ -180,22 +196,25 @@ class LiveRouter:
 
     def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str, before: Router | None = None) -> Router:
         fitted = fit(states)
-        calibration, members = fitted.calibration, sorted(ref for ref, state in states.items() if state.count)
+        calibration = fitted.calibration
         if before is not None and before.refs:
             found = moves(before, Router.build(states, calibration, fitted.head), states)
             calibration = replace(calibration, facts={**calibration.facts, **found})
-        data = calibration.to_bytes()
-        number = None
-        try:
-            number = self._registry.add_calibration(data, members, reason)
-        except NotRoutable as error:
-            log.warning("calibrated for this process alone: %s", error)    # a version was purged meanwhile; the next event says so
-        except ReadOnlyRegistry:
-            log.warning("the registry is read-only: calibrated for this process alone")
-        router = Router.build(states, Calibration.from_bytes(data, id=number), fitted.head)
+        router = Router.build(states, self._stored(calibration, reason), fitted.head)
         self._router, self._solved = router, _head_digest(router)
         self._save(router)
         return router
+
+    def _stored(self, calibration: Calibration, reason: str) -> Calibration:
+        """With its number; with None where it is this process's alone."""
+        data, number = calibration.to_bytes(), None
+        try:
+            number = self._registry.add_calibration(data, calibration.members, reason)
+        except NotRoutable as error:    # a version was purged meanwhile; the next event says so
+            log.warning("calibrated for this process alone: %s", error)
+        except ReadOnlyRegistry:
+            log.warning("the registry is read-only: calibrated for this process alone")
+        return Calibration.from_bytes(data, id=number)
 
     # ---- solve ------------------------------------------------------------------------------------------------------
 

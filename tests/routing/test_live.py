@@ -375,14 +375,48 @@ def test_a_newcomer_that_is_damaged_does_not_stop_the_others(place: Place, caplo
     assert "gamma@1 is left out of routing" in caplog.text
 
 
-def test_a_damaged_calibration_is_made_anew(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    place.live().snapshot()
+def test_a_damaged_calibration_is_fitted_again_on_the_versions_it_knew_and_gets_the_next_number(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = place.live().snapshot().calibration
+    add(place.writer, "gamma", STATES[2])
     DAMAGES[0](Layout(place.folder).calibration(1))
     live = place.live()
-    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
-    assert "Calibrated anew" in caplog.text
-    number = live.snapshot().calibration
-    assert number is not None and number.digest == fit({ALPHA: STATES[0], BETA: STATES[1]}).calibration.digest
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    again = live.snapshot().calibration
+    assert first is not None and again is not None and (again.id, again.digest) == (2, first.digest)
+    assert place.writer.events()[-1].reason == "calibration 1 is damaged" and caplog.text.count("Fitted again on the versions it knew") == 1
+    assert place.live().snapshot().calibration is not None and place.writer.latest_calibration() == 2
+
+
+def test_who_may_only_read_fits_a_damaged_calibration_once_for_all_events(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    first = place.live().snapshot().calibration
+    DAMAGES[0](Layout(place.folder).calibration(1))
+    with Registry._open_read_only(Layout(place.folder), CONFIG) as registry, caplog.at_level(logging.WARNING):
+        early, late = LiveRouter(registry, lambda state: None), LiveRouter(registry, lambda state: None)
+        found = [early.snapshot().calibration]
+        states = {ALPHA: STATES[0], BETA: STATES[1]}
+        for i in (2, 3):
+            states[add(place.writer, f"more{i}", STATES[i])] = STATES[i]
+            assert_serves(early, states)
+            found.append(early.snapshot().calibration)
+        assert found[0] is found[1] is found[2] and caplog.text.count("Fitted again") == 1
+        found.append(late.snapshot().calibration)    # though more versions are there than when the other one was fitted
+        assert first is not None and {made.digest for made in found if made} == {first.digest} and {made.id for made in found if made} == {None}
+
+
+def test_of_a_damaged_calibration_the_versions_that_are_left_count(place: Place) -> None:
+    place.live().snapshot()
+    DAMAGES[0](Layout(place.folder).calibration(1))
+    place.writer.purge(ALPHA)
+    live = place.live()
+    made = live.snapshot().calibration
+    assert made is not None and made.digest == fit({BETA: STATES[1]}).calibration.digest
+    add(place.writer, "gamma", STATES[2])
+    DAMAGES[0](Layout(place.folder).calibration(2))
+    place.writer.purge(BETA)    # nothing that it knew is left
+    made = place.live().snapshot().calibration
+    assert made is not None and made.digest == fit({GAMMA: STATES[2]}).calibration.digest
 
 
 def test_a_state_of_another_encoder_is_refused(place: Place) -> None:
@@ -426,6 +460,22 @@ def test_what_came_and_went_leaves_no_trace_in_the_next_record(place: Place) -> 
     assert {key: value for key, value in after.facts.items() if key not in ("moved", "let_in", "turned_away")} == before.facts
     assert (after.quantiles == before.quantiles).all() and after.centres == before.centres and after.scoring == before.scoring
     assert (after.facts["moved"], after.facts["let_in"], after.facts["turned_away"]) == (0, 0, 0)
+
+
+def test_a_new_calibration_is_taken_up_also_where_a_version_is_purged_meanwhile(place: Place) -> None:
+    armed = threading.Event()
+
+    def purge(state: RoutingState) -> None:
+        if armed.is_set() and state.digest == STATES[0].digest and BETA in place.writer.production():
+            place.writer.purge(BETA)
+
+    live = place.live(purge)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    assert place.live().calibrate("one task more").id == 2
+    armed.set()
+    found = live.snapshot()
+    assert found.refs == (ALPHA, GAMMA) and found.calibration is not None and found.calibration.id == 2
 
 
 def test_there_is_nothing_to_calibrate_on_without_examples(tmp_path: Path) -> None:
