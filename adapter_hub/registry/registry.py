@@ -254,9 +254,16 @@ class Registry:
 
     def manifest(self, ref: str | AdapterRef) -> Manifest:
         """The facts of a version; of a purged one its tombstone. Raises AdapterNotFound, NotRoutable (no production)."""
+        return self._manifest(ref, purged=True)
+
+    def _manifest(self, ref: str | AdapterRef, *, purged: bool) -> Manifest:
+        """Raises NotRoutable for a purged version unless that is fine: asked in two steps, it may be purged between them."""
         parsed = AdapterRef.parse(ref)
         with self._reading() as connection:
-            row = records.row_of(connection, parsed.name, records.version_of(connection, parsed))
+            found = AdapterRef(parsed.name, records.version_of(connection, parsed))
+            if not purged:
+                records.check_usable(connection, found, retired=True)
+            row = records.row_of(connection, found.name, found.version or 0)
             if row is None:
                 raise RegistryError(f"{parsed} names a version that is not registered.", hint="See `adapter-hub verify`.")
             return records.manifest_of(row)
@@ -333,7 +340,7 @@ class Registry:
 
     def read(self, ref: str | AdapterRef, file: str) -> bytes:
         """One file of a version, its sha256 checked. Raises CorruptVersion, InvalidInput where there is no such file."""
-        manifest = self.manifest(self.resolve(ref))
+        manifest = self._manifest(ref, purged=False)
         if file not in manifest.files:
             raise InvalidInput(f"{manifest.ref} has no file {file!r}.", hint=f"It has {', '.join(manifest.files)}.")
         with self._reading_files(manifest.ref):
@@ -344,7 +351,7 @@ class Registry:
 
         Raises as `resolve`; CorruptVersion.
         """
-        manifest = self.manifest(self.resolve(ref))
+        manifest = self._manifest(ref, purged=False)
         with self._reading_files(manifest.ref):
             folder = checked_folder(self.layout, manifest.name, manifest.version)
             seen = tuple(signature(folder / file) for file in (MANIFEST, *manifest.files))
@@ -368,8 +375,8 @@ class Registry:
 
     def export(self, ref: str | AdapterRef, folder: str | Path) -> Path:
         """Copy a version as a plain PEFT folder. Raises InvalidInput where `folder` holds something; as `open_version`."""
-        found, target = self.resolve(ref), Path(folder).expanduser()
-        manifest = self.manifest(found)
+        manifest, target = self._manifest(ref, purged=False), Path(folder).expanduser()
+        found = manifest.ref
         if not set(PEFT_FILES[:2]) <= set(manifest.files):
             raise RegistryError(f"{found} is not a PEFT adapter: it has {', '.join(manifest.files)}.")
         contents = {file: self.read(found, file) for file in PEFT_FILES if file in manifest.files}

@@ -219,6 +219,29 @@ def test_a_purge_waits_for_who_is_writing_what_is_derived_and_erases_that_too(pl
         assert purged == {ref} and registry.resolve(other) == other
 
 
+def test_who_reads_a_version_while_it_is_purged_is_told_so(place, facts, files):
+    registry = place.create()
+
+    def read(ref: AdapterRef) -> list[object]:
+        raised: list[object] = []
+        for ask in (lambda: registry.read(ref, "routing.safetensors"), lambda: registry.open_version(ref)):
+            try:
+                while ask():
+                    pass
+            except NotRoutable:
+                raised.append("purged")
+            except Exception as error:
+                raised.append(error)
+        return raised
+
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(25):
+            ref = registry.add("banking", facts, files(str(number)))
+            reading = [threads.submit(read, ref) for _ in range(2)]
+            registry.purge(ref)
+            assert [each.result(60) for each in reading] == [["purged", "purged"]] * 2
+
+
 @pytest.fixture
 def family(place, facts, files) -> Registry:
     """banking@1, and what holds its data: @2 made from it, @3 made from @2, @4 and copy@1 with its weights or vectors. Not: travel@1."""
