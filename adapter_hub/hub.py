@@ -11,6 +11,7 @@ import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -687,7 +688,16 @@ class Hub:
         """Hash every stored file, the base model and the encoder in full; the report lists what is damaged, and never raises for it."""
         report = self.registry.verify()
         damaged = [Problem(where, error.fact) for where, check in self._models() if (error := _fault(check))]
-        return replace(report, problems=(*damaged, *report.problems))
+        return replace(report, problems=(*damaged, *report.problems, *self._unrouted()))
+
+    def _unrouted(self) -> Iterator[Problem]:
+        """Versions that `Registry.add` put into production without what the router needs."""
+        from adapter_hub.routing.live import ROUTING_FILE
+
+        for ref in self.registry.production():
+            with suppress(HubError):    # said already
+                if ROUTING_FILE not in self.registry.manifest(ref).files:
+                    yield Problem(str(ref), f"it is in production without {ROUTING_FILE}: only its name reaches it.")
 
     def _models(self) -> Iterator[tuple[str, Callable[[], None]]]:
         from adapter_hub.routing.encoder import load_encoder

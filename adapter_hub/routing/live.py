@@ -38,7 +38,7 @@ class LiveRouter:
         self._saving = threading.Lock()    # taken before the other where both are
         self._router: Router | None = None
         self._event = -1
-        self._left_out: set[AdapterRef] = set()     # damaged: said once, and listed by `verify`
+        self._left_out: set[AdapterRef] = set()     # damaged or without a routing file: said once, and listed by `verify`
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
         self._warned: int | None = -1
@@ -78,7 +78,7 @@ class LiveRouter:
             return router.with_head(now.head if now and now.head and now.head.digest == digest else _solved(states, digest))
 
     def state(self, ref: AdapterRef) -> RoutingState:
-        """What a version brings. Raises CorruptVersion, ModelChanged."""
+        """What a version brings. Raises CorruptVersion, ModelChanged, InvalidInput where it has no routing file."""
         data = self._registry.read(ref, ROUTING_FILE)
         state = RoutingState.from_bytes(data, source=f"{ref}/{ROUTING_FILE}")
         self._check(state)
@@ -154,7 +154,7 @@ class LiveRouter:
         return Router.build(states, calibration, self._router.head if self._router else None)
 
     def _states(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, RoutingState]:
-        """Without those that are damaged: one bad file must not stop the others."""
+        """Without those that are damaged, or were stored without a routing file: one must not stop the others."""
         states = {}
         for ref in refs:
             if ref in self._left_out:
@@ -164,6 +164,9 @@ class LiveRouter:
             except CorruptVersion as error:
                 self._left_out.add(ref)
                 log.error("%s is left out of routing: %s", ref, error)
+            except InvalidInput:
+                self._left_out.add(ref)
+                log.warning("%s has no %s: only its name reaches it.", ref, ROUTING_FILE)
         return states
 
     def _record(self, number: int | None) -> Calibration | None:

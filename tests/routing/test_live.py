@@ -26,7 +26,7 @@ from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState, build_state
 from tests.routing.conftest import ENCODER, World
-from tests.routing.registries import CONFIG, add
+from tests.routing.registries import CONFIG, FACTS, add
 from tests.routing.test_router import assert_agree, large_segments
 from tests.soak import router_threads
 
@@ -417,6 +417,16 @@ def test_of_a_damaged_calibration_the_versions_that_are_left_count(place: Place)
     place.writer.purge(BETA)    # nothing that it knew is left
     made = place.live().snapshot().calibration
     assert made is not None and made.digest == fit({GAMMA: STATES[2]}).calibration.digest
+
+
+def test_a_version_without_a_routing_file_is_reached_by_name_and_stops_nobody(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    bare = place.writer.add("bare", FACTS, {"adapter_model.safetensors": b"weights alone"})
+    live = place.live()
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
+    place.writer.add("bare", FACTS, {"adapter_model.safetensors": b"other weights"})
+    add(place.writer, "gamma", STATES[2])
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    assert caplog.messages.count("bare@1 has no routing.safetensors: only its name reaches it.") == 1 and place.writer.resolve(bare) == bare
 
 
 def test_a_state_of_another_encoder_is_refused(place: Place) -> None:
