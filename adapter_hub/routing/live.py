@@ -49,7 +49,7 @@ class LiveRouter:
     def snapshot(self, *, settled: bool = False) -> Router:
         """The router over the versions in production now. `settled` waits for the head that knows all of them.
 
-        The first snapshot is settled in any case.
+        The first snapshot is settled in any case: a process that ends soon would never see what it left to the background.
         """
         while True:
             with self._lock:
@@ -113,6 +113,8 @@ class LiveRouter:
             for ref, state in self._states(sorted(missing)).items():
                 router = router.with_added(ref, state)
             self._router = router
+        if self._event < 0 and self._solved != _head_digest(self._router):    # the saved router was behind
+            self._solved = None
         self._event = standing.event
         self._warn_if_young()
 

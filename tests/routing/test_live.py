@@ -225,6 +225,17 @@ def test_a_saved_router_is_brought_up_to_date_by_reading_what_is_new(place: Plac
     assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
 
 
+def test_the_first_snapshot_is_settled_also_where_the_saved_router_is_behind(place: Place) -> None:
+    place.live().snapshot()
+    add(place.writer, "gamma", STATES[2])
+    first = place.live().snapshot()
+    own = first.route_features(STATES[2].exemplars.features, max_false_reject=0)
+    assert {(decision.adapter, decision.method) for decision in own} == {(GAMMA, Method.HEAD)}
+    assert first.digest == place.live().snapshot(settled=True).digest
+    place.read.clear()
+    assert place.live().snapshot().digest == first.digest and place.read == []    # it was saved for the next process
+
+
 def test_each_saved_file_is_made_again_when_it_is_damaged(place: Place) -> None:
     expected = place.live().snapshot().digest
     names = sorted(path.name for path in place.saved.iterdir())
