@@ -125,6 +125,14 @@ class CorruptVersion(RegistryError):
     """A stored file is missing or no longer has the digest in its manifest."""
 
 
+class CorruptIndex(HubError):
+    """A saved router, head or search index is missing, damaged or another's. Nothing is lost: it follows from the versions."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}.", hint="It is derived: delete it, and it is built again.")
+        self.path = path
+
+
 class DataRemains(RegistryError):
     """A purge was refused, because other versions hold the data that it would erase."""
 

@@ -11,6 +11,7 @@ import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -147,9 +148,10 @@ class Hub:
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
+        from adapter_hub.routing.encoder import load_encoder
 
         base = FrozenBase.load(_absolute(base_model or DEFAULT_MODEL), max_tokens=max_tokens, device=device)
-        router_encoder = _encoder(_absolute(encoder or DEFAULT_MODEL), device)
+        router_encoder = load_encoder(_absolute(encoder or DEFAULT_MODEL), device)
         config = RegistryConfig(
             base_model=base.id,
             base_fingerprint=base.fingerprint,
@@ -240,7 +242,9 @@ class Hub:
         """The router's text encoder. Raises ModelNotFound, ModelChanged."""
         with self._lock:
             if self._encoder is None:
-                encoder = _encoder(self.config.encoder, self.device)
+                from adapter_hub.routing.encoder import load_encoder
+
+                encoder = load_encoder(self.config.encoder, self.device)
                 _check_same("encoder", encoder.id, encoder.fingerprint, self.config.encoder_fingerprint)
                 self._encoder = encoder
             return self._encoder
@@ -687,7 +691,16 @@ class Hub:
         """Hash every stored file, the base model and the encoder in full; the report lists what is damaged, and never raises for it."""
         report = self.registry.verify()
         damaged = [Problem(where, error.fact) for where, check in self._models() if (error := _fault(check))]
-        return replace(report, problems=(*damaged, *report.problems))
+        return replace(report, problems=(*damaged, *report.problems, *self._unrouted()))
+
+    def _unrouted(self) -> Iterator[Problem]:
+        """Versions that `Registry.add` put into production without what the router needs."""
+        from adapter_hub.routing.live import ROUTING_FILE
+
+        for ref in self.registry.production():
+            with suppress(HubError):    # said already
+                if ROUTING_FILE not in self.registry.manifest(ref).files:
+                    yield Problem(str(ref), f"it is in production without {ROUTING_FILE}: only its name reaches it.")
 
     def _models(self) -> Iterator[tuple[str, Callable[[], None]]]:
         from adapter_hub.routing.encoder import load_encoder
@@ -803,16 +816,6 @@ def _jsonl(rows: Sequence[Example]) -> bytes:
 
 def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Example]:
     return read_examples(source) if isinstance(source, str | Path) else as_examples(source)
-
-
-def _encoder(id: str, device: str) -> Encoder:
-    """Raises ModelNotFound, InvalidInput."""
-    from adapter_hub.base_model import check_device
-    from adapter_hub.routing.encoder import SentenceEncoder, load_encoder
-
-    check_device(device)
-    encoder = load_encoder(id)
-    return SentenceEncoder(id, device=device) if isinstance(encoder, SentenceEncoder) else encoder
 
 
 def _texts(what: str, texts: Any) -> tuple[str, ...]:

@@ -463,6 +463,17 @@ def test_verify_hashes_the_models_whatever_is_in_production_and_reports_damage(b
     assert done.exit_code == 1 and damaged in done.stdout
 
 
+def test_a_version_stored_without_a_routing_file_is_named_by_verify_and_answers_by_name_alone(filled: Hub) -> None:
+    stored = {file: filled.registry.read("colours@1", file) for file in ("adapter_config.json", "adapter_model.safetensors")}
+    filled.registry.add("bare", filled.show("colours@1").facts(), dict(stored))
+    text = "paint the gate blue"
+    [routed], [named] = filled.predict([text], max_false_reject=0), filled.predict([text], adapters="bare")
+    assert (str(routed.adapter), str(named.adapter), named.scores) == ("colours@1", "bare@1", routed.scores)
+    assert [problem.to_json() for problem in filled.verify().problems] == [
+        {"where": "bare@1", "fact": "it is in production without routing.safetensors: only its name reaches it."}
+    ]
+
+
 def test_adopt_checks_each_version_as_register_does(filled: Hub, bert: Path, tmp_path: Path) -> None:
     other = Hub.create(tmp_path / "other", base_model=bert, encoder="hash")
     other.register("good", make_adapter(other.base, tmp_path / "good", seed=4), COLOURS, labels=["red", "blue"])

@@ -1,6 +1,6 @@
 """What may happen to a version after it is registered: aliases move, it is retired, it is purged.
 
-Each function runs inside a writing transaction of its caller and records the event. `erase_files` follows a purge.
+Each function runs inside a writing transaction of its caller and records the event. `erase_files` and `erase_index` follow a purge.
 """
 
 from __future__ import annotations
@@ -164,3 +164,11 @@ def erase_files(layout: Layout, tombstone: Manifest) -> None:
                 os.unlink(entry.path)
         sync_folder(folder)
         write_atomic(folder / MANIFEST, tombstone.to_bytes(), layout.staging)
+
+
+def erase_index(layout: Layout) -> None:
+    """What was derived holds vectors of many versions: all of it goes. Raises as `erase_files`."""
+    if layout.index.is_dir():
+        make_folder(layout.index)    # refuses a link
+        with storage_errors(layout.index):
+            shutil.rmtree(layout.index)

@@ -137,6 +137,11 @@ def check_usable(connection: Connection, ref: AdapterRef, *, retired: bool) -> N
         raise NotRoutable(f"{ref} is retired.", hint=f"Promote another version of '{ref.name}', or register it again.")
 
 
+def purged(connection: Connection) -> frozenset[AdapterRef]:
+    v = schema.versions.c
+    return frozenset(AdapterRef(row.name, row.version) for row in connection.execute(select(v.name, v.version).where(v.state.in_(_GONE))))
+
+
 def manifest_of(row: RowMapping) -> Manifest:
     """Raises CorruptVersion where the catalogue has none, because the folder was lost before a rebuild."""
     if row["manifest"] is None:

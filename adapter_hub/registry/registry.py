@@ -162,12 +162,14 @@ class Registry:
         try:
             with storage_errors(self.layout.root):
                 make_folder(self.layout.staging)
+                self.layout.lock("purge").touch()         # while there is room: a full disk must not keep data from being erased
                 with locked(self.layout.lock("open")):    # two processes must not make one catalogue at a time
                     if not shared and not self.layout.catalog.exists():
                         for left in ("-wal", "-shm"):     # of a catalogue that was deleted
                             self.layout.catalog.with_name(self.layout.catalog.name + left).unlink(missing_ok=True)
                     self._check_one_catalogue()
-                    ensure_schema(self._catalog, self.layout)
+                    if ensure_schema(self._catalog, self.layout):
+                        moves.erase_index(self.layout)    # tombstones may have come with the files
                     self._catalog.take_claim(self.layout.claim, self.layout.staging)
             self._reconcile()
         except (ReadOnlyRegistry, StorageFull):
@@ -252,9 +254,16 @@ class Registry:
 
     def manifest(self, ref: str | AdapterRef) -> Manifest:
         """The facts of a version; of a purged one its tombstone. Raises AdapterNotFound, NotRoutable (no production)."""
+        return self._manifest(ref, purged=True)
+
+    def _manifest(self, ref: str | AdapterRef, *, purged: bool) -> Manifest:
+        """Raises NotRoutable for a purged version unless that is fine: asked in two steps, it may be purged between them."""
         parsed = AdapterRef.parse(ref)
         with self._reading() as connection:
-            row = records.row_of(connection, parsed.name, records.version_of(connection, parsed))
+            found = AdapterRef(parsed.name, records.version_of(connection, parsed))
+            if not purged:
+                records.check_usable(connection, found, retired=True)
+            row = records.row_of(connection, found.name, found.version or 0)
             if row is None:
                 raise RegistryError(f"{parsed} names a version that is not registered.", hint="See `adapter-hub verify`.")
             return records.manifest_of(row)
@@ -331,7 +340,7 @@ class Registry:
 
     def read(self, ref: str | AdapterRef, file: str) -> bytes:
         """One file of a version, its sha256 checked. Raises CorruptVersion, InvalidInput where there is no such file."""
-        manifest = self.manifest(self.resolve(ref))
+        manifest = self._manifest(ref, purged=False)
         if file not in manifest.files:
             raise InvalidInput(f"{manifest.ref} has no file {file!r}.", hint=f"It has {', '.join(manifest.files)}.")
         with self._reading_files(manifest.ref):
@@ -342,7 +351,7 @@ class Registry:
 
         Raises as `resolve`; CorruptVersion.
         """
-        manifest = self.manifest(self.resolve(ref))
+        manifest = self._manifest(ref, purged=False)
         with self._reading_files(manifest.ref):
             folder = checked_folder(self.layout, manifest.name, manifest.version)
             seen = tuple(signature(folder / file) for file in (MANIFEST, *manifest.files))
@@ -366,8 +375,8 @@ class Registry:
 
     def export(self, ref: str | AdapterRef, folder: str | Path) -> Path:
         """Copy a version as a plain PEFT folder. Raises InvalidInput where `folder` holds something; as `open_version`."""
-        found, target = self.resolve(ref), Path(folder).expanduser()
-        manifest = self.manifest(found)
+        manifest, target = self._manifest(ref, purged=False), Path(folder).expanduser()
+        found = manifest.ref
         if not set(PEFT_FILES[:2]) <= set(manifest.files):
             raise RegistryError(f"{found} is not a PEFT adapter: it has {', '.join(manifest.files)}.")
         contents = {file: self.read(found, file) for file in PEFT_FILES if file in manifest.files}
@@ -426,7 +435,7 @@ class Registry:
         return found
 
     def purge(self, ref: str | AdapterRef, reason: str = "", *, descendants: bool = False) -> list[AdapterRef]:
-        """Erase a version's weights, routing state and exemplars; a tombstone and the history stay. Returns what was purged, it first.
+        """Erase a version's weights, routing state and exemplars, and `index/`; a tombstone and the history stay. Returns what was purged, it first.
 
         Versions that were made from it, or that have its weights or routing state, hold the same data: they are purged with it
         where `descendants` says so. The same again finishes what a crash interrupted.
@@ -447,9 +456,24 @@ class Registry:
         return [tombstone.ref for tombstone in tombstones]
 
     def _erase(self, tombstone: Manifest) -> None:
-        moves.erase_files(self.layout, tombstone)
-        with self._catalog.writing() as connection:
-            records.set_state(connection, tombstone.name, tombstone.version, VersionState.PURGED)
+        with storage_errors(self.layout.staging), locked(self.layout.lock("purge")):    # two may purge one version at once
+            moves.erase_files(self.layout, tombstone)
+            moves.erase_index(self.layout)
+            with self._catalog.writing() as connection:
+                records.set_state(connection, tombstone.name, tombstone.version, VersionState.PURGED)
+
+    @contextmanager
+    def deriving(self) -> Iterator[frozenset[AdapterRef]]:
+        """Inside it `index/` is there to be written to, and purges wait. Gives the versions whose data may not be written there any more.
+
+        Raises ReadOnlyRegistry, CorruptVersion where a link stands in its place, and for an OSError inside what it means.
+        """
+        self._check_writable()
+        with storage_errors(self.layout.index), locked(self.layout.lock("purge")):
+            make_folder(self.layout.index)
+            with self._reading() as connection:
+                purged = records.purged(connection)
+            yield purged
 
     def _named(self, ref: str | AdapterRef) -> AdapterRef:
         """The version that a reference names, in whatever state; for a caller who is about to change it."""
@@ -475,6 +499,14 @@ class Registry:
             raise InvalidInput(f"there is no calibration {number!r}.", hint=f"Known: {', '.join(map(str, known)) or 'none'}.")
         with storage_errors(self.layout.calibrations):
             return read_checked(self.layout.calibration(number), known[number])
+
+    def calibrated_on(self, number: int) -> list[AdapterRef]:
+        """The versions that a calibration was fitted on, as its event says, without those that were purged."""
+        with self._reading() as connection:
+            events = records.select_events(connection, calibrations=True)
+            members = {str(member) for event in events if event.version == number for member in event.detail.get("members", [])}
+            rows = records.list_rows(connection)
+        return [row.ref for row in rows if row.state is not VersionState.PURGED and str(row.ref) in members]
 
     def latest_calibration(self) -> int | None:
         with self._reading() as connection:

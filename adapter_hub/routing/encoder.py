@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_hub.base_model import resolve_model, without_bars
+from adapter_hub.base_model import BUILDING, RANDOMNESS, check_device, resolve_model, without_bars
 from adapter_hub.errors import InvalidInput, ModelNotFound
 
 # n texts, d width
@@ -49,11 +49,12 @@ class Encoder(Protocol):
         ...
 
 
-def load_encoder(id: str | Path) -> Encoder:
-    """The encoder with this id: "hash", "hash:512", or a sentence-transformers hub id or folder.
+def load_encoder(id: str | Path, device: str = "cpu") -> Encoder:
+    """The encoder with this id: "hash", "hash:512", or a sentence-transformers hub id or folder, whose model runs on `device`.
 
-    Raises InvalidInput for an impossible hash width, ModelNotFound.
+    Raises InvalidInput for an impossible hash width or device, ModelNotFound.
     """
+    check_device(device)
     if str(id) == "hash":
         return HashEncoder()
     if isinstance(id, str) and id.startswith("hash:"):
@@ -61,7 +62,7 @@ def load_encoder(id: str | Path) -> Encoder:
         if not width.isascii() or not width.isdigit():
             raise InvalidInput(f"encoder {id!r} has no width.", hint='Write "hash" or "hash:512".')
         return HashEncoder(int(width))
-    return SentenceEncoder(id)
+    return SentenceEncoder(id, device=device)
 
 
 class HashEncoder:
@@ -118,7 +119,7 @@ def _sentence_model(path: Path, device: str) -> Any:
     from sentence_transformers import SentenceTransformer
 
     try:
-        with without_bars():
+        with RANDOMNESS, BUILDING, without_bars():    # a layer of it may be drawn before it is read: not while another thread trains
             model = SentenceTransformer(
                 str(path), device=device, local_files_only=True, trust_remote_code=False, model_kwargs={"use_safetensors": True}
             )

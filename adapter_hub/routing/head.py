@@ -20,10 +20,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from scipy import linalg, sparse
 
-from adapter_hub.errors import InvalidName
+from adapter_hub.errors import CorruptIndex, InvalidName
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.features import F32, HIDDEN_DIM, Features, Hidden, Kernel, pack, unpack
-from adapter_hub.routing.statistics import F64, I64, Exemplars, corrupt, read_tensors
+from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 
 # n exemplars, h hidden width, k classes of all solved adapters
 SCHEMA = 2
@@ -59,8 +59,8 @@ class Head:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: Path | str = "head.safetensors") -> Head:
-        """Raises CorruptVersion if these are not the bytes of a head."""
-        tensors, facts = read_tensors(data, "head", SCHEMA, source)
+        """Raises CorruptIndex if these are not the bytes of a head."""
+        tensors, facts = read_tensors(data, "head", SCHEMA, source, CorruptIndex)
         try:
             weights = tensors["weights"]
             if weights.dtype != np.float32 or weights.ndim != 2 or not np.isfinite(weights).all():
@@ -78,9 +78,9 @@ class Head:
                 basis = Hidden.of(int(facts["dim"]), len(weights))
             head = cls(basis, weights, columns, str(facts["digest"]))
         except (KeyError, TypeError, ValueError, AttributeError, InvalidName) as error:
-            raise corrupt(source, f"{error} is missing or has another form") from error
+            raise CorruptIndex(source, f"{error} is missing or has another form") from error
         if basis.width != len(weights) or not all(0 <= column < weights.shape[1] for column in columns.values()):
-            raise corrupt(source, f"weights {weights.shape} do not fit a basis of {basis.width} or its columns")
+            raise CorruptIndex(source, f"weights {weights.shape} do not fit a basis of {basis.width} or its columns")
         return head
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_hub.errors import CorruptVersion, InvalidInput
+from adapter_hub.errors import CorruptIndex, InvalidInput
 from adapter_hub.registry.artifacts import CHUNK_BYTES, storage_errors, sync_folder
 
 # n queries, p stored rows, d width, k results
@@ -100,7 +100,7 @@ class FaissIndex:
 
     @classmethod
     def open(cls, path: Path) -> FaissIndex:
-        """What `save` wrote. Raises CorruptVersion where it is missing, cut short, changed or something else: then build it again."""
+        """What `save` wrote. Raises CorruptIndex where it is missing, cut short, changed or something else: then build it again."""
         import faiss
 
         try:
@@ -108,21 +108,21 @@ class FaissIndex:
                 size = os.fstat(file.fileno()).st_size - DIGEST_BYTES
                 head = file.read(len(MAGIC) + SCALE.size)
                 if size < len(head) or not head.startswith(MAGIC):
-                    raise _unusable(path, "is not an index")
+                    raise CorruptIndex(path, "not an index")
                 hasher, left = hashlib.sha256(head), size - len(head)
                 while chunk := file.read(min(CHUNK_BYTES, left)):
                     hasher.update(chunk)
                     left -= len(chunk)
                 # Before FAISS parses it: a wrong length in the file would be an allocation.
                 if file.read() != hasher.digest():
-                    raise _unusable(path, "is cut short or was changed")
+                    raise CorruptIndex(path, "cut short or changed")
                 file.seek(len(head))
                 reader = faiss.PyCallbackIOReader(file.read, CHUNK_BYTES)    # type: ignore[attr-defined]
                 index = faiss.read_index(reader)
         except OSError as error:
-            raise _unusable(path, f"cannot be read: {error.strerror or error}") from error
+            raise CorruptIndex(path, f"cannot be read: {error.strerror or error}") from error
         except RuntimeError as error:
-            raise _unusable(path, "was written by another FAISS") from error
+            raise CorruptIndex(path, "written by another FAISS") from error
         return cls(index, *SCALE.unpack(head[len(MAGIC) :]))
 
     def save(self, path: Path) -> None:
@@ -315,7 +315,3 @@ def _checked(queries: Floats, width: int, k: int) -> Floats:
 
 def _nothing(queries: int, k: int) -> tuple[Floats, Rows]:
     return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64)
-
-
-def _unusable(path: Path, reason: str) -> CorruptVersion:
-    return CorruptVersion(f"{path} {reason}.", hint="It is derived: delete it, and it is built again.")

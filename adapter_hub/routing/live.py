@@ -6,7 +6,6 @@ A newcomer is routed by its prototypes from the next snapshot on; the head that 
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -39,17 +38,18 @@ class LiveRouter:
         self._saving = threading.Lock()    # taken before the other where both are
         self._router: Router | None = None
         self._event = -1
-        self._left_out: set[AdapterRef] = set()     # damaged: said once, and listed by `verify`
+        self._left_out: set[AdapterRef] = set()     # damaged or without a routing file: said once, and listed by `verify`
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
         self._warned: int | None = -1
+        self._begun: int | None = -1                # number of the newest calibration when the router began
 
     # ---- hand out ---------------------------------------------------------------------------------------------------
 
     def snapshot(self, *, settled: bool = False) -> Router:
         """The router over the versions in production now. `settled` waits for the head that knows all of them.
 
-        The first snapshot is settled in any case.
+        The first snapshot is settled in any case: a process that ends soon would never see what it left to the background.
         """
         while True:
             with self._lock:
@@ -78,7 +78,7 @@ class LiveRouter:
             return router.with_head(now.head if now and now.head and now.head.digest == digest else _solved(states, digest))
 
     def state(self, ref: AdapterRef) -> RoutingState:
-        """What a version brings. Raises CorruptVersion, ModelChanged."""
+        """What a version brings. Raises CorruptVersion, ModelChanged, InvalidInput where it has no routing file."""
         data = self._registry.read(ref, ROUTING_FILE)
         state = RoutingState.from_bytes(data, source=f"{ref}/{ROUTING_FILE}")
         self._check(state)
@@ -98,9 +98,9 @@ class LiveRouter:
                     raise
 
     def _reach(self, standing: Standing) -> None:
-        number = self._router.calibration.id if self._router is not None and self._router.calibration is not None else None
-        if self._router is None or number != standing.calibration:
+        if self._is_over(standing.calibration):
             self._begin(standing)
+            self._begun = standing.calibration
         assert self._router is not None
         wanted = set(standing.production) - self._left_out
         missing, surplus = wanted - set(self._router.versions), set(self._router.versions) - wanted
@@ -113,16 +113,33 @@ class LiveRouter:
             for ref, state in self._states(sorted(missing)).items():
                 router = router.with_added(ref, state)
             self._router = router
+        if self._event < 0 and self._solved != _head_digest(self._router):    # the saved router was behind
+            self._solved = None
         self._event = standing.event
         self._warn_if_young()
 
+    def _is_over(self, newest: int | None) -> bool:
+        """Whether the router must begin again: under another calibration than its own, or than the one that its own stands in for."""
+        if self._router is None:
+            return True
+        own = self._router.calibration
+        if own is not None and own.id is None and self._registry.writable:    # a purge was in the way of storing it
+            return True
+        return newest not in (own and own.id, self._begun)
+
     def _begin(self, standing: Standing) -> None:
-        """The saved router where it fits, else a new one; with the first calibration where there is none."""
+        """The saved router where it fits, else a new one; with the first calibration where there is none.
+
+        A damaged one is fitted again on those of its versions that are left: to the same numbers, whoever does it. It gets the next
+        number; who may only read keeps it to himself, until another is stored.
+        """
         try:
             calibration = self._record(standing.calibration)
         except CorruptVersion as error:
-            log.error("%s Calibrated anew for this process.", error)
-            calibration = None
+            log.error("%s Fitted again on the versions it knew.", error)
+            states = self._states(self._registry.calibrated_on(standing.calibration or 0))
+            known = any(state.count for state in states.values())
+            calibration = self._stored(fit(states).calibration, f"calibration {standing.calibration} is damaged") if known else None
         if calibration is not None and self._router is None and self._saved.exists():
             try:
                 self._router = Router.open(self._saved, calibration)
@@ -139,7 +156,7 @@ class LiveRouter:
         return Router.build(states, calibration, self._router.head if self._router else None)
 
     def _states(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, RoutingState]:
-        """Without those that are damaged: one bad file must not stop the others."""
+        """Without those that are damaged, or were stored without a routing file: one must not stop the others."""
         states = {}
         for ref in refs:
             if ref in self._left_out:
@@ -149,6 +166,9 @@ class LiveRouter:
             except CorruptVersion as error:
                 self._left_out.add(ref)
                 log.error("%s is left out of routing: %s", ref, error)
+            except InvalidInput:
+                self._left_out.add(ref)
+                log.warning("%s has no %s: only its name reaches it.", ref, ROUTING_FILE)
         return states
 
     def _record(self, number: int | None) -> Calibration | None:
@@ -181,22 +201,25 @@ class LiveRouter:
 
     def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str, before: Router | None = None) -> Router:
         fitted = fit(states)
-        calibration, members = fitted.calibration, sorted(ref for ref, state in states.items() if state.count)
+        calibration = fitted.calibration
         if before is not None and before.refs:
             found = moves(before, Router.build(states, calibration, fitted.head), states)
             calibration = replace(calibration, facts={**calibration.facts, **found})
-        data = calibration.to_bytes()
-        number = None
-        try:
-            number = self._registry.add_calibration(data, members, reason)
-        except NotRoutable as error:
-            log.warning("calibrated for this process alone: %s", error)    # a version was purged meanwhile; the next event says so
-        except ReadOnlyRegistry:
-            log.warning("the registry is read-only: calibrated for this process alone")
-        router = Router.build(states, Calibration.from_bytes(data, id=number), fitted.head)
+        router = Router.build(states, self._stored(calibration, reason), fitted.head)
         self._router, self._solved = router, _head_digest(router)
         self._save(router)
         return router
+
+    def _stored(self, calibration: Calibration, reason: str) -> Calibration:
+        """With its number; with None where it is this process's alone."""
+        data, number = calibration.to_bytes(), None
+        try:
+            number = self._registry.add_calibration(data, calibration.members, reason)
+        except NotRoutable as error:    # a version was purged meanwhile; the next event says so
+            log.warning("calibrated for this process alone: %s", error)
+        except ReadOnlyRegistry:
+            log.warning("the registry is read-only: calibrated for this process alone")
+        return Calibration.from_bytes(data, id=number)
 
     # ---- solve ------------------------------------------------------------------------------------------------------
 
@@ -213,31 +236,37 @@ class LiveRouter:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
         digest = _head_digest(router)
         head = _solved(self._states(router.versions), digest) if router.prototype_count <= CLASSES_MAX else None
-        router = router.with_head(head)
         with self._saving:
             with self._lock:
                 now = self._router
                 if now is None or self._solved == _head_digest(now) != digest:    # forgotten, or settled by another thread
-                    return router
-                self._router, self._solved = now.with_head(head), digest
-            if _head_digest(now) == digest:
-                self._save(router)
-        return router
+                    return router.with_head(head)
+                self._router = settled = now.with_head(head)
+                self._solved = digest
+            if _head_digest(settled) == digest:
+                self._save(settled)
+        return router.with_head(head)
 
     def _save(self, router: Router) -> None:
+        """Without a trace of what was purged. Where a purge is yet to be followed, what it leaves will be saved instead."""
         if not self._registry.writable or router.calibration is None or router.calibration.id is None:
             return
         try:
-            router.save(self._saved)
-        except OSError as error:
+            with self._registry.deriving() as purged:
+                kept = router.erased(purged)
+                if purged.isdisjoint(kept.refs):
+                    kept.save(self._saved)
+        except (HubError, OSError) as error:
             log.info("the router is not saved, and will be made anew next time: %s", error)
+            return
+        with self._lock:
+            if self._router is router:
+                self._router = kept
 
     def forget(self) -> None:
-        """Drop what was derived, here and on disk; the next snapshot is made from the versions that are left."""
+        """Drop what was derived; the next snapshot is made from the versions that are left."""
         with self._lock:
             self._router, self._event, self._solved = None, -1, None
-        with self._saving:    # after a thread that is just saving
-            shutil.rmtree(self._saved, ignore_errors=True)
 
 
 def _head_digest(router: Router) -> str:

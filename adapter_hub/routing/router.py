@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from adapter_hub.errors import InvalidInput, InvalidName, ModelChanged
+from adapter_hub.errors import CorruptIndex, InvalidInput, InvalidName, ModelChanged
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
 from adapter_hub.routing.decision import Decision, Method, Reason
@@ -30,10 +30,11 @@ from adapter_hub.routing.head import Head
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
-from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, corrupt, read_tensors
+from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_tensors
 
 # n inputs, d encoder width, c candidates
 SCHEMA = 2
+SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
 SCORE_DECIMALS = 5      # so that an input decides the same alone and in a batch, where sums run in another order
 
@@ -114,6 +115,14 @@ class Router:
             kept = [*self._segments[:i], *([rest] if len(rest) else []), *self._segments[i + 1 :]]
             return self._replaced(segments=kept, unroutable=unroutable)
         return self._replaced(unroutable=unroutable)
+
+    def erased(self, refs: Collection[AdapterRef]) -> Router:
+        """The same decisions, and no vectors of those among `refs` that were removed: a large segment, which only masked them, is made again."""
+        masked = self._gone.intersection(refs)
+        if not masked:
+            return self
+        segments = [segment.without(*masked) if not masked.isdisjoint(segment.place) else segment for segment in self._segments]
+        return self._replaced(segments=[segment for segment in segments if len(segment)], gone=self._gone - masked)
 
     def with_head(self, head: Head | None) -> Router:
         """The same adapters, under another head."""
@@ -249,6 +258,7 @@ class Router:
             for number, segment in enumerate(self._segments):
                 if len(segment) > DENSE_MAX:
                     segment.index.save(staging / f"{number}.faiss")    # type: ignore[attr-defined]
+            _write(staging / SUMS, _sums(staging))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(staging, folder)
         finally:
@@ -273,8 +283,10 @@ class Router:
 
     @classmethod
     def open(cls, folder: Path, calibration: Calibration | None) -> Router:
-        """What `save` wrote, under the calibration that it was made with. Raises CorruptVersion where it is cut short or another's."""
+        """What `save` wrote, under the calibration that it was made with. Raises CorruptIndex where it is damaged or another's."""
         try:
+            if (folder / SUMS).read_bytes() != _sums(folder):
+                raise CorruptIndex(folder, "a file is missing, or not as it was saved")
             facts = json.loads((folder / "router.json").read_bytes())
             head_file = folder / "head.safetensors"
             head = Head.from_bytes(head_file.read_bytes(), head_file) if head_file.exists() else None
@@ -283,24 +295,33 @@ class Router:
             gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
             router = cls(segments, calibration, head, unroutable, gone)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidName) as error:
-            raise corrupt(folder, f"not a saved router ({error})") from error
+            raise CorruptIndex(folder, f"not a saved router ({error})") from error
         if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:
-            raise corrupt(folder, "not the router of these versions and this calibration")
+            raise CorruptIndex(folder, "not the router of these versions and this calibration")
         return router
 
 
 def _read_segment(folder: Path, number: int) -> Segment:
     path = folder / f"{number}.safetensors"
-    tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path)
+    tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path, CorruptIndex)
     centres, sizes, labelled, means, counts = (tensors[name] for name in ("centres", "sizes", "labelled", "means", "counts"))
     whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(centres) == len(facts["refs"])
     if means.dtype != np.float16 or means.ndim != 2 or not whole:
-        raise corrupt(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
+        raise CorruptIndex(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
     index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
-        raise corrupt(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
+        raise CorruptIndex(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
     refs = [AdapterRef.parse(ref) for ref in facts["refs"]]
     return Segment(refs, facts["digests"], centres, sizes, labelled, means, counts, index)
+
+
+def _sums(folder: Path) -> bytes:
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.name != SUMS:
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -88,8 +88,8 @@ class Segment:
         parts = [(segment, i) for segment in (self, other) for i, ref in enumerate(segment.refs) if ref not in gone]
         return Segment._of_parts(parts)
 
-    def without(self, ref: AdapterRef) -> Segment:
-        return Segment._of_parts([(self, i) for i, other in enumerate(self.refs) if other != ref])
+    def without(self, *gone: AdapterRef) -> Segment:
+        return Segment._of_parts([(self, i) for i, ref in enumerate(self.refs) if ref not in gone])
 
     @classmethod
     def _of_parts(cls, parts: Sequence[tuple[Segment, int]]) -> Segment:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.routing.features import U8, Features, extract, pack, unpack
@@ -302,7 +302,7 @@ def _prototypes(vectors: NDArray[np.float32]) -> NDArray[np.int32]:
     return np.asarray(rank[found][back.ravel()], np.int32)
 
 
-# ---- safetensors with one JSON fact sheet, shared with the calibration record -----------------------------------------
+# ---- safetensors with one JSON fact sheet, shared with calibration records and saved routers --------------------------
 
 
 def corrupt(source: Path | str, fact: str) -> CorruptVersion:
@@ -310,15 +310,17 @@ def corrupt(source: Path | str, fact: str) -> CorruptVersion:
     return CorruptVersion(f"{source}: {fact}.", hint=hint)
 
 
-def read_tensors(data: bytes, sheet: str, schema: int, source: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensors, facts). Raises CorruptVersion for anything but safetensors with this sheet and schema."""
+def read_tensors(
+    data: bytes, sheet: str, schema: int, source: Path | str, fault: Callable[[Path | str, str], HubError] = corrupt
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensors, facts). Raises what `fault` makes of a reason for anything but safetensors with this sheet and schema."""
     try:
         tensors = dict(safetensors.numpy.load(data))
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         facts = json.loads(header["__metadata__"][sheet])
         found = facts["schema"]
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise corrupt(source, f"not a {sheet} file ({error})") from error
+        raise fault(source, f"not a {sheet} file ({error})") from error
     if found != schema:
-        raise corrupt(source, f"written with schema {found}, this version reads {schema}")
+        raise fault(source, f"written with schema {found}, this version reads {schema}")
     return tensors, facts

@@ -222,6 +222,19 @@ def test_an_interrupted_purge_is_finished_at_the_next_open(place, facts, files):
             registry.resolve("banking@1")
 
 
+def test_what_was_derived_goes_with_the_catalogue(place, facts, files):
+    """The tombstones that a rebuild finds may have come with git, after the index was made."""
+    registry = place.create()
+    registry.add("banking", facts, files())
+    (place.folder / "index/router").mkdir(parents=True)
+    place.close()
+    place.open()
+    assert (place.folder / "index/router").exists()
+    place.forget()
+    place.open()
+    assert not (place.folder / "index").exists()
+
+
 @pytest.mark.parametrize("catalogue", [True, False], ids=["catalogue", "rebuilt"])
 def test_a_complete_folder_that_no_history_names_is_seen_only_after_adopt(place, facts, files, tmp_path, catalogue):
     registry = place.create()

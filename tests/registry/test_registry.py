@@ -6,12 +6,16 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from adapter_hub.errors import (
     AdapterNotFound,
+    CorruptVersion,
     DataRemains,
     InvalidInput,
     InvalidName,
@@ -161,6 +165,81 @@ def test_purge_erases_the_data_and_keeps_a_tombstone(place, facts, files):
     assert registry.purge("banking@2") == [second] and registry.versions("banking")[1].state is VersionState.PURGED
     assert registry.add("banking", facts, files("3")).version == 3
     assert [event.kind for event in registry.history("banking") if event.version == 2][-2:] == [EventKind.REMOVED, EventKind.PURGED]
+
+
+def test_threads_that_purge_one_version_at_once_all_find_it_done(place, facts, files):
+    registry, start = place.create(), threading.Barrier(4)
+    many = {f"part{i}.safetensors": bytes([i]) for i in range(60)}
+
+    def purge(ref: AdapterRef) -> list[AdapterRef]:
+        start.wait(60)
+        return registry.purge(ref)
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(5):
+            ref = registry.add("banking", facts, files(str(number)) | many)
+            assert list(threads.map(purge, [ref] * 4)) == [[ref]] * 4
+            assert os.listdir(place.folder / f"adapters/banking/{ref.version}") == ["manifest.json"]
+    assert registry.verify().ok and [event.kind for event in registry.events()].count(EventKind.PURGED) == 5
+
+
+def index_of(place, *names: str) -> None:
+    for name in names:    # a saved router, and what a process left that died while saving
+        (place.folder / "index" / name).mkdir(parents=True)
+        (place.folder / "index" / name / "0.safetensors").write_bytes(b"vectors of 1")
+
+
+def test_a_purge_leaves_nothing_that_was_derived(place, facts, files):
+    registry = place.create()
+    registry.add("banking", facts, files("1"))
+    index_of(place, "router", ".router.0123")
+    registry.purge("banking@1")
+    assert not (place.folder / "index").exists() and registry.purge("banking@1")
+    index_of(place, "router")
+    place.run("UPDATE hub_versions SET state = 'purging'")    # a crash in between
+    registry = place.open()
+    assert not (place.folder / "index").exists()
+    (place.folder / "index").symlink_to(place.folder / "adapters")
+    with pytest.raises(CorruptVersion, match="index is a symbolic link"):
+        registry.purge("banking@1")
+
+
+def test_a_purge_waits_for_who_is_writing_what_is_derived_and_erases_that_too(place, facts, files):
+    registry = place.create()
+    ref, other = registry.add("banking", facts, files("1")), registry.add("banking", facts, files("2"))
+    with ThreadPoolExecutor(1) as threads:
+        with registry.deriving() as purged:
+            purging = threads.submit(place.open().purge, ref)
+            while registry.versions("banking")[0].state is not VersionState.PURGED:
+                time.sleep(0.01)
+            index_of(place, "router")
+            assert purged == set() and not purging.done()
+        assert purging.result(60) == [ref] and not (place.folder / "index").exists()
+    with registry.deriving() as purged:
+        assert purged == {ref} and registry.resolve(other) == other
+
+
+def test_who_reads_a_version_while_it_is_purged_is_told_so(place, facts, files):
+    registry = place.create()
+
+    def read(ref: AdapterRef) -> list[object]:
+        raised: list[object] = []
+        for ask in (lambda: registry.read(ref, "routing.safetensors"), lambda: registry.open_version(ref)):
+            try:
+                while ask():
+                    pass
+            except NotRoutable:
+                raised.append("purged")
+            except Exception as error:
+                raised.append(error)
+        return raised
+
+    with ThreadPoolExecutor(2) as threads:
+        for number in range(25):
+            ref = registry.add("banking", facts, files(str(number)))
+            reading = [threads.submit(read, ref) for _ in range(2)]
+            registry.purge(ref)
+            assert [each.result(60) for each in reading] == [["purged", "purged"]] * 2
 
 
 @pytest.fixture

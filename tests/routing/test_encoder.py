@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from adapter_hub.base_model import DEFAULT_MODEL
+from adapter_hub.base_model import BUILDING, DEFAULT_MODEL, RANDOMNESS
 from adapter_hub.errors import InvalidInput, ModelNotFound
 from adapter_hub.routing.encoder import HashEncoder, SentenceEncoder, load_encoder
+from adapter_hub.testing import tiny_model
 
 TEXTS = ["what is my balance?", "Überweisung nach 東京", "?!", "a " * 3000, "\x00\x07 control", "🙂", "what is my balance?"]
 
@@ -69,6 +72,27 @@ def test_one_string_is_not_a_list_of_texts() -> None:
 def test_a_folder_that_is_no_model_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound):
         load_encoder(str(tmp_path))
+
+
+def test_the_device_is_named_where_the_encoder_is_and_must_be_there(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "bert")
+    encoder = load_encoder(folder, device="cpu:0")
+    assert isinstance(encoder, SentenceEncoder) and encoder._device == "cpu:0"
+    assert (encoder.encode(["a word"]) == load_encoder(folder).encode(["a word"])).all()
+    for id in ("hash", folder):
+        with pytest.raises(InvalidInput, match="models cannot run on device 'nowhere'"):
+            load_encoder(id, device="nowhere")
+
+
+@pytest.mark.parametrize("lock", [RANDOMNESS, BUILDING])
+def test_a_model_is_not_loaded_while_another_thread_draws_random_numbers_or_builds_one(lock: Any, tmp_path: Path) -> None:
+    encoder = load_encoder(tiny_model(tmp_path / "bert"))
+    with ThreadPoolExecutor(1) as threads:
+        with lock:
+            encoding = threads.submit(encoder.encode, ["a word"])
+            with pytest.raises(TimeoutError):
+                encoding.result(3)
+        assert encoding.result(60).shape == (1, encoder.dim)
 
 
 def test_sentence_rows_are_unit_and_agree_alone_and_together(minilm: SentenceEncoder) -> None:

@@ -12,7 +12,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_hub.errors import CorruptVersion
+from adapter_hub.errors import CorruptIndex
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing import head as head_module
@@ -56,7 +56,7 @@ def slow_responses(solver: Solver, kept: Any, asked: Features) -> Any:
 
 def test_the_kernel_is_of_the_joined_features() -> None:
     features = next(iter(EXEMPLARS.values())).features
-    # float32, whose last bits follow the processor
+    # In float32, whose last bits follow the processor.
     np.testing.assert_allclose(Kernel(features)(features[:5]), slow_kernel(features[:5], features), atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def tampered(change: Callable[[dict[str, Any], dict[str, Any]], Any], width: int
     ],
 )
 def test_a_damaged_head_is_refused(change: Callable[[dict[str, Any], dict[str, Any]], Any], width: int) -> None:
-    with pytest.raises(CorruptVersion, match="somewhere/head"):
+    with pytest.raises(CorruptIndex, match="somewhere/head"):
         Head.from_bytes(tampered(change, width), source="somewhere/head.safetensors")
 
 
@@ -194,17 +194,17 @@ def test_a_damaged_head_is_refused(change: Callable[[dict[str, Any], dict[str, A
     ],
 )
 def test_a_damaged_kernel_is_refused(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
-    with pytest.raises(CorruptVersion, match="somewhere/head"):
+    with pytest.raises(CorruptIndex, match="somewhere/head"):
         Head.from_bytes(tampered(change, 64), source="somewhere/head.safetensors")
 
 
 @pytest.mark.parametrize("dim", [0, -3, "wide", None, 10**12])
 def test_an_impossible_width_is_refused(dim: Any) -> None:
-    with pytest.raises(CorruptVersion, match="somewhere/head"):
+    with pytest.raises(CorruptIndex, match="somewhere/head"):
         Head.from_bytes(tampered(lambda t, f: f.update(dim=dim), 16), source="somewhere/head.safetensors")
 
 
 @pytest.mark.parametrize("cut", [0, 1, 8, 60, -1])
 def test_a_head_cut_short_is_refused(cut: int, width: int) -> None:
-    with pytest.raises(CorruptVersion):
+    with pytest.raises(CorruptIndex):
         Head.from_bytes(Solver(EXEMPLARS, DIM, width).head("x").to_bytes()[:cut])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapter_hub.errors import CorruptVersion, InvalidInput, RegistryError
+from adapter_hub.errors import CorruptIndex, InvalidInput, RegistryError
 from adapter_hub.routing.index import ExactIndex, FaissIndex, Floats, Index
 
 WIDTH = 64
@@ -123,13 +123,13 @@ def test_a_file_that_was_cut_or_changed_anywhere_is_refused(rows: np.ndarray, fl
         wrong.append(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     for changed in wrong:
         path.write_bytes(changed)
-        with pytest.raises(CorruptVersion, match=r"rows\.index .* It is derived: delete it, and it is built again\."):
+        with pytest.raises(CorruptIndex, match=r"rows\.index: .* It is derived: delete it, and it is built again\."):
             FaissIndex.open(path)
 
 
 def test_an_index_that_is_not_there_or_is_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.index", tmp_path):
-        with pytest.raises(CorruptVersion, match="cannot be read"):
+        with pytest.raises(CorruptIndex, match="cannot be read"):
             FaissIndex.open(path)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adapter_hub.errors import InvalidInput, ModelChanged
@@ -21,11 +22,12 @@ from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
 from adapter_hub.routing.head import Solver, digest_of
 from adapter_hub.routing.live import ROUTING_FILE, LiveRouter
+from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState, build_state
 from tests.routing.conftest import ENCODER, World
-from tests.routing.registries import CONFIG, add
-from tests.routing.test_router import assert_agree
+from tests.routing.registries import CONFIG, FACTS, add
+from tests.routing.test_router import assert_agree, large_segments
 from tests.soak import router_threads
 
 WORLD = World(5, 2, noise=0.9, seed=21)
@@ -34,6 +36,7 @@ QUERIES = Features.concatenate([*(WORLD.sample(i, 2)[0] for i in range(5)), WORL
 ALPHA, BETA, GAMMA = (AdapterRef(name, 1) for name in ("alpha", "beta", "gamma"))
 DAMAGES: list[Callable[[Path], object]] = [
     lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     lambda path: path.write_bytes(b""),
     lambda path: path.unlink(),
 ]
@@ -222,10 +225,21 @@ def test_a_saved_router_is_brought_up_to_date_by_reading_what_is_new(place: Plac
     assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
 
 
+def test_the_first_snapshot_is_settled_also_where_the_saved_router_is_behind(place: Place) -> None:
+    place.live().snapshot()
+    add(place.writer, "gamma", STATES[2])
+    first = place.live().snapshot()
+    own = first.route_features(STATES[2].exemplars.features, max_false_reject=0)
+    assert {(decision.adapter, decision.method) for decision in own} == {(GAMMA, Method.HEAD)}
+    assert first.digest == place.live().snapshot(settled=True).digest
+    place.read.clear()
+    assert place.live().snapshot().digest == first.digest and place.read == []    # it was saved for the next process
+
+
 def test_each_saved_file_is_made_again_when_it_is_damaged(place: Place) -> None:
     expected = place.live().snapshot().digest
     names = sorted(path.name for path in place.saved.iterdir())
-    assert names == ["0.safetensors", "head.safetensors", "router.json"]
+    assert names == ["0.safetensors", "SHA256SUMS", "head.safetensors", "router.json"]
     for name in names:
         for damage in DAMAGES:
             damage(place.saved / name)
@@ -293,6 +307,45 @@ def test_what_was_purged_while_the_head_was_solved_is_not_saved(place: Place) ->
     assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
 
 
+def test_who_did_not_hear_of_a_purge_yet_saves_nothing_of_what_was_purged(place: Place) -> None:
+    gate = Gate(STATES[2])
+    live = place.live(gate)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    live.snapshot()
+    assert gate.reached.wait(60) and held(place.folder / "index", STATES[0])
+    place.writer.purge(ALPHA)
+    assert not (place.folder / "index").exists()
+    gate.join()
+    assert not held(place.folder / "index", STATES[0])
+    assert_serves(live, {BETA: STATES[1], GAMMA: STATES[2]})
+    assert held(place.folder / "index", STATES[1]) and not held(place.folder / "index", STATES[0])
+
+
+def test_what_is_only_masked_in_a_large_segment_is_saved_no_more_once_it_is_purged(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    large_segments(monkeypatch, 2)
+    add(place.writer, "gamma", STATES[2])
+    live, index = place.live(), place.folder / "index"
+    live.snapshot()
+    place.writer.retire(BETA)
+    place.writer.retire(GAMMA)
+    assert_serves(live, {ALPHA: STATES[0]})
+    assert held(index, STATES[0]) and held(index, STATES[1]) and (place.saved / "0.faiss").exists()
+    place.writer.purge(BETA)
+    place.read.clear()
+    add(place.writer, "delta", STATES[3])
+    assert_serves(live, {ALPHA: STATES[0], AdapterRef("delta", 1): STATES[3]})
+    assert held(index, STATES[0]) and held(index, STATES[2]) and not held(index, STATES[1])
+    assert_serves(place.live(), {ALPHA: STATES[0], AdapterRef("delta", 1): STATES[3]})
+
+
+def held(folder: Path, state: RoutingState) -> bool:
+    """Whether a file has a vector of these exemplars: of the head's, or a prototype as a segment or a flat index stores it."""
+    means = Prototypes.of(Exemplars.of(state), False).means
+    stored = b"\0".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    return any(row.tobytes() in stored for row in (*means, *means.astype(np.float32), *state.exemplars.features.dense))
+
+
 def test_a_head_that_comes_late_does_not_take_the_place_of_a_newer_one(place: Place) -> None:
     gate = Gate(STATES[2])
     live = place.live(gate)
@@ -333,14 +386,58 @@ def test_a_newcomer_that_is_damaged_does_not_stop_the_others(place: Place, caplo
     assert "gamma@1 is left out of routing" in caplog.text
 
 
-def test_a_damaged_calibration_is_made_anew(place: Place, caplog: pytest.LogCaptureFixture) -> None:
-    place.live().snapshot()
+def test_a_damaged_calibration_is_fitted_again_on_the_versions_it_knew_and_gets_the_next_number(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = place.live().snapshot().calibration
+    add(place.writer, "gamma", STATES[2])
     DAMAGES[0](Layout(place.folder).calibration(1))
     live = place.live()
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    again = live.snapshot().calibration
+    assert first is not None and again is not None and (again.id, again.digest) == (2, first.digest)
+    assert place.writer.events()[-1].reason == "calibration 1 is damaged" and caplog.text.count("Fitted again on the versions it knew") == 1
+    assert place.live().snapshot().calibration is not None and place.writer.latest_calibration() == 2
+
+
+def test_who_may_only_read_fits_a_damaged_calibration_once_for_all_events(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    first = place.live().snapshot().calibration
+    DAMAGES[0](Layout(place.folder).calibration(1))
+    with Registry._open_read_only(Layout(place.folder), CONFIG) as registry, caplog.at_level(logging.WARNING):
+        early, late = LiveRouter(registry, lambda state: None), LiveRouter(registry, lambda state: None)
+        found = [early.snapshot().calibration]
+        states = {ALPHA: STATES[0], BETA: STATES[1]}
+        for i in (2, 3):
+            states[add(place.writer, f"more{i}", STATES[i])] = STATES[i]
+            assert_serves(early, states)
+            found.append(early.snapshot().calibration)
+        assert found[0] is found[1] is found[2] and caplog.text.count("Fitted again") == 1
+        found.append(late.snapshot().calibration)    # though more versions are there than when the other one was fitted
+        assert first is not None and {made.digest for made in found if made} == {first.digest} and {made.id for made in found if made} == {None}
+
+
+def test_of_a_damaged_calibration_the_versions_that_are_left_count(place: Place) -> None:
+    place.live().snapshot()
+    DAMAGES[0](Layout(place.folder).calibration(1))
+    place.writer.purge(ALPHA)
+    live = place.live()
+    made = live.snapshot().calibration
+    assert made is not None and made.digest == fit({BETA: STATES[1]}).calibration.digest
+    add(place.writer, "gamma", STATES[2])
+    DAMAGES[0](Layout(place.folder).calibration(2))
+    place.writer.purge(BETA)    # nothing that it knew is left
+    made = place.live().snapshot().calibration
+    assert made is not None and made.digest == fit({GAMMA: STATES[2]}).calibration.digest
+
+
+def test_a_version_without_a_routing_file_is_reached_by_name_and_stops_nobody(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    bare = place.writer.add("bare", FACTS, {"adapter_model.safetensors": b"weights alone"})
+    live = place.live()
     assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
-    assert "Calibrated anew" in caplog.text
-    number = live.snapshot().calibration
-    assert number is not None and number.digest == fit({ALPHA: STATES[0], BETA: STATES[1]}).calibration.digest
+    place.writer.add("bare", FACTS, {"adapter_model.safetensors": b"other weights"})
+    add(place.writer, "gamma", STATES[2])
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    assert caplog.messages.count("bare@1 has no routing.safetensors: only its name reaches it.") == 1 and place.writer.resolve(bare) == bare
 
 
 def test_a_state_of_another_encoder_is_refused(place: Place) -> None:
@@ -384,6 +481,22 @@ def test_what_came_and_went_leaves_no_trace_in_the_next_record(place: Place) -> 
     assert {key: value for key, value in after.facts.items() if key not in ("moved", "let_in", "turned_away")} == before.facts
     assert (after.quantiles == before.quantiles).all() and after.centres == before.centres and after.scoring == before.scoring
     assert (after.facts["moved"], after.facts["let_in"], after.facts["turned_away"]) == (0, 0, 0)
+
+
+def test_a_new_calibration_is_taken_up_also_where_a_version_is_purged_meanwhile(place: Place) -> None:
+    armed = threading.Event()
+
+    def purge(state: RoutingState) -> None:
+        if armed.is_set() and state.digest == STATES[0].digest and BETA in place.writer.production():
+            place.writer.purge(BETA)
+
+    live = place.live(purge)
+    live.snapshot()
+    add(place.writer, "gamma", STATES[2])
+    assert place.live().calibrate("one task more").id == 2
+    armed.set()
+    found = live.snapshot()
+    assert found.refs == (ALPHA, GAMMA) and found.calibration is not None and found.calibration.id == 2
 
 
 def test_there_is_nothing_to_calibrate_on_without_examples(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
+from adapter_hub.errors import CorruptIndex, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing import router as router_module
@@ -236,6 +237,16 @@ def test_the_first_routable_version_keeps_those_reached_by_name() -> None:
     assert_same(grown, Router.build({CARDS: build_state(ENCODER, []), FOOD: state}), ENCODER_QUERIES)
 
 
+def test_what_is_erased_is_held_no_more_and_the_rest_decides_as_before(sizes: None) -> None:
+    """What is still routed is not erased."""
+    gone, routed = WORLD.refs[0], WORLD.refs[1]
+    router = build(sorted(STATES)).without(gone)
+    erased = router.erased([gone, routed, AdapterRef("nobody", 1)])
+    assert_same(erased, router)
+    assert gone not in {ref for segment in erased._segments for ref in segment.refs} and erased.erased([gone]) is erased
+    assert_same(erased.with_added(gone, STATES[gone]), build(sorted(STATES)))
+
+
 def test_a_version_may_lose_its_exemplars_and_get_them_back(sizes: None) -> None:
     router, ref = build(sorted(STATES)), WORLD.refs[1]
     bare = router.with_added(ref, build_state(ENCODER, []))
@@ -332,21 +343,29 @@ def test_a_router_without_adapters_can_be_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file of a saved router in turn: cut short, emptied, missing, or something else."""
+    """Each file of a saved router in turn: a flipped bit, cut short, emptied, missing, or something else."""
     large_segments(monkeypatch, 5)
     saved(tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert {"router.json", "head.safetensors", "0.safetensors", "0.faiss"} <= set(names)
+    assert {"SHA256SUMS", "router.json", "head.safetensors", "0.safetensors", "0.faiss"} <= set(names)
     for name in names:
         for number, damage in enumerate(DAMAGES):
             folder = tmp_path / f"{name}-{number}"
             shutil.copytree(tmp_path / "whole", folder)
             damage(folder / name)
-            with pytest.raises(CorruptVersion):
+            with pytest.raises(CorruptIndex):
                 Router.open(folder, FITTED.calibration)
 
 
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 DAMAGES = [
+    lambda path: flip(path, -1),
+    lambda path: flip(path, path.stat().st_size // 2),
     lambda path: path.write_bytes(path.read_bytes()[:-1]),
     lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     lambda path: path.write_bytes(b""),
@@ -356,15 +375,28 @@ DAMAGES = [
 ]
 
 
+def vouch_for(folder: Path) -> None:
+    """Let the sums be those of what lies there, so that it is read."""
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.name != "SHA256SUMS"}
+    (folder / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in digests.items()))
+
+
+def test_the_sums_are_those_that_sha256sum_checks(tmp_path: Path) -> None:
+    saved(tmp_path / "router")
+    written = (tmp_path / "router" / "SHA256SUMS").read_text()
+    vouch_for(tmp_path / "router")
+    assert (tmp_path / "router" / "SHA256SUMS").read_text() == written
+
+
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorruptVersion):
+    with pytest.raises(CorruptIndex):
         Router.open(tmp_path / "nowhere", FITTED.calibration)
 
 
 def test_the_router_of_another_calibration_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "router")
     for other in (fit({ref: STATES[ref] for ref in WORLD.refs}).calibration, None):
-        with pytest.raises(CorruptVersion, match="not the router of these versions and this calibration"):
+        with pytest.raises(CorruptIndex, match="not the router of these versions and this calibration"):
             Router.open(tmp_path / "router", other)
 
 
@@ -375,7 +407,8 @@ def test_another_routers_head_or_segment_is_refused(tmp_path: Path) -> None:
     for name in ("head.safetensors", "0.safetensors", "router.json"):
         shutil.copytree(tmp_path / "router", tmp_path / name)
         shutil.copy(tmp_path / "other" / name, tmp_path / name / name)
-        with pytest.raises(CorruptVersion):
+        vouch_for(tmp_path / name)
+        with pytest.raises(CorruptIndex):
             Router.open(tmp_path / name, FITTED.calibration)
 
 
@@ -384,5 +417,6 @@ def test_facts_that_do_not_fit_are_refused(key: str, value: Any, tmp_path: Path)
     saved(tmp_path / "router")
     path = tmp_path / "router" / "router.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(CorruptVersion):
+    vouch_for(tmp_path / "router")
+    with pytest.raises(CorruptIndex):
         Router.open(tmp_path / "router", FITTED.calibration)
