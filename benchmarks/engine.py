@@ -1,6 +1,6 @@
 """The engine beside the base alone and beside PEFT: one forward for many adapters, generation, loading, and more adapters than slots.
 
-    python benchmarks/engine.py [--only forward,generation,loading,slots] [--rounds 15] [--quick] [--device cuda]
+    python benchmarks/engine.py [--data DIR] [--only forward,generation,loading,slots,jobs] [--rounds 15] [--quick] [--device cuda]
 
 Every ratio is to the base's own forward of the same batch in the same round; rounds are interleaved, and medians with quartiles are
 shown, because absolute times on a shared machine are noise. The last line is JSON; exit code 1 where a bar is missed.
@@ -29,14 +29,16 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
+from adapter_hub import Hub
 from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.engine.plan import Batch, Segment
 from adapter_hub.refs import AdapterRef
-from adapter_hub.testing import make_adapter, tiny_model
+from adapter_hub.testing import make_adapter, task_model, tiny_model
 
 RESULTS = Path(__file__).parent / "results" / "engine.json"
 RANK = 8
@@ -48,7 +50,7 @@ LLAMA_DISTINCT = (1, 4, 16)
 LOADS = 1000
 WORKING_SETS = (0.5, 1, 2, 4)    # over the slots
 SLOTS, SKEW = 8, 1.1             # slots of that run, exponent of Zipf's law
-# What the issue asks for, at most, but for throughput.
+# What the project promises: at most, and for throughput at least.
 BARS = {
     "forward, 64 rows, 64 adapters": 1.12,
     "forward, 64 rows, 1 adapter": 1.10,
@@ -58,6 +60,11 @@ BARS = {
     "the 1,000th load over the 1st": 1.5,
     "bytes after 1,000 loads and evictions over before": 1.05,
     "seconds at a working set of 4 × the slots, over all resident": 1 / 0.6,
+}
+AT_LEAST = {
+    "jobs, 10 adapters, rows a second of `run` over the bare forward's": 0.4,
+    "jobs, 10 adapters, rows a second of `run` over the plain script's": 1.5,
+    "jobs, 64 adapters, rows a second of `run` over the plain script's": 3.0,
 }
 Figures = dict[str, Any]
 
@@ -268,11 +275,76 @@ def slots(rounds: int, quick: bool, device: str, root: Path) -> Figures:
     return figures
 
 
-SECTIONS = {"forward": forward, "generation": generation, "loading": loading, "slots": slots}
+def jobs(rounds: int, quick: bool, device: str, root: Path, data: Path | None = None) -> Figures:
+    """CLINC150's test inputs, shuffled, from a file into a file: `Hub.run`, a plain script, and one bare forward of the base.
+
+    The plain script is what one writes with the libraries: 64 rows at a time, sentence-transformers for the vectors, the closest
+    centroid for the adapter, then PEFT with one adapter after another. Adapters are random, with a head of 15 labels: speed alone.
+    """
+    if data is None:
+        print("jobs: left out, --data names no folder with clinc150/data_full.json")
+        return {}
+    upstream = json.loads((data / "clinc150" / "data_full.json").read_text(encoding="utf-8"))
+    intents = sorted({intent for _, intent in upstream["train"]})
+    rng = np.random.default_rng(0)
+    texts = [text for text, _ in upstream["test"]]
+    texts = [texts[i] for i in rng.permutation(len(texts))[: 128 if quick else 1024]]
+    source = root / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    base = FrozenBase.load(DEFAULT_MODEL, device=device)
+    encoder = SentenceTransformer(str(base.path), device=device)
+    figures: Figures = {}
+    for count in (10, 64):
+        home = {intent: i * count // len(intents) for i, intent in enumerate(intents)}
+        train = [(text, home[intent]) for text, intent in upstream["train"][:: 30 if quick else 5]]
+        folders = [make_adapter(base, root / f"{count}-{i}", seed=i, r=RANK, task_type="SEQ_CLS", outputs=15) for i in range(count)]
+        hub = Hub.create(root / f"registry-{count}")
+        for i, folder in enumerate(folders):
+            hub.register(f"task-{i:02d}", folder, examples=[text for text, at in train if at == i], labels=[f"label {c}" for c in range(15)])
+        hub.settle()
+        centroids = np.stack([encoder.encode([text for text, at in train if at == i]).mean(axis=0) for i in range(count)])
+        peft = PeftModel.from_pretrained(task_model(base, "SEQ_CLS", 15), str(folders[0]), adapter_name="0").eval()
+        for i, folder in enumerate(folders[1:], 1):
+            peft.load_adapter(str(folder), adapter_name=str(i))
+
+        def script(peft: PeftModel = peft, centroids: Any = centroids) -> None:
+            with (root / "script.jsonl").open("w", encoding="utf-8") as out, torch.inference_mode():
+                for start in range(0, len(texts), 64):
+                    rows = texts[start : start + 64]
+                    chosen = (encoder.encode(rows) @ centroids.T).argmax(axis=1)
+                    answers = {}
+                    for i in np.unique(chosen):
+                        peft.set_adapter(str(i))
+                        places = np.flatnonzero(chosen == i)
+                        inputs = encoder.tokenizer([rows[p] for p in places], padding=True, truncation=True, return_tensors="pt").to(device)
+                        answers |= dict(zip(places.tolist(), peft(**inputs).logits.argmax(dim=1).tolist(), strict=True))
+                    out.writelines(json.dumps({"text": row, "adapter": int(chosen[p]), "label": answers[p]}) + "\n" for p, row in enumerate(rows))
+
+        def bare() -> None:
+            order = sorted(texts, key=len)
+            with torch.inference_mode():
+                for start in range(0, len(order), 64):
+                    base.body(**base.tokenize(order[start : start + 64]))
+
+        acts = {"run": partial(hub.run, source, root / "out.jsonl", overwrite=True, max_false_reject=0), "script": script}
+        found = against_base(bare, acts, max(3, rounds // 3))
+        figures |= {
+            f"jobs, {count} adapters, rows a second of `run` over the bare forward's": 1 / found["run"][1],
+            f"jobs, {count} adapters, rows a second of `run` over the plain script's": found["script"][1] / found["run"][1],
+            f"jobs, {count} adapters, rows a second of `run`": 1e3 * len(texts) / (found["base alone, ms"][1] * found["run"][1]),
+        }
+    return figures
+
+
+SECTIONS: dict[str, Callable[..., Figures]] = {"forward": forward, "generation": generation, "loading": loading, "slots": slots, "jobs": jobs}
 
 
 def middle(value: Any) -> float:
     return float(value[1] if isinstance(value, list) else value)
+
+
+def missed(name: str, value: Any) -> bool:
+    return middle(value) > BARS.get(name, float("inf")) or middle(value) < AT_LEAST.get(name, 0.0)
 
 
 def show(figures: Figures) -> None:
@@ -281,9 +353,8 @@ def show(figures: Figures) -> None:
         table.add_column(column, justify="left" if column in ("figure", "") else "right")
     for name, value in figures.items():
         quartiles = f"{value[0]:.3f} – {value[2]:.3f}" if isinstance(value, list) else ""
-        bar = BARS.get(name)
-        met = "" if bar is None else "met" if middle(value) <= bar else "MISSED"
-        table.add_row(name, f"{middle(value):.3f}", quartiles, "" if bar is None else f"≤ {bar:.3g}", met)
+        bar = f"≤ {BARS[name]:.3g}" if name in BARS else f"≥ {AT_LEAST[name]:.3g}" if name in AT_LEAST else ""
+        table.add_row(name, f"{middle(value):.3f}", quartiles, bar, "" if not bar else "MISSED" if missed(name, value) else "met")
     Console(width=150).print(table)
 
 
@@ -293,6 +364,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run?")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder with clinc150, for the jobs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="where the figures go; results/engine.json for a whole run")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
@@ -300,13 +372,14 @@ def main() -> int:
     load = os.getloadavg()[0]
     for name in names:
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-            figures |= SECTIONS[name](2 if arguments.quick else arguments.rounds, arguments.quick, arguments.device, Path(scratch))
+            more = {"data": arguments.data} if name == "jobs" else {}
+            figures |= SECTIONS[name](2 if arguments.quick else arguments.rounds, arguments.quick, arguments.device, Path(scratch), **more)
     show(figures)
-    missed = [name for name, bar in BARS.items() if name in figures and middle(figures[name]) > bar]
+    below = [name for name, value in figures.items() if missed(name, value)]
     report = {
         "benchmark": "engine",
         **{name: [round(v, 4) for v in value] if isinstance(value, list) else round(value, 4) for name, value in figures.items()},
-        "bars_missed": missed,
+        "bars_missed": below,
         "threads": torch.get_num_threads(),
         "load_before": round(load, 1),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {arguments.device}",
@@ -315,7 +388,7 @@ def main() -> int:
     if out := arguments.out or (RESULTS if whole else None):
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report))
-    return 1 if missed and not arguments.quick else 0
+    return 1 if below and not arguments.quick else 0
 
 
 if __name__ == "__main__":
