@@ -26,7 +26,7 @@ from adapter_hub.routing.calibration import Calibration, check_encoder, check_ra
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.routing.features import F32, Features, extract
-from adapter_hub.routing.head import Head
+from adapter_hub.routing.head import Head, digest_of
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
@@ -151,6 +151,11 @@ class Router:
         """Of the routing states of the adapters that can be routed to."""
         pairs = ((ref, digest) for segment in self._segments for ref, digest in zip(segment.refs, segment.digests, strict=True))
         return {ref: digest for ref, digest in pairs if ref not in self._gone}
+
+    @cached_property
+    def head_digest(self) -> str:
+        """Names the head that knows all of these adapters."""
+        return digest_of(self.digests)
 
     @property
     def prototype_count(self) -> int:
