@@ -29,7 +29,7 @@ Stored = NDArray[np.float16] | NDArray[np.float32]
 # Chosen by benchmarks/routing_scale.py.
 FLAT_MAX = 20_000            # rows searched one by one, exactly: some 2 ms a query
 LISTS_PER_ROOT = 4.5         # inverted lists for each √p
-PROBES = 32                  # lists read for a query
+PROBES = 40                  # lists read for a query
 SAMPLE_PER_LIST = 32         # rows that place the centre of a list
 ITERATIONS = 6               # of k-means
 GROUPS_READ = 8              # groups of lists in which a row looks for its own

@@ -16,7 +16,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
 from adapter_hub.routing.calibration import Calibration, fit
 from adapter_hub.routing.effect import moves
-from adapter_hub.routing.head import CLASSES_MAX, Head, Solver, can_solve, digest_of
+from adapter_hub.routing.head import CLASSES_MAX, Head, Solver, can_solve
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState
 
@@ -56,7 +56,7 @@ class LiveRouter:
                 self._follow()
                 router, event = self._router, self._event
                 assert router is not None
-                if self._solved == _head_digest(router):
+                if self._solved == router.head_digest:
                     return router
                 if self._solved is not None and not settled:
                     if self._solving is None or not self._solving.is_alive():
@@ -74,7 +74,7 @@ class LiveRouter:
         with self._lock:
             states = {ref: self.state(ref) for ref in versions}
             router = Router.build(states, self._record(calibration))
-            now, digest = self._router, _head_digest(router)
+            now, digest = self._router, router.head_digest
             return router.with_head(now.head if now and now.head and now.head.digest == digest else _solved(states, digest))
 
     def state(self, ref: AdapterRef) -> RoutingState:
@@ -87,10 +87,8 @@ class LiveRouter:
     # ---- follow -----------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
-        while True:
+        while self._router is None or self._registry.last_event() != self._event:
             standing = self._registry.snapshot()
-            if self._router is not None and standing.event == self._event:
-                return
             try:
                 return self._reach(standing)
             except NotRoutable:    # a version was purged meanwhile: the next standing says so
@@ -113,7 +111,7 @@ class LiveRouter:
             for ref, state in self._states(sorted(missing)).items():
                 router = router.with_added(ref, state)
             self._router = router
-        if self._event < 0 and self._solved != _head_digest(self._router):    # the saved router was behind
+        if self._event < 0 and self._solved != self._router.head_digest:    # the saved router was behind
             self._solved = None
         self._event = standing.event
         self._warn_if_young()
@@ -143,7 +141,7 @@ class LiveRouter:
         if calibration is not None and self._router is None and self._saved.exists():
             try:
                 self._router = Router.open(self._saved, calibration)
-                self._solved = _head_digest(self._router)    # what is saved is settled, also where there is no head to solve
+                self._solved = self._router.head_digest    # what is saved is settled, also where there is no head to solve
                 return
             except HubError as error:
                 log.info("%s Made anew.", error)
@@ -206,7 +204,7 @@ class LiveRouter:
             found = moves(before, Router.build(states, calibration, fitted.head), states)
             calibration = replace(calibration, facts={**calibration.facts, **found})
         router = Router.build(states, self._stored(calibration, reason), fitted.head)
-        self._router, self._solved = router, _head_digest(router)
+        self._router, self._solved = router, router.head_digest
         self._save(router)
         return router
 
@@ -226,7 +224,7 @@ class LiveRouter:
     def _solve_in_background(self) -> None:
         try:
             router = self._router
-            while router is not None and self._solved != _head_digest(router):
+            while router is not None and self._solved != router.head_digest:
                 self._solve(router)
                 router = self._router
         except (HubError, OSError, MemoryError) as error:
@@ -234,16 +232,16 @@ class LiveRouter:
 
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
-        digest = _head_digest(router)
+        digest = router.head_digest
         head = _solved(self._states(router.versions), digest) if router.prototype_count <= CLASSES_MAX else None
         with self._saving:
             with self._lock:
                 now = self._router
-                if now is None or self._solved == _head_digest(now) != digest:    # forgotten, or settled by another thread
+                if now is None or self._solved == now.head_digest != digest:    # forgotten, or settled by another thread
                     return router.with_head(head)
                 self._router = settled = now.with_head(head)
                 self._solved = digest
-            if _head_digest(settled) == digest:
+            if settled.head_digest == digest:
                 self._save(settled)
         return router.with_head(head)
 
@@ -267,10 +265,6 @@ class LiveRouter:
         """Drop what was derived; the next snapshot is made from the versions that are left."""
         with self._lock:
             self._router, self._event, self._solved = None, -1, None
-
-
-def _head_digest(router: Router) -> str:
-    return digest_of(router.digests)
 
 
 def _solved(states: Mapping[AdapterRef, RoutingState], digest: str) -> Head | None:

@@ -26,14 +26,14 @@ from adapter_hub.routing.calibration import Calibration, check_encoder, check_ra
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.routing.features import F32, Features, extract
-from adapter_hub.routing.head import Head
+from adapter_hub.routing.head import Head, digest_of
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
 from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_tensors
 
 # n inputs, d encoder width, c candidates
-SCHEMA = 2
+SCHEMA = 3
 SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
 SCORE_DECIMALS = 5      # so that an input decides the same alone and in a batch, where sums run in another order
@@ -56,6 +56,7 @@ class Router:
         self._columns: list[I64] = [segment.columns(head) for segment in self._segments]
         self._unroutable = dict(unroutable or {})    # digests of states without exemplars
         self._gone = frozenset(gone)                 # of a segment too large to make again
+        self._absent = [segment.absent(self._gone) if self._gone else None for segment in self._segments]
 
     # ---- make -------------------------------------------------------------------------------------------------------
 
@@ -92,7 +93,8 @@ class Router:
         rest = self.without(ref)
         if ref in rest._gone and state.count:
             back = rest._replaced(gone=rest._gone - {ref})
-            if back.digests[ref] == state.digest:    # as after a rollback: it is still there
+            (kept,) = (segment.digests[segment.place[ref]] for segment in rest._segments if ref in segment.place)
+            if kept == state.digest:    # as after a rollback: it is still there
                 return back
             segments = [segment.without(ref) if ref in segment.place else segment for segment in rest._segments]
             rest = back._replaced(segments=[segment for segment in segments if len(segment)])
@@ -149,6 +151,11 @@ class Router:
         """Of the routing states of the adapters that can be routed to."""
         pairs = ((ref, digest) for segment in self._segments for ref, digest in zip(segment.refs, segment.digests, strict=True))
         return {ref: digest for ref, digest in pairs if ref not in self._gone}
+
+    @cached_property
+    def head_digest(self) -> str:
+        """Names the head that knows all of these adapters."""
+        return digest_of(self.digests)
 
     @property
     def prototype_count(self) -> int:
@@ -228,18 +235,17 @@ class Router:
         assert self.calibration is not None
         solved: F32 | None = self.head.responses(features) if self.head else None
         found: list[list[tuple[AdapterRef, float]]] = [[] for _ in range(len(features))]
-        for segment, columns in zip(self._segments, self._columns, strict=True):
-            more = wanted + (sum(ref in segment.place for ref in self._gone) if self._gone else 0)
-            adapters, scores = segment.scores(features.dense, solved, columns, self.calibration.scoring, more)
+        for segment, columns, absent in zip(self._segments, self._columns, self._absent, strict=True):
+            adapters, scores = segment.scores(features.dense, solved, columns, self.calibration.scoring, wanted, absent)
             # Rounded in float64, as it will be shown: ties are then ties.
             rounded = np.round(scores.astype(np.float64), SCORE_DECIMALS)
-            order = np.argsort(-rounded, axis=1, kind="stable")[:, :more]
+            order = np.argsort(-rounded, axis=1, kind="stable")[:, :wanted]
             best, best_scores = np.take_along_axis(adapters, order, 1).tolist(), np.take_along_axis(rounded, order, 1).tolist()
             for row, row_adapters, row_scores in zip(found, best, best_scores, strict=True):
                 row += [
                     (segment.refs[adapter], score)
                     for adapter, score in zip(row_adapters, row_scores, strict=True)
-                    if adapter >= 0 and segment.refs[adapter] not in self._gone
+                    if adapter >= 0
                 ]
         for row in found:
             row.sort(key=lambda candidate: (-candidate[1], candidate[0]))
@@ -257,7 +263,8 @@ class Router:
                 _write(staging / name, data)
             for number, segment in enumerate(self._segments):
                 if len(segment) > DENSE_MAX:
-                    segment.index.save(staging / f"{number}.faiss")    # type: ignore[attr-defined]
+                    assert self.calibration is not None
+                    segment.index(self.calibration.scoring).save(staging / f"{number}.faiss")    # type: ignore[attr-defined]
             _write(staging / SUMS, _sums(staging))
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(staging, folder)

@@ -14,15 +14,16 @@ import numpy as np
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.features import F32
 from adapter_hub.routing.head import Head
-from adapter_hub.routing.prototypes import closeness
+from adapter_hub.routing.prototypes import SHARPNESS, closeness
 from adapter_hub.routing.statistics import I64
 
-# n inputs, p prototypes (classes), a adapters
+# n inputs, p prototypes (classes), a adapters, m prototypes of each, d encoder width
 
 SCARCE = 0.25          # of the typical class's exemplars: with fewer, the head answers too little, and the prototype may speak for the class
 # What is assumed before a head was solved: measured on CLINC150's validation split with all-MiniLM-L6-v2.
 SLOPE, INTERCEPT = 1.5, -0.47
 CLOSENESS = 1.0
+TYPICAL_PRODUCT = 0.75    # of an input with the prototype of its class
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,21 @@ class Scoring:
 
     def combined(self, responses: F32, close: F32) -> F32:
         return np.asarray(responses + np.float32(self.closeness) * close, np.float32)
+
+    def tangents(self, means: F32) -> F32:
+        """(a, m, d), for prototypes (a, m, d): rows whose greatest product with an input, plus the intercept, is about an adapter's score.
+
+        Where an input is near one class, the score is a line of that class's product and a convex function of all of them. Each row is
+        its tangent there. What is constant lies along the prototype, whose product with such an input is known.
+        """
+        units = means / np.maximum(np.linalg.norm(means, axis=2, keepdims=True), np.float32(1e-12))
+        products = np.float32(TYPICAL_PRODUCT) * (units @ means.transpose(0, 2, 1))    # (a, class, other)
+        shares = np.exp(np.float32(SHARPNESS) * products)
+        close = np.log(shares.mean(axis=2)) / np.float32(SHARPNESS)
+        shares /= shares.sum(axis=2, keepdims=True)
+        constant = (close - (shares * products).sum(axis=2)) / np.float32(TYPICAL_PRODUCT)
+        rows = np.float32(self.slope) * means + np.float32(self.closeness) * (shares @ means + constant[:, :, None] * units)
+        return np.asarray(rows, np.float32)
 
 
 def columns_of(head: Head | None, refs: Sequence[AdapterRef], sizes: I64, labelled: I64) -> I64:

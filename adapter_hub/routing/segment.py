@@ -1,7 +1,7 @@
 """Some adapters side by side: their prototypes as one matrix and one index. Immutable, so that snapshots share them.
 
-A small segment scores every adapter. A large one asks the index for the closest prototypes and scores the adapters that own them,
-exactly: two stages, one answer.
+A small segment scores every adapter. A large one asks an index of the scores' tangents for the adapters that score most, and scores
+these exactly: two stages, one answer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.features import F32
@@ -21,10 +22,13 @@ from adapter_hub.routing.scoring import Scoring, columns_of
 from adapter_hub.routing.statistics import F64, I64
 
 # n inputs, d encoder width, p prototypes, a adapters, c candidates, m most prototypes of one adapter
+Mask = NDArray[np.bool_]
+
 DENSE_MAX = 4096        # prototypes that are all scored
-FOUND = 128             # prototypes asked of the index; at least four for each candidate wanted
-CANDIDATES = 32         # adapters scored exactly, of those that own what was found
-GATHER_MAX = 2**25      # numbers gathered at once: 200 MB, however wide the encoder and however many the classes
+# Chosen by benchmarks/routing_scale.py on made queries.
+FOUND = 64              # tangents asked of the index; at least four for each candidate wanted
+CANDIDATES = 8          # adapters scored exactly beyond those wanted, of those that own what was found
+GATHER_MAX = 2**20      # numbers gathered at once: what a processor's cache holds, however wide the encoder and however many the classes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +63,8 @@ class Segment:
         self.means = means
         self.counts = counts
         self.starts: I64 = np.cumsum(np.append(0, self.sizes))[:-1]
-        self._given = index
+        self._index = index
+        self._columns: tuple[Head | None, I64] | None = None
 
     @classmethod
     def of(cls, entries: Collection[Entry]) -> Segment:
@@ -106,12 +111,27 @@ class Segment:
         )
 
     def columns(self, head: Head | None) -> I64:
-        """(p,): see `scoring.columns_of`."""
-        return columns_of(head, self.refs, self.sizes, self.labelled)
+        """(p,): see `scoring.columns_of`. Those of the last head are kept, for the snapshots that share both."""
+        kept = self._columns
+        if kept is None or kept[0] is not head:
+            kept = self._columns = head, columns_of(head, self.refs, self.sizes, self.labelled)
+        return kept[1]
 
-    @cached_property
-    def index(self) -> Index:
-        return self._given if self._given is not None else FaissIndex.build(self.means)
+    def index(self, scoring: Scoring) -> Index:
+        """Over one row a prototype, by `Scoring.tangents`. Made once: a segment lives under one calibration, as its centres do."""
+        if self._index is None:
+            self._index = FaissIndex.build(self._tangents(scoring))
+        return self._index
+
+    def _tangents(self, scoring: Scoring) -> F16:
+        made = np.empty_like(self.means)
+        for size in np.unique(self.sizes).tolist():
+            starts = self.starts[self.sizes == size]
+            step = max(1, GATHER_MAX // (size * max(size, self.means.shape[1])))
+            for start in range(0, len(starts), step):
+                rows = starts[start : start + step, None] + np.arange(size)
+                made[rows] = scoring.tangents(self.means[rows].astype(np.float32))
+        return made
 
     @cached_property
     def _means32(self) -> F32:
@@ -121,51 +141,72 @@ class Segment:
     def _owner(self) -> I64:
         return np.repeat(np.arange(len(self.refs)), self.sizes)
 
-    def scores(self, dense: F32, solved: F32 | None, columns: I64, scoring: Scoring, wanted: int) -> tuple[I64, F32]:
-        """((n, c) adapters, (n, c) scores) of the candidates, in no order: at least `wanted`, or all; -1 and -inf fill up."""
-        if len(self) <= DENSE_MAX or len(self.refs) <= max(CANDIDATES, wanted):
+    def absent(self, gone: Collection[AdapterRef]) -> Mask | None:
+        """(a,): which of its adapters are gone; None: none."""
+        places = [self.place[ref] for ref in gone if ref in self.place]
+        return np.isin(np.arange(len(self.refs)), places) if places else None
+
+    def scores(
+        self, dense: F32, solved: F32 | None, columns: I64, scoring: Scoring, wanted: int, absent: Mask | None = None
+    ) -> tuple[I64, F32]:
+        """((n, c) adapters, (n, c) scores) of the candidates, in no order: at least `wanted`, or all; -1 and -inf fill up.
+
+        Those that are `absent` (a,) are no candidates.
+        """
+        if len(self) <= DENSE_MAX or len(self.refs) <= wanted + CANDIDATES:
             products = dense @ self._means32.T
             responses = scoring.responses(products, solved, columns, self.counts)
             adapters = np.broadcast_to(np.arange(len(self.refs)), (len(dense), len(self.refs)))
-            return adapters, scoring.scores(responses, products, self.starts)
-        size = max(1, GATHER_MAX // (max(CANDIDATES, wanted) * int(self.sizes.max()) * self.means.shape[1]))
-        parts = []
+            scores = scoring.scores(responses, products, self.starts)
+            return (adapters, scores) if absent is None else (np.where(absent, -1, adapters), np.where(absent, np.float32(-np.inf), scores))
+        candidates, parts = self._candidates(dense, scoring, wanted, absent), []
+        size = max(1, GATHER_MAX // (candidates.shape[1] * int(self.sizes[candidates].max()) * self.means.shape[1]))
         for start in range(0, len(dense), size):
             rows = slice(start, start + size)
-            adapters = self._candidates(dense[rows], wanted)
-            parts.append((adapters, self._exact(dense[rows], None if solved is None else solved[rows], columns, scoring, adapters)))
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+            parts.append(self._exact(dense[rows], None if solved is None else solved[rows], columns, scoring, candidates[rows]))
+        return candidates, np.concatenate(parts)
 
-    def _candidates(self, dense: F32, wanted: int) -> I64:
-        """(n, c): the adapters that own the closest prototypes; -1 fills up."""
-        most = max(CANDIDATES, wanted)
-        _, found = self.index.search(dense, max(FOUND, 4 * wanted))
-        owners = np.where(found < 0, -1, self._owner[found])
-        # The first place of each owner in its row, in the order of closeness.
-        order = np.argsort(owners, axis=1, kind="stable")
-        in_order = np.take_along_axis(owners, order, axis=1)
-        again = np.zeros(owners.shape, bool)
-        again[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
-        repeated = np.zeros(owners.shape, bool)
-        np.put_along_axis(repeated, order, again, axis=1)
-        closest = np.argsort(repeated | (owners < 0), axis=1, kind="stable")[:, :most]
-        firsts = np.take_along_axis(owners, closest, axis=1)
-        return np.where(np.take_along_axis(repeated, closest, axis=1), -1, firsts)
+    def _candidates(self, dense: F32, scoring: Scoring, wanted: int, absent: Mask | None) -> I64:
+        """(n, c): the adapters whose tangents promise the most; -1 fills up."""
+        present = len(self.refs) - (0 if absent is None else int(absent.sum()))
+        asked = max(FOUND, 4 * wanted)
+        while True:
+            _, found = self.index(scoring).search(dense, asked)
+            owners = np.where(found < 0, -1, self._owner[found])
+            if absent is not None:
+                owners[absent[owners]] = -1
+            candidates = _firsts(owners, wanted + CANDIDATES)
+            if asked >= len(self) or ((candidates >= 0).sum(axis=1) >= min(wanted, present)).all():
+                return candidates
+            asked *= 4    # few adapters own all of these, or most of them are gone
 
     def _exact(self, dense: F32, solved: F32 | None, columns: I64, scoring: Scoring, adapters: I64) -> F32:
         """(n, c): the scores of these adapters, all of their prototypes counted."""
         n, c = adapters.shape
-        m = int(self.sizes.max())
         known = np.maximum(adapters, 0)
+        m = int(self.sizes[known].max())
         real = (np.arange(m) < self.sizes[known][:, :, None]) & (adapters >= 0)[:, :, None]        # (n, c, m)
         rows = np.where(real, self.starts[known][:, :, None] + np.arange(m), 0)
         products = np.einsum("nd,nrd->nr", dense, self.means[rows.reshape(n, -1)].astype(np.float32)).reshape(n, c, m)
         responses = scoring.expected(products)
-        if solved is not None and (columns >= 0).any():
+        places = columns[rows]
+        if solved is not None and (places >= 0).any():
             at = np.arange(n)[:, None, None]
-            places = columns[rows]
             responses = scoring.chosen(responses, solved[at, np.maximum(places, 0)], places, self.counts[rows])
         best = np.where(real, responses, -np.inf).max(axis=2)
         sums = np.where(real, np.exp(np.float32(SHARPNESS) * products), 0).sum(axis=2) / self.sizes[known]
         close = np.log(np.maximum(sums, 1e-30)) / np.float32(SHARPNESS)
         return np.where(adapters >= 0, scoring.combined(best, close), -np.inf).astype(np.float32)
+
+
+def _firsts(owners: I64, most: int) -> I64:
+    """(n, most): of each row the different owners in the order of their first places; -1, which is none, fills up."""
+    order = np.argsort(owners, axis=1, kind="stable")
+    in_order = np.take_along_axis(owners, order, axis=1)
+    again = np.zeros(owners.shape, bool)
+    again[:, 1:] = in_order[:, 1:] == in_order[:, :-1]
+    repeated = np.zeros(owners.shape, bool)
+    np.put_along_axis(repeated, order, again, axis=1)
+    closest = np.argsort(repeated | (owners < 0), axis=1, kind="stable")[:, :most]
+    firsts = np.take_along_axis(owners, closest, axis=1)
+    return np.where(np.take_along_axis(repeated, closest, axis=1), -1, firsts)

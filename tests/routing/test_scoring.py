@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from adapter_hub.routing import segment as segment_module
 from adapter_hub.routing.features import Hidden
 from adapter_hub.routing.head import Head
 from adapter_hub.routing.prototypes import COHERENCE, SHARPNESS, Prototypes, closeness, coherences, left_out_products
-from adapter_hub.routing.scoring import SCARCE, Scoring, columns_of
+from adapter_hub.routing.scoring import SCARCE, TYPICAL_PRODUCT, Scoring, columns_of
 from adapter_hub.routing.segment import CANDIDATES, Entry, Segment
 from adapter_hub.routing.statistics import Exemplars, build_state
 from tests.routing.conftest import DIM, ENCODER, World, unit
@@ -183,7 +184,7 @@ def test_candidates_score_what_they_score_among_all(with_head: bool, gather_max:
     monkeypatch.setattr(segment_module, "DENSE_MAX", 8)
     monkeypatch.setattr(segment_module, "GATHER_MAX", gather_max)
     adapters, scores = segment.scores(NEAR, solved, segment.columns(head), SCORING, 2)
-    assert adapters.shape == scores.shape == (len(NEAR), CANDIDATES)
+    assert adapters.shape == scores.shape == (len(NEAR), 2 + CANDIDATES)
     for row in range(len(NEAR)):
         real = adapters[row][adapters[row] >= 0]
         assert len(set(real.tolist())) == len(real) >= 2
@@ -200,6 +201,43 @@ def test_the_best_of_all_is_among_the_candidates_of_queries_near_the_prototypes(
     assert (best == dense.argmax(axis=1)).all()
 
 
+def test_a_tangent_gives_the_score_of_a_typical_input_of_its_class() -> None:
+    means = np.concatenate([entry.prototypes.means for entry in ENTRIES[:4]]).astype(np.float32).reshape(4, 3, DIM)
+    tangents = SCORING.tangents(means)
+    for adapter in range(4):
+        for c, mean in enumerate(means[adapter].astype(np.float64)):
+            typical = TYPICAL_PRODUCT * mean / np.linalg.norm(mean)
+            products = means[adapter].astype(np.float64) @ typical
+            expected = SCORING.slope * products[c] + SCORING.closeness * slow_closeness(products)
+            assert float(tangents[adapter, c] @ typical) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_best_score_is_found_where_the_closest_prototypes_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 adapters own a class that is closer, and others far away; the best is near with all of its classes, of which it has most."""
+    rng = np.random.default_rng(3)
+    query = unit(rng.normal(size=DIM))
+    near = unit(0.9 * query + 0.3 * unit(rng.normal(size=(200, DIM))))
+    all_near = unit(query + 0.7 * unit(rng.normal(size=(5, DIM))))
+    means = [*(np.concatenate([near[i : i + 1], unit(rng.normal(size=(3, DIM)))]) for i in range(200)), all_near]
+    made = [Prototypes(rows.astype(np.float16), np.ones(len(rows), np.float32), len(rows), False) for rows in means]
+    segment = Segment.of([Entry(AdapterRef(f"task{i:03d}", 1), one, 0.0, "x") for i, one in enumerate(made)])
+    dense = query.astype(np.float32)[None]
+    _, every = segment.scores(dense, None, segment.columns(None), SCORING, 2)
+    assert every.argmax() == 200 and (near @ query > (all_near @ query).max()).sum() > 64
+    monkeypatch.setattr(segment_module, "DENSE_MAX", 100)
+    adapters, scores = segment.scores(dense, None, segment.columns(None), SCORING, 2)
+    assert adapters[0, scores[0].argmax()] == 200 and scores.max() == pytest.approx(every.max(), abs=1e-5)
+
+
+def test_columns_follow_the_head_that_is_asked_for() -> None:
+    """Those of the last head are kept."""
+    segment = Segment.of(ENTRIES)
+    head, other = some_head(segment), replace(some_head(segment), columns={segment.refs[1]: 7})
+    for asked in (head, other, None, head):
+        np.testing.assert_array_equal(segment.columns(asked), columns_of(asked, segment.refs, segment.sizes, segment.labelled))
+    assert segment.columns(head) is segment.columns(head)
+
+
 def test_as_many_candidates_as_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_module, "DENSE_MAX", 8)
     segment = Segment.of(ENTRIES)
@@ -207,6 +245,38 @@ def test_as_many_candidates_as_are_wanted(monkeypatch: pytest.MonkeyPatch) -> No
     assert ((adapters >= 0).sum(axis=1) >= 60).all()
     everything, _ = segment.scores(NEAR[:3], None, segment.columns(None), SCORING, 90)
     assert (everything == np.arange(90)).all()
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_absent_adapters_are_no_candidates_and_cost_no_others_their_place(with_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they own all that the index finds at first."""
+    segment = Segment.of(ENTRIES)
+    head = some_head(segment) if with_head else None
+    solved = np.random.default_rng(5).normal(size=(len(NEAR), 3 * 45)).astype(np.float32) if head else None
+    _, every = segment.scores(NEAR, solved, segment.columns(head), SCORING, 2)
+    gone = [ref for place, ref in enumerate(segment.refs) if place % 8]
+    absent = segment.absent([*gone, AdapterRef("nobody", 1)])
+    assert absent is not None and [ref for ref, away in zip(segment.refs, absent, strict=True) if away] == gone
+    for dense_max, found in ((4096, 64), (8, 64), (8, 4)):
+        monkeypatch.setattr(segment_module, "DENSE_MAX", dense_max)
+        monkeypatch.setattr(segment_module, "FOUND", found)
+        adapters, scores = segment.scores(NEAR, solved, segment.columns(head), SCORING, 2, absent)
+        for row in range(len(NEAR)):
+            real = adapters[row][adapters[row] >= 0]
+            assert len(real) >= 2 and (real % 8 == 0).all()
+            np.testing.assert_allclose(scores[row][adapters[row] >= 0], every[row, real], atol=1e-5)
+
+
+def test_an_adapter_that_owns_all_that_is_found_does_not_hide_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    query = unit(rng.normal(size=DIM))
+    crowd = unit(query + 0.3 * unit(rng.normal(size=(300, DIM))))
+    made = [crowd, *(unit(rng.normal(size=(2, DIM))) for _ in range(30))]
+    prototypes = [Prototypes(rows.astype(np.float16), np.ones(len(rows), np.float32), len(rows), False) for rows in made]
+    segment = Segment.of([Entry(AdapterRef(f"task{i:02d}", 1), one, 0.0, "x") for i, one in enumerate(prototypes)])
+    monkeypatch.setattr(segment_module, "DENSE_MAX", 100)
+    adapters, _ = segment.scores(query.astype(np.float32)[None], None, segment.columns(None), SCORING, 2)
+    assert 0 in adapters and (adapters >= 0).sum() >= 2
 
 
 def test_a_segment_of_parts_is_the_segment_of_the_whole() -> None:
