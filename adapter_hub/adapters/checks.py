@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -79,10 +80,12 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
         # A pooler that the base's files lack is not in `inside`, and still no head.
         if base.canonical(name) in inside or name.startswith(base.model.base_model_prefix + "."):
             raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole")
-    for name in adapter.deltas:
+    for name, delta in adapter.deltas.items():
         module = base.modules.get(base.canonical(name))
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise UnsupportedOption("target_modules", name, f"a {type(module).__name__} cannot be adapted, only linear modules")
+        if not isinstance(module, nn.Embedding if delta.embedding else nn.Linear | Conv1D):
+            raise UnsupportedOption("target_modules", name, f"a {type(module).__name__} cannot be adapted, only linear modules and embeddings")
+        if delta.embedding and delta.magnitude is not None:
+            raise UnsupportedOption("use_dora", True, f"{name} is an embedding, and only linear modules are run as DoRA")
 
 
 def check_acts(adapter: Adapter, base: FrozenBase) -> float:
@@ -127,12 +130,19 @@ def dora_gain(weight: Tensor, delta: LoraDelta) -> Tensor:
     return delta.magnitude / norm
 
 
+def embedding_scale(module: nn.Embedding) -> float:
+    """What the module multiplies its own vectors by: Gemma's does, and PEFT multiplies its update so too."""
+    return float(getattr(module, "embed_scale", 1.0))
+
+
 def _adding(delta: LoraDelta) -> Any:
     thread = threading.get_ident()
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:    # others go on predicting while an adapter is checked
             return None
+        if isinstance(module, nn.Embedding):
+            return output + delta.scaling * embedding_scale(module) * (nn.functional.embedding(inputs[0], delta.a.T) @ delta.b.T)
         update = delta.scaling * (inputs[0] @ delta.a.T @ delta.b.T)
         if delta.magnitude is None:
             return output + update
@@ -148,7 +158,7 @@ def _in_base_form(delta: LoraDelta, base: FrozenBase) -> LoraDelta:
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(base.device, base.dtype)
 
-    return LoraDelta(moved(delta.a), moved(delta.b), delta.scaling, None if delta.magnitude is None else moved(delta.magnitude))
+    return replace(delta, a=moved(delta.a), b=moved(delta.b), magnitude=None if delta.magnitude is None else moved(delta.magnitude))
 
 
 def _check_rows(adapter: Adapter, base: FrozenBase) -> None:

@@ -25,12 +25,16 @@ _DTYPES_SHOWN = "float32, bfloat16 or float16"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoraDelta:
-    """What is added to one linear module: `scaling · B A x`; with a magnitude, DoRA's column norms (Liu et al. 2024, eq. 5)."""
+    """What is added to one module: `scaling · B A x`; with a magnitude, DoRA's column norms (Liu et al. 2024, eq. 5).
+
+    For an embedding x is the token as a unit vector, i its vocabulary.
+    """
 
     a: Tensor                  # (r, i)
     b: Tensor                  # (o, r)
     scaling: float
     magnitude: Tensor | None   # (o,), DoRA only
+    embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +57,8 @@ class Adapter:
         """Every tensor under PEFT's key."""
         found = {KEY_PREFIX + name: tensor for name, tensor in self.head.items()}
         for module, delta in self.deltas.items():
-            found |= {f"{KEY_PREFIX}{module}.lora_A.weight": delta.a, f"{KEY_PREFIX}{module}.lora_B.weight": delta.b}
+            a, b = ("embedding_A", "embedding_B") if delta.embedding else ("A.weight", "B.weight")
+            found |= {f"{KEY_PREFIX}{module}.lora_{a}": delta.a, f"{KEY_PREFIX}{module}.lora_{b}": delta.b}
             if delta.magnitude is not None:
                 found[f"{KEY_PREFIX}{module}.lora_magnitude_vector"] = delta.magnitude
         return found
@@ -110,6 +115,7 @@ def _json_of(files: AdapterFiles) -> Any:
 
 def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict[str, LoraDelta], dict[str, Tensor]]:
     parts: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
     head: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(KEY_PREFIX):
@@ -121,13 +127,15 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
                 hint="Save it with save_pretrained(folder, save_embedding_layers=False).",
             )
         module, dot, part = name.rpartition(".lora_")
-        part = part.removesuffix(".weight")
+        if part.startswith("embedding_"):
+            embeddings.add(module)
+        part = part.removesuffix(".weight").removeprefix("embedding_")
         if not dot:
             head[name] = tensor
         elif part in ("A", "B", "magnitude_vector"):
             parts.setdefault(module, {})[part] = tensor
         else:
-            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is not a linear module's; only linear modules are adapted")
+            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is neither a linear module's nor an embedding's")
     deltas = {}
     for module, found in sorted(parts.items()):
         wanted = ("A", "B", "magnitude_vector") if settings.use_dora else ("A", "B")
@@ -139,7 +147,7 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
         if found["A"].shape[:1] != (rank,):    # before PEFT makes tensors of that size to compare with
             shape = tuple(found["A"].shape)
             raise DoesNotFit(f"lora_A of module {module!r} has shape {shape}, the config says rank {rank}.", hint="Save the adapter again.")
-        deltas[module] = LoraDelta(found["A"], found["B"], settings.scaling(module), found.get("magnitude_vector"))
+        deltas[module] = LoraDelta(found["A"], found["B"], settings.scaling(module), found.get("magnitude_vector"), module in embeddings)
     if not deltas:
         raise DoesNotFit("the adapter holds no LoRA tensors.", hint="Save it with PEFT's save_pretrained after training.")
     return deltas, head

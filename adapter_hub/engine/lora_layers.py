@@ -1,4 +1,4 @@
-"""One forward, many adapters: each row of a batch gets its own low-rank update in every linear layer.
+"""One forward, many adapters: each row of a batch gets its own low-rank update in every linear layer and embedding.
 
     y = x W + s_a · B_a A_a x                      LoRA, for a row of adapter a
     y = x W + Σ_a w_a s_a · B_a A_a x              LoRA, for a row of several adapters with weights w
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapter_hub.adapters.checks import dora_gain
+from adapter_hub.adapters.checks import dora_gain, embedding_scale
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.table import Stack, Update
@@ -39,22 +39,29 @@ class Part:
     taken: dict[nn.Module, tuple[Tensor, Tensor]] | None = None    # A and B of each row, kept from one step of a generation to the next
 
     def add(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
-        """Add these rows' updates to the module's output y (n, t, o) for its input x (n, t, i)."""
+        """Add these rows' updates to the module's output y (n, t, o) for its input x: (n, t, i), or an embedding's tokens (n, t)."""
         stack = self.stacks.get(module)
         if stack is None:
             return
         x, rows = x[self.rows], y[self.rows]    # a slice is a view, indices make a copy
-        if self.lone is not None and self.weights is None:
+        if isinstance(module, nn.Embedding):
+            narrow = stack.a[self.places[:, None], :, x]    # A's columns of these tokens
+            rows.baddbmm_(self._weighed(narrow), stack.b.index_select(0, self.places))
+        elif self.lone is not None and self.weights is None:
             narrow = nn.functional.linear(x.reshape(-1, x.shape[-1]), stack.a[self.lone])
             rows.view(-1, rows.shape[-1]).addmm_(narrow, stack.b[self.lone])
         else:
             a, b = self._taken(module, stack)
             narrow = torch.bmm(x, a.transpose(1, 2))
-            rows.baddbmm_(narrow if self.weights is None else (narrow * self.weights[:, None, None]).to(narrow.dtype), b)
+            rows.baddbmm_(self._weighed(narrow), b)
         if stack.gain is not None and stack.shift is not None:
             rows.mul_(stack.gain[self.places]).add_(stack.shift[self.places])
         if not isinstance(self.rows, slice):
             y[self.rows] = rows
+
+    def _weighed(self, narrow: Tensor) -> Tensor:
+        """(m, t, r)"""
+        return narrow if self.weights is None else (narrow * self.weights[:, None, None]).to(narrow.dtype)
 
     def _taken(self, module: nn.Module, stack: Stack) -> tuple[Tensor, Tensor]:
         """((m, r, i), (m, r, o))"""
@@ -96,7 +103,8 @@ class MixedLayers:
                 gain = dora_gain(weight.float(), exact)
                 bias = module.bias.float() if isinstance(module.bias, Tensor) else torch.zeros_like(gain)
                 gain, shift = gain.to(weight.dtype), ((1 - gain) * bias).to(weight.dtype)
-            updates[module] = Update(a.to(weight.dtype), (delta.scaling * b.T).to(weight.dtype), gain, shift)
+            scaling = delta.scaling * embedding_scale(module) if isinstance(module, nn.Embedding) else delta.scaling
+            updates[module] = Update(a.to(weight.dtype), (scaling * b.T).to(weight.dtype), gain, shift)
             self._hook(module)
         return updates
 
@@ -120,7 +128,7 @@ class MixedLayers:
         if batch is None or not batch.parts:
             return None
         # Beams repeat each row in place, and some models flatten rows and tokens: either way a row's parts stay together.
-        x = inputs[0].reshape(batch.rows, -1, inputs[0].shape[-1])
+        x = inputs[0].reshape(batch.rows, -1) if isinstance(module, nn.Embedding) else inputs[0].reshape(batch.rows, -1, inputs[0].shape[-1])
         y = output.reshape(batch.rows, -1, output.shape[-1])    # the module made it for this call alone, so it is written in place
         for part in batch.parts:
             part.add(module, x, y)

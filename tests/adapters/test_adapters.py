@@ -328,10 +328,20 @@ def test_a_pooler_that_the_base_was_saved_without_is_no_head(bert: FrozenBase, t
         check_fits(lost, base)
 
 
-def test_an_adapted_embedding_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
-    folder = make_adapter(bert, tmp_path / "a", task_type=None, target_modules=["word_embeddings", "query"])
-    with pytest.raises(UnsupportedOption, match="only linear modules are adapted"):
-        read_adapter(folder)
+def test_an_adapted_embedding_fits_and_acts_but_not_as_a_dora(bert: FrozenBase, tmp_path: Path) -> None:
+    adapter = read_adapter(make_adapter(bert, tmp_path / "a", task_type=None, target_modules=["word_embeddings"]))
+    check_fits(adapter, bert)
+    assert check_acts(adapter, bert) > 0
+    dora = read_adapter(make_adapter(bert, tmp_path / "b", task_type=None, target_modules=["word_embeddings"], use_dora=True))
+    with pytest.raises(UnsupportedOption, match="word_embeddings is an embedding, and only linear modules are run as DoRA"):
+        check_fits(dora, bert)
+
+
+def test_an_embedding_that_all_rows_share_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
+    adapter = read_adapter(make_adapter(bert, tmp_path / "a", task_type=None, target_modules=["position_embeddings"]))
+    check_fits(adapter, bert)
+    with pytest.raises(UnsupportedOption, match="all rows of a batch share"):
+        check_acts(adapter, bert)
 
 
 def test_a_head_that_is_saved_by_half_is_refused_with_the_module_to_save(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ TARGETS: dict[str, Any] = {
     ],
     "regex": lambda base: r".*\.(query|key|q_proj|c_fc|k|wi_1)$",
     "all-linear": lambda base: "all-linear",
+    "an embedding too": lambda base: [
+        name
+        for name in {"encoder": ["word_embeddings", "query"], "causal": ["embed_tokens", "wte"], "seq2seq": ["embed_tokens", "q"]}[base.kind]
+        if any(module.endswith(name) for module in base.modules)
+    ],
 }
 
 
@@ -100,6 +105,23 @@ def test_beams_of_a_mixed_batch_equal_peft_beam_for_beam(base: FrozenBase, tmp_p
     for ref in versions:
         for expected in references(base, folders[ref][0] if ref else None, task, TEXTS, do_sample=False, **settings):
             assert next(outputs).text == expected
+
+
+@pytest.mark.parametrize("base", ["bert", "llama"], indirect=True)
+def test_adapted_embeddings_mix_with_other_adapters_in_a_batch(base: FrozenBase, tmp_path: Path) -> None:
+    task = OWN_TASK[base.kind]
+    targets = [TARGETS["an embedding too"](base), "all-linear", TARGETS["an embedding too"](base)]
+    folders = {
+        AdapterRef(f"a{i}", 1): (make_adapter(base, tmp_path / str(i), task_type=task, seed=i, target_modules=one), task)
+        for i, one in enumerate(targets)
+    }
+    versions = [None, *folders]
+    asked = [Request(text, ref) for ref in versions for text in TEXTS]
+    outputs = iter(Engine(base, load_from(folders, base)).predict(asked, generation={"max_new_tokens": 6}))
+    for ref in versions:
+        expected = references(base, folders[ref][0] if ref else None, task, TEXTS, max_new_tokens=6, do_sample=False)
+        for one, text in zip(expected, TEXTS, strict=True):
+            assert_same(base, next(outputs), one, task, text)
 
 
 def assert_same(base: FrozenBase, output: Output, expected: Any, task: str | None, text: str) -> None:
