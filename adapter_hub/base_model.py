@@ -162,9 +162,13 @@ class FrozenBase:
     @property
     def body(self) -> nn.Module:
         """The bare transformer: no language-model head. For a seq2seq model that is its encoder."""
+        return self.body_of(self.model)
+
+    def body_of(self, model: PreTrainedModel) -> nn.Module:
+        """`body` of a copy of the model."""
         if self.kind is BaseKind.SEQ2SEQ:
-            return cast(nn.Module, self.model.get_encoder())
-        return cast(nn.Module, getattr(self.model, self._prefix)) if self._prefix else self.model
+            return cast(nn.Module, model.get_encoder())
+        return cast(nn.Module, getattr(model, self._prefix)) if self._prefix else model
 
     def canonical(self, key: str) -> str:
         """A module or tensor name as the bare transformer calls it: the architecture's own prefix (`bert.`, `model.`, …) is taken off."""

@@ -6,8 +6,8 @@ The engine is told which adapter; it never chooses one. plan -> hold adapters ->
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from adapter_hub.adapters.config import HEADED, TaskType
 from adapter_hub.adapters.weights import Adapter
@@ -118,8 +118,9 @@ class Engine:
             Row(tuple(ref for ref, _ in row), kind, len(ids), fact.form or () if len(row) == 1 else ())
             for row, fact, kind, ids in zip(shares, facts, kinds, encoded, strict=True)
         ]
-        sizes = {ref: self.slots.facts(ref).bytes for ref in {ref for row in shares for ref, _ in row}}
-        return plan_batches(rows, slots_max=self.slots.slots_max, bytes_max=self.slots.bytes_max, sizes=sizes)
+        known = {ref: self.slots.facts(ref) for ref in {ref for row in shares for ref, _ in row}}
+        sizes, mergeable = {ref: fact.bytes for ref, fact in known.items()}, {ref for ref, fact in known.items() if fact.mergeable}
+        return plan_batches(rows, slots_max=self.slots.slots_max, bytes_max=self.slots.bytes_max, sizes=sizes, mergeable=mergeable)
 
     def mixable(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
         """The first of these versions, and those of the others that can answer together with it."""
@@ -206,6 +207,15 @@ class Engine:
             raise InvalidInput(f"max_new_tokens={new} is more than the model can write: it has {positions} positions.", hint=hint)
         return limit
 
+    @contextmanager
+    def _adapted(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], *, steps: bool = False) -> Iterator[PreTrainedModel]:
+        """The model to run these rows on, adapted while the context is open."""
+        if batch.merged:
+            yield self.slots.merged(batch.adapters[0], held[0])
+        else:
+            with self._open(batch, held, shares, steps=steps):
+                yield self.base.model
+
     def _open(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], *, steps: bool = False) -> Any:
         """The base adapted for these rows; with `steps` for several forwards of them."""
         residents = dict(zip(batch.adapters, held, strict=True))
@@ -236,8 +246,8 @@ class Engine:
         self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], facts: Sequence[Facts], encoded: Sequence[Encoded]
     ) -> dict[int, Output]:
         inputs = self.base.pad([encoded[i] for i in batch.rows])
-        with self._open(batch, held, shares):
-            body = self.base.body(**inputs)
+        with self._adapted(batch, held, shares) as model:
+            body = self.base.body_of(model)(**inputs)
         residents = dict(zip(batch.adapters, held, strict=True))
         outputs: dict[int, Output] = {}
         start = 0
@@ -267,15 +277,15 @@ class Engine:
         settings = dict(cast(Any, batch.kind))
         seed = settings.pop("seed", None)
         stop = settings.pop("stop_strings", None)
-        tokenizer, model = self.base.tokenizer, cast(Any, self.base.model)
+        tokenizer = self.base.tokenizer
         inputs = self.base.pad([encoded[i] for i in batch.rows], generation=True)
         inputs.pop("token_type_ids", None)
-        config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(model, tokenizer))
+        config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(self.base.model, tokenizer))
         if stop:
             config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
         draws = Draws(len(batch.rows), seed, self.base.device) if settings["do_sample"] else nullcontext()
-        with self._open(batch, held, shares, steps=True), draws:
-            written: Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
+        with self._adapted(batch, held, shares, steps=True) as model, draws:
+            written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
         if self.base.kind is BaseKind.CAUSAL:
             written = written[:, inputs["input_ids"].shape[1] :]
         texts = self.base.decode(written)

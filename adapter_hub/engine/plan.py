@@ -6,12 +6,15 @@ so the same bytes. What must be loaded for a batch is asked separately, by `evic
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from adapter_hub.refs import AdapterRef
 
 BATCH_ROWS_MAX = 64
+# Rows of one adapter from which a merged copy pays: making it costs about as much as a forward of ten rows, and saves 4 to 10 % of each.
+MERGE_ROWS_MIN = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Batch:
 
     kind: Hashable
     segments: tuple[Segment, ...]
+    merged: bool = False    # its one adapter is merged into a copy of the base
 
     @property
     def adapters(self) -> tuple[AdapterRef, ...]:
@@ -55,16 +59,28 @@ class BatchPlan:
 
 
 def plan_batches(
-    rows: Sequence[Row], *, slots_max: int, rows_max: int = BATCH_ROWS_MAX, bytes_max: int | None = None, sizes: Mapping[AdapterRef, int] = {}
+    rows: Sequence[Row],
+    *,
+    slots_max: int,
+    rows_max: int = BATCH_ROWS_MAX,
+    bytes_max: int | None = None,
+    sizes: Mapping[AdapterRef, int] = {},
+    mergeable: Collection[AdapterRef] = (),
 ) -> BatchPlan:
     """Group rows by kind and length into batches of at most `rows_max` rows and `slots_max` distinct adapters of `bytes_max` together.
 
-    No row may need more adapters than that by itself; one adapter may be larger than `bytes_max`, alone.
+    No row may need more adapters than that by itself; one adapter may be larger than `bytes_max`, alone. Those of the mergeable that
+    have MERGE_ROWS_MIN rows of a kind get batches of their own, one adapter after another, before the mixed ones.
     """
     kinds = list(dict.fromkeys(row.kind for row in rows))
     batches = []
     for kind in kinds:
         found = [i for i, row in enumerate(rows) if row.kind == kind]
+        counts = Counter(rows[i].adapters for i in found)
+        for refs in sorted(refs for refs, count in counts.items() if count >= MERGE_ROWS_MIN and len(refs) == 1 and refs[0] in mergeable):
+            own = sorted((i for i in found if rows[i].adapters == refs), key=lambda i: -rows[i].tokens)
+            batches += [replace(_batch(kind, rows, own[at : at + rows_max]), merged=True) for at in range(0, len(own), rows_max)]
+            found = [i for i in found if rows[i].adapters != refs]
 
         def fits(adapters: Collection[AdapterRef]) -> bool:
             return len(adapters) <= slots_max and (bytes_max is None or sum(sizes.get(ref, 0) for ref in adapters) <= bytes_max)

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.heads import Head, Heads
 from adapter_hub.engine.lora_layers import MixedLayers
+from adapter_hub.engine.merged import mergeable, merged
 from adapter_hub.engine.plan import evictions
 from adapter_hub.engine.table import Form, Table
 from adapter_hub.refs import AdapterRef
@@ -43,6 +46,7 @@ class Facts:
     generation: Mapping[str, Any] = field(default_factory=dict)
     form: Form | None = None    # None: the base model
     bytes: int = 0              # that it takes while it is resident
+    mergeable: bool = False     # into a copy of the base
 
 
 class Slots:
@@ -50,7 +54,8 @@ class Slots:
 
     def __init__(self, base: FrozenBase, layers: MixedLayers, load: Callable[[AdapterRef], Adapter], slots_max: int, bytes_max: int) -> None:
         self.slots_max, self.bytes_max = slots_max, bytes_max
-        self._layers, self._load, self._heads = layers, load, Heads(base)
+        self._base, self._layers, self._load, self._heads = base, layers, load, Heads(base)
+        self._merged: tuple[AdapterRef, PreTrainedModel] | None = None    # one at a time: it is as large as what it changes
         self._lock = threading.RLock()
         self._resident: OrderedDict[AdapterRef, Resident] = OrderedDict()    # least recently used first
         self._tables: dict[Form, Table] = {}
@@ -142,12 +147,26 @@ class Slots:
         generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
         form, updates = Form.of(adapter), self._layers.bind(adapter)
         size = sum(update.bytes(form.rank) for update in updates.values())
-        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size)
+        whole = mergeable(self._base, updates, self.bytes_max)
+        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, whole)
         return facts, updates, self._heads.of(adapter) if adapter.head else None
+
+    def merged(self, ref: AdapterRef, held: Resident) -> PreTrainedModel:
+        """A copy of the base with this adapter, which the caller holds, in its weights. The last one is kept."""
+        with self._lock:
+            if self._merged is None or self._merged[0] != ref:
+                self._merged = None    # before the next one takes memory
+                own = merged(self._base, held.table.stacks.items(), held.place)
+                if self._resident.get(ref) is not held:
+                    return own
+                self._merged = ref, own
+            return self._merged[1]
 
     def evict(self, ref: AdapterRef) -> None:
         """Forget this adapter: its file is gone. A running batch keeps what it holds."""
         with self._lock:
+            if self._merged is not None and self._merged[0] == ref:
+                self._merged = None
             self._evicted[ref] = self._evicted.get(ref, 0) + 1
             self._ahead.pop(ref, None)
             self._facts.pop(ref, None)

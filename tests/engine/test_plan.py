@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapter_hub.engine import plan as plan_module
 from adapter_hub.engine.plan import Row, evictions, plan_batches
 from adapter_hub.refs import AdapterRef
 
@@ -48,6 +52,20 @@ def test_a_batchs_adapters_take_no_more_bytes_than_there_are(rows: list[Row], by
     assert sorted(i for batch in plan.batches for i in batch.rows) == list(range(len(rows)))
     for batch in plan.batches:
         assert sum(sizes[ref] for ref in batch.adapters) <= bytes_max or batch.adapters in {rows[i].adapters for i in batch.rows}
+
+
+@given(rows_of, st.integers(1, 9), st.sets(st.sampled_from(REFS)))
+def test_many_rows_of_one_mergeable_adapter_are_batches_of_their_own(rows: list[Row], least: int, mergeable: set[AdapterRef]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "MERGE_ROWS_MIN", least)
+        batches = plan_batches(rows, slots_max=9, mergeable=mergeable).batches
+    assert sorted(i for batch in batches for i in batch.rows) == list(range(len(rows)))
+    counts = Counter((row.kind, row.adapters) for row in rows)
+    for batch in batches:
+        for segment in batch.segments:
+            whole = len(segment.adapters) == 1 and segment.adapters[0] in mergeable and counts[batch.kind, segment.adapters] >= least
+            assert batch.merged is whole
+            assert not whole or len(batch.segments) == 1
 
 
 @given(st.lists(st.tuples(sets, st.integers(0, 2)), max_size=40))
