@@ -307,8 +307,8 @@ class Hub:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
-        label) tell the router what belongs to it; without any, the description does. `labels` name the head's outputs; a PeftModel
-        whose config names them needs none.
+        label) tell the router what belongs to it; without any, the description does, and beside it the labels of a text
+        classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none.
         `evaluation` are further inputs that belong to it, not among the examples: thresholds are measured on them. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
@@ -327,7 +327,9 @@ class Hub:
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
-        state = build_state(self.encoder, rows, description, held_out)
+        # Tags of tokens name pieces of an input, not what it is about.
+        label_names = (adapter.labels or ()) if adapter.task_type is TaskType.SEQ_CLS else ()
+        state = build_state(self.encoder, rows, description, held_out, label_names)
         facts = VersionFacts(
             base_model=self.base.id,
             base_fingerprint=self.base.fingerprint,

@@ -423,6 +423,16 @@ def test_a_version_that_only_its_name_reaches_is_told_when_it_is_registered(hub:
     assert "unseen has no examples and no description" in caplog.text
 
 
+def test_without_examples_a_description_and_the_labels_of_a_text_classifier_route(hub: Hub, tmp_path: Path) -> None:
+    labels = ["frozen_account", "lost_luggage"]
+    hub.register("texts", make_adapter(hub.base, tmp_path / "t", seed=1), description="what customers write", labels=labels)
+    hub.register("tokens", make_adapter(hub.base, tmp_path / "k", seed=2, task_type="TOKEN_CLS"), description="pieces of a text", labels=labels)
+    routed = hub.route(["my account is frozen", "what customers write", "pieces of a text"], max_false_reject=0)
+    assert [decision.adapter.name for decision in routed if decision.adapter] == ["texts", "texts", "tokens"]
+    neighbours = hub.explain("lost luggage").neighbours
+    assert neighbours[0].label == "lost_luggage" and [str(one.adapter) for one in neighbours if one.label] == ["texts@1", "texts@1"]
+
+
 def test_a_head_without_names_is_refused(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(LabelsRequired, match="2 outputs without names"):
         hub.register("x", make_adapter(hub.base, tmp_path / "x"))

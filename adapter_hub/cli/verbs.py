@@ -165,7 +165,7 @@ def register(
     name: Name,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help='PEFT folder, or hub repository id "org/name@revision".')],
     examples: Annotated[str, typer.Option(help="Rows with `text` (and `label`) that tell the router what belongs to it.")] = "",
-    description: Annotated[str, typer.Option(help="What the adapter is for; routes to it where there are no examples.")] = "",
+    description: Annotated[str, typer.Option(help="What the adapter is for; with the labels it routes where there are no examples.")] = "",
     evaluation: Annotated[str, typer.Option(help="Further rows that belong to it: thresholds are measured on them.")] = "",
     labels: Annotated[str, typer.Option(help="The head's outputs in order: a,b,c, or a file (JSON list, or one a line).")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,

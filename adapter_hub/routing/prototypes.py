@@ -23,7 +23,8 @@ SHARPNESS = 2.0                 # of the soft maximum: 0 is the adapter's centro
 COHERENCE = 0.5                 # mean cosine of two exemplars of one class, before any pair was seen
 COHERENCE_WEIGHT = 3.0          # what that expectation weighs, in exemplars
 COHERENCE_MIN = 0.2
-DESCRIPTION_COHERENCE = 0.2     # inputs are less like a description than like each other
+DESCRIPTION_COHERENCE = 0.2     # inputs are less like a description than like each other,
+LABEL_COHERENCE = 0.4           # and a little less like the name of their label
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,11 +34,12 @@ class Prototypes:
     means: F16          # (c, d), rounded once: every index and matrix is made from these
     counts: F32         # (c,), distinct exemplars of the class that each is of for the head
     labelled: int       # how many are labels; the others, after them, are one class for the head
-    single: bool        # a description or one example: the head never sees it
+    single: bool        # a description with names of labels, or one example: the head never sees it
 
     @classmethod
     def of(cls, exemplars: Exemplars, described: bool) -> Prototypes:
-        coherence = np.full(len(exemplars.counts), DESCRIPTION_COHERENCE) if described else coherences(exemplars.sums, exemplars.counts)
+        by_words = np.where(exemplars.labelled, LABEL_COHERENCE, DESCRIPTION_COHERENCE)
+        coherence = by_words if described else coherences(exemplars.sums, exemplars.counts)
         means = exemplars.sums / (exemplars.counts * np.sqrt(coherence))[:, None]
         counts = np.bincount(exemplars.targets, minlength=exemplars.target_count)
         labelled = int(exemplars.labelled.sum())

@@ -100,7 +100,7 @@ class RoutingState:
     classes: NDArray[np.int32]               # (m,), indices into class_names
     class_names: tuple[str | None, ...]      # a label; None is a prototype found by k-means
     evaluation: Encodings                    # (e,), inputs that belong here and are no exemplars: thresholds are measured on them
-    from_description: bool = False           # the one exemplar is the description
+    from_description: bool = False           # no exemplar is an input: they are the description and the names of labels
 
     @property
     def count(self) -> int:
@@ -172,8 +172,8 @@ class RoutingState:
             raise corrupt(source, f"evaluation inputs of width {self.evaluation.codes.shape[1]} stand beside exemplars of {self.dim}")
         if set(np.unique(self.classes).tolist()) != set(range(classes)):
             raise corrupt(source, f"the class ids are not 0 to {classes - 1}, each used")
-        if self.from_description and m != 1:
-            raise corrupt(source, f"a description is one exemplar, not {m}")
+        if self.from_description and m != classes:
+            raise corrupt(source, f"a description and names of labels are a class each, and {m} exemplars have {classes}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,7 +188,7 @@ class Exemplars:
     counts: F64                     # (c,), distinct exemplars of each class
     sums: F64                       # (c, d), of the dense vectors
     labelled: NDArray[np.bool_]     # (c,), False for a k-means prototype
-    single: bool                    # a description, or one unlabelled example: nothing says how wide the adapter is
+    single: bool                    # a description with names of labels, or one unlabelled example: nothing says how wide the adapter is
 
     @classmethod
     def of(cls, state: RoutingState) -> Exemplars:
@@ -232,16 +232,25 @@ def _first_rows(keys: Sequence[bytes]) -> list[int]:
     return [first[key] for key in sorted(first)]
 
 
-def build_state(encoder: Encoder, examples: Sequence[Example], description: str = "", evaluation: Sequence[Example] = ()) -> RoutingState:
-    """Encode the examples; without any, the description; without both, a state with no exemplars (reached by name only).
+def build_state(
+    encoder: Encoder, examples: Sequence[Example], description: str = "", evaluation: Sequence[Example] = (), label_names: Sequence[str] = ()
+) -> RoutingState:
+    """Encode the examples; without any, the description and the names of labels beside it; without both, a state with no exemplars.
 
+    Names alone are not enough ("True", "False"): without examples and description a version is reached by name only.
     `evaluation` rows are inputs that belong here and are no examples. Raises InvalidInput where the encoder does.
     """
     described = not examples and bool(description.strip())
-    texts = [description] if described else [example.text for example in examples]
-    labels: list[str | None] = [None] if described else [example.label for example in examples]
+    rows = _described(description, label_names) if described else examples
     held_out = extract(encoder, [row.text for row in evaluation])
-    return state_of(encoder, extract(encoder, texts), labels, held_out, from_description=described)
+    features = extract(encoder, [row.text for row in rows])
+    return state_of(encoder, features, [row.label for row in rows], held_out, from_description=described)
+
+
+def _described(description: str, label_names: Sequence[str]) -> list[Example]:
+    """What stands in for examples: the description, and each name in words as an example of its label."""
+    named = [Example(name.replace("_", " "), name) for name in label_names]
+    return [Example(description), *(row for row in named if row.text.strip())]
 
 
 def state_of(

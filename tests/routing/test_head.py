@@ -125,7 +125,7 @@ def test_responses_are_near_1_for_the_own_class_and_near_0_for_others() -> None:
 
 def test_descriptions_and_single_examples_are_not_solved() -> None:
     lonely = Exemplars.of(build_state(ENCODER, [Example("one text")]))
-    described = Exemplars.of(build_state(ENCODER, [], "a description"))
+    described = Exemplars.of(build_state(ENCODER, [], "a description", label_names=["one", "another"]))
     more = {**EXEMPLARS, AdapterRef("aaa", 1): lonely, AdapterRef("zzz", 1): described}
     assert Solver(more, DIM).head("x").to_bytes() == Solver(EXEMPLARS, DIM).head("x").to_bytes()
     assert can_solve(more) and not can_solve({AdapterRef("aaa", 1): lonely, AdapterRef("zzz", 1): described}) and not can_solve({})

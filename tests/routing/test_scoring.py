@@ -303,9 +303,10 @@ def test_an_adapter_of_many_classes_does_not_fill_the_memory(monkeypatch: pytest
 
 
 def test_descriptions_are_prototypes_of_their_own_length() -> None:
-    """Inputs are less like a description than like each other: it is made longer."""
-    state = build_state(ENCODER, [], "questions about bank cards")
+    """Inputs are less like a description, and like the name of a label, than like each other: these are made longer."""
+    state = build_state(ENCODER, [], "questions about bank cards", label_names=["report_fraud"])
     described, plain = (Prototypes.of(Exemplars.of(state), described) for described in (True, False))
-    lengths = [float(np.linalg.norm(made.means.astype(np.float64))) for made in (described, plain)]
-    assert lengths == pytest.approx([1 / np.sqrt(prototypes_module.DESCRIPTION_COHERENCE), 1 / np.sqrt(COHERENCE)], rel=1e-2)
-    assert described.single and described.means.shape == (1, DIM)
+    coherences = [prototypes_module.LABEL_COHERENCE, prototypes_module.DESCRIPTION_COHERENCE, COHERENCE, COHERENCE]
+    lengths = [np.linalg.norm(made.means.astype(np.float64), axis=1) for made in (described, plain)]
+    assert np.concatenate(lengths) == pytest.approx(1 / np.sqrt(coherences), rel=1e-2)
+    assert described.single and described.means.shape == (2, DIM)

@@ -127,8 +127,18 @@ def test_without_examples_the_description_stands_in() -> None:
     assert not build_state(ENCODER, ROWS, "ignored where there are examples").from_description
 
 
+def test_beside_a_description_each_name_of_a_label_stands_for_its_label() -> None:
+    state = build_state(ENCODER, [], "bank cards", label_names=["report_fraud", "freeze", "_"])
+    given = [Example("bank cards"), Example("report fraud", "report_fraud"), Example("freeze", "freeze")]
+    assert state.from_description and state.class_names == ("freeze", "report_fraud", None)
+    assert (state.exemplars.codes == build_state(ENCODER, given).exemplars.codes).all() and same(RoutingState.from_bytes(state.to_bytes()), state)
+    exemplars = Exemplars.of(state)
+    assert exemplars.single and not exemplars.testable.any()
+    assert same(build_state(ENCODER, ROWS, "bank cards", label_names=["freeze"]), build_state(ENCODER, ROWS))
+
+
 def test_without_examples_and_description_nothing_is_stored() -> None:
-    state = build_state(ENCODER, [], "  ")
+    state = build_state(ENCODER, [], "  ", label_names=["True", "False"])
     assert state.count == 0 and state.class_names == () and state.dim == 64
     assert same(RoutingState.from_bytes(state.to_bytes()), state)
 
@@ -136,7 +146,7 @@ def test_without_examples_and_description_nothing_is_stored() -> None:
 def test_taught_examples_come_after_the_old_ones_and_replace_a_description() -> None:
     new = [Example("unfreeze it", "freeze"), Example("good morning")]
     assert same(build_state(ENCODER, ROWS).extended(ENCODER, new), build_state(ENCODER, [*ROWS, *new]))
-    assert same(build_state(ENCODER, [], "cards").extended(ENCODER, new), build_state(ENCODER, new))
+    assert same(build_state(ENCODER, [], "cards", label_names=["freeze", "lost"]).extended(ENCODER, new), build_state(ENCODER, new))
     assert same(build_state(ENCODER, []).extended(ENCODER, new), build_state(ENCODER, new))
 
 
