@@ -6,6 +6,7 @@ The engine is told which adapter; it never chooses one. plan -> hold adapters ->
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,12 +28,14 @@ from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.heads import Head, probabilities, summed
 from adapter_hub.engine.lora_layers import MixedLayers, Part
 from adapter_hub.engine.mixtures import Mixture, Shares, canonical, obstacle
-from adapter_hub.engine.plan import Batch, BatchPlan, Row, plan_batches
+from adapter_hub.engine.plan import Batch, BatchPlan, Row, halves, plan_batches
 from adapter_hub.engine.slots import Facts, Resident, Slots
 from adapter_hub.engine.table import Table
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
+
+log = logging.getLogger("adapter_hub")
 
 # n rows, t tokens, d hidden width, c labels, k adapters of a row, at most
 SLOTS_MAX, BYTES_MAX = 64, 2**31
@@ -106,12 +109,24 @@ class Engine:
         outputs: dict[int, Output] = {}
         batches = self._plan(shares, facts, kinds, encoded).batches
         for batch, after in zip_longest(batches, batches[1:]):
-            run = self._hidden if batch.kind == HIDDEN else self._generate
-            with self.slots.hold(batch.adapters) as held, torch.inference_mode():
-                if after is not None:
-                    self.slots.read_ahead(after.adapters)
-                outputs |= run(batch, held, shares, facts, encoded)
+            outputs |= self._ran(batch, shares, facts, encoded, after.adapters if after else ())
         return [outputs[i] for i in range(len(requests))]
+
+    def _ran(
+        self, batch: Batch, shares: Sequence[Shares], facts: Sequence[Facts], encoded: Sequence[Encoded], then: Sequence[AdapterRef]
+    ) -> dict[int, Output]:
+        """The outputs of one batch, in halves where memory is short. The files of the adapters that come `then` are read meanwhile."""
+        run = self._hidden if batch.kind == HIDDEN else self._generate
+        try:
+            with self.slots.hold(batch.adapters) as held, torch.inference_mode():
+                self.slots.read_ahead(then)
+                return run(batch, held, shares, facts, encoded)
+        except (MemoryError, RuntimeError) as error:
+            if len(batch.rows) == 1 or not _out_of_memory(error):
+                raise
+            log.warning("a batch of %d rows needs more memory than there is: it is run in halves.", len(batch.rows))
+        # After the exception and what its frames hold are gone.
+        return {i: output for half in halves(batch) for i, output in self._ran(half, shares, facts, encoded, ()).items()}
 
     def _plan(self, shares: Sequence[Shares], facts: Sequence[Facts], kinds: Sequence[Hashable], encoded: Sequence[Encoded]) -> BatchPlan:
         rows = [
@@ -290,6 +305,11 @@ class Engine:
             written = written[:, inputs["input_ids"].shape[1] :]
         texts = self.base.decode(written)
         return {i: Output(text=text, truncated=encoded[i].truncated) for i, text in zip(batch.rows, texts, strict=True)}
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch says it of a device by its own class, of the CPU in words alone."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _prompt(facts: Facts, text: str) -> str:

@@ -93,6 +93,18 @@ def plan_batches(
     return BatchPlan(tuple(batches))
 
 
+def halves(batch: Batch) -> tuple[Batch, Batch]:
+    """The same rows in two batches, for a machine whose memory one of them was too large for."""
+    rows = batch.rows
+    first = set(rows[: len(rows) // 2])
+
+    def part(chosen: Callable[[int], bool]) -> Batch:
+        cut = [Segment(segment.adapters, tuple(row for row in segment.rows if chosen(row))) for segment in batch.segments]
+        return replace(batch, segments=tuple(segment for segment in cut if segment.rows))
+
+    return part(lambda row: row in first), part(lambda row: row not in first)
+
+
 def evictions(
     resident: Mapping[AdapterRef, int], idle: Sequence[AdapterRef], loads: int, loads_bytes: int, *, slots_max: int, bytes_max: int
 ) -> list[AdapterRef]:

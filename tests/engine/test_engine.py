@@ -270,6 +270,33 @@ def test_no_more_bytes_than_there_are_stay(shelf: Shelf) -> None:
     assert sum(engine.slots.facts(ref).bytes for ref in engine.slots.resident) <= 2 * size
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate")]
+)
+def test_a_batch_too_large_for_the_memory_is_run_in_halves(shelf: Shelf, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    engine, asked = Engine(shelf.base, shelf.load), requests([None, *shelf.folders])
+    expected = engine.predict(asked)
+
+    def small(module: Any, args: Any, kwargs: Any) -> None:
+        if len(kwargs["input_ids"]) > 3:
+            raise error
+
+    handle = shelf.base.body.register_forward_pre_hook(small, with_kwargs=True)
+    try:
+        found = engine.predict(asked)
+    finally:
+        handle.remove()
+    for one, other in zip(numbers(found), numbers(expected), strict=True):
+        assert np.abs(np.frombuffer(one) - np.frombuffer(other)).max() <= 1e-5
+    assert "needs more memory than there is" in caplog.text
+    with pytest.raises(RuntimeError, match="another reason"):
+        handle = shelf.base.body.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("another reason")))
+        try:
+            engine.predict(asked)
+        finally:
+            handle.remove()
+
+
 def test_no_requests_give_no_outputs(shelf: Shelf) -> None:
     assert Engine(shelf.base, shelf.load).predict([]) == []
 

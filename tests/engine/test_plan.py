@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_hub.engine import plan as plan_module
-from adapter_hub.engine.plan import Row, evictions, plan_batches
+from adapter_hub.engine.plan import Row, evictions, halves, plan_batches
 from adapter_hub.refs import AdapterRef
 
 REFS = [AdapterRef(f"a{i}", 1) for i in range(8)]
@@ -52,6 +52,15 @@ def test_a_batchs_adapters_take_no_more_bytes_than_there_are(rows: list[Row], by
     assert sorted(i for batch in plan.batches for i in batch.rows) == list(range(len(rows)))
     for batch in plan.batches:
         assert sum(sizes[ref] for ref in batch.adapters) <= bytes_max or batch.adapters in {rows[i].adapters for i in batch.rows}
+
+
+@given(rows_of)
+def test_halves_are_the_same_rows(rows: list[Row]) -> None:
+    for batch in plan_batches(rows, slots_max=9).batches:
+        if len(batch.rows) > 1:
+            first, second = halves(batch)
+            assert first.rows + second.rows == batch.rows and abs(len(first.rows) - len(second.rows)) <= 1
+            assert all(rows[i].adapters == segment.adapters for half in (first, second) for segment in half.segments for i in segment.rows)
 
 
 @given(rows_of, st.integers(1, 9), st.sets(st.sampled_from(REFS)))
