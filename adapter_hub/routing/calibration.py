@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from adapter_hub.errors import InvalidInput, InvalidName, ModelChanged
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.features import F32
+from adapter_hub.routing.features import F32, Features
 from adapter_hub.routing.head import BLOCK, Head, Solver, can_solve, digest_of
 from adapter_hub.routing.prototypes import Prototypes, closeness, left_out_products
 from adapter_hub.routing.scoring import Scoring, columns_of
@@ -56,7 +56,7 @@ class Calibration:
     encoder_fingerprint: str
     scoring: Scoring
     centres: Mapping[AdapterRef, float]    # of each version that it was fitted on, sorted
-    centre: float                          # of all others
+    centre: float                          # of all their scores; what is measured of a newcomer is drawn to it
     quantiles: F64                         # (QUANTILES,) of acceptance scores, ascending; empty if nothing could be scored
     count: float                           # how many independent scores the quantiles are worth: exemplars of one class are alike
     deviation: float                       # of acceptance scores, whose mean is `mean`
@@ -69,19 +69,22 @@ class Calibration:
         """The versions that it was fitted on, sorted."""
         return tuple(self.centres)
 
-    def centre_of(self, ref: AdapterRef, state: RoutingState, exemplars: Exemplars, prototypes: Prototypes) -> float:
-        """What inputs of an adapter usually score: less where it is known by a description or one example.
+    def centre_of(self, ref: AdapterRef, state: RoutingState, exemplars: Exemplars, prototypes: Prototypes, solved: F32 | None = None) -> float:
+        """What inputs of an adapter usually score.
 
-        One that came after this record is measured by its own evaluation inputs, or exemplars left out, from its prototypes alone.
+        One that came after this record is measured by its own inputs (see `own_inputs`): from its prototypes alone, or from the responses
+        of a head that knows it, `solved` (n, its classes for the head).
         """
-        if exemplars.single:
-            return self.centre - SINGLE_DROP
         if ref in self.centres:
             return self.centres[ref]
-        products = _own_products(state, exemplars, prototypes.means.astype(np.float32))
-        one_adapter = np.zeros(1, np.int64)
-        scores = self.scoring.scores(self.scoring.expected(products), products, one_adapter).astype(np.float64)
-        return (float(scores.sum()) + CENTRE_WEIGHT * self.centre) / (len(scores) + CENTRE_WEIGHT)
+        features, rows = own_inputs(state, exemplars)
+        products = features.dense @ prototypes.means.astype(np.float32).T
+        if rows is not None:
+            products[np.arange(len(rows)), exemplars.classes[rows]] = left_out_products(exemplars, rows)
+        columns = np.minimum(np.arange(len(prototypes.counts)), prototypes.labelled if solved is not None else -1)
+        responses = self.scoring.responses(products, solved, columns, prototypes.counts)
+        scores = self.scoring.scores(responses, products, np.zeros(1, np.int64)).astype(np.float64)
+        return _centre(scores, self.centre, exemplars.single)
 
     def threshold(self, max_false_reject: float) -> float:
         """The acceptance score below which this share of belonging inputs falls; -inf for 0, which never abstains.
@@ -188,15 +191,35 @@ class Calibration:
             raise corrupt(source, "a number is out of range")
 
 
-def _own_products(state: RoutingState, exemplars: Exemplars, means: F32) -> F32:
-    """(n, c) of an adapter's evaluation inputs, or of some exemplars as if they had never been given, with its own class means (c, d)."""
+def own_inputs(state: RoutingState, exemplars: Exemplars) -> tuple[Features, I64 | None]:
+    """What a newcomer is measured on: its evaluation inputs, or some exemplars and their rows, to be scored as if never given."""
     if len(state.evaluation) >= EVALUATION_MIN:
-        return np.asarray(state.evaluation.features.dense @ means.T)
+        return state.evaluation.features, None
     rows = np.flatnonzero(exemplars.testable)
     rows = rows[:: max(1, -(-len(rows) // OWN_MAX))]
-    products = exemplars.features.dense[rows] @ means.T
-    products[np.arange(len(rows)), exemplars.classes[rows]] = left_out_products(exemplars, rows)
-    return np.asarray(products)
+    return exemplars.features[rows], rows
+
+
+def _centre(scores: F64, common: float, single: bool) -> float:
+    """The mean of an adapter's scores, drawn to the common centre while they are few; a description's inputs usually score less."""
+    prior = common - SINGLE_DROP if single else common
+    return (float(scores.sum()) + CENTRE_WEIGHT * prior) / (len(scores) + CENTRE_WEIGHT)
+
+
+def solved_centres(
+    calibration: Calibration, states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars], solver: Solver, head: Head
+) -> dict[AdapterRef, float]:
+    """The centres, on the scale of this head, of the versions that it knows and the calibration does not."""
+    found, start = {}, 0
+    for ref, column in head.columns.items():    # in the solver's order
+        one = exemplars[ref]
+        if ref not in calibration.centres:
+            features, rows = own_inputs(states[ref], one)
+            responses = head.responses(features) if rows is None else solver.left_out(start + rows)
+            prototypes = Prototypes.of(one, states[ref].from_description)
+            found[ref] = calibration.centre_of(ref, states[ref], one, prototypes, responses[:, column : column + one.target_count])
+        start += len(one)
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -234,7 +257,7 @@ def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
     own = [scores.values[scores.adapters == place] for place in range(len(states))]
     prior = float(scoring.expected(np.full(1, PRIOR_PRODUCT, np.float32))[0]) + scoring.closeness * PRIOR_PRODUCT
     centre = (float(scores.values.sum()) + PRIOR_WEIGHT * prior) / (len(scores.values) + PRIOR_WEIGHT)
-    centres = [(float(values.sum()) + CENTRE_WEIGHT * centre) / (len(values) + CENTRE_WEIGHT) for values in own]
+    centres = [_centre(values, centre, one.single) for values, one in zip(own, exemplars.values(), strict=True)]
     acceptance = scores.values - np.array(centres)[scores.adapters]
     mean, deviation = _mean_and_deviation(acceptance, scores.weights)
     calibration = Calibration(

@@ -14,7 +14,7 @@ from pathlib import Path
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, ReadOnlyRegistry
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
-from adapter_hub.routing.calibration import Calibration, fit
+from adapter_hub.routing.calibration import Calibration, fit, solved_centres
 from adapter_hub.routing.effect import moves
 from adapter_hub.routing.head import CLASSES_MAX, Head, Solver, can_solve
 from adapter_hub.routing.router import Router
@@ -74,8 +74,10 @@ class LiveRouter:
         with self._lock:
             states = {ref: self.state(ref) for ref in versions}
             router = Router.build(states, self._record(calibration))
-            now, digest = self._router, router.head_digest
-            return router.with_head(now.head if now and now.head and now.head.digest == digest else _solved(states, digest))
+            now = self._router
+            if now and now.head and now.head.digest == router.head_digest and now.calibration and now.calibration.id == calibration:
+                return router.with_head(now.head, now.centres)
+            return router.with_head(*_solved(states, router))
 
     def state(self, ref: AdapterRef) -> RoutingState:
         """What a version brings. Raises CorruptVersion, ModelChanged, InvalidInput where it has no routing file."""
@@ -151,7 +153,10 @@ class LiveRouter:
         states = self._states(refs)
         if calibration is None and any(state.count for state in states.values()):
             return self._calibrated(states, "the first inputs are about to be routed")
-        return Router.build(states, calibration, self._router.head if self._router else None)
+        router, before = Router.build(states, calibration), self._router
+        if before is None or before.calibration is None or calibration is None or before.calibration.id != calibration.id:
+            return router.with_head(before.head if before else None)
+        return router.with_head(before.head, before.centres)
 
     def _states(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, RoutingState]:
         """Without those that are damaged, or were stored without a routing file: one must not stop the others."""
@@ -233,17 +238,17 @@ class LiveRouter:
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
         digest = router.head_digest
-        head = _solved(self._states(router.versions), digest) if router.prototype_count <= CLASSES_MAX else None
+        head, centres = _solved(self._states(router.versions), router) if router.prototype_count <= CLASSES_MAX else (None, {})
         with self._saving:
             with self._lock:
                 now = self._router
                 if now is None or self._solved == now.head_digest != digest:    # forgotten, or settled by another thread
-                    return router.with_head(head)
-                self._router = settled = now.with_head(head)
+                    return router.with_head(head, centres)
+                self._router = settled = now.with_head(head, centres if now.calibration is router.calibration else {})
                 self._solved = digest
             if settled.head_digest == digest:
                 self._save(settled)
-        return router.with_head(head)
+        return router.with_head(head, centres)
 
     def _save(self, router: Router) -> None:
         """Without a trace of what was purged. Where a purge is yet to be followed, what it leaves will be saved instead."""
@@ -267,9 +272,12 @@ class LiveRouter:
             self._router, self._event, self._solved = None, -1, None
 
 
-def _solved(states: Mapping[AdapterRef, RoutingState], digest: str) -> Head | None:
-    exemplars = {ref: Exemplars.of(state) for ref, state in states.items() if state.count}
-    if not can_solve(exemplars):
-        return None
-    dim = next(iter(states.values())).dim
-    return Solver(exemplars, dim).head(digest)
+def _solved(states: Mapping[AdapterRef, RoutingState], router: Router) -> tuple[Head | None, Mapping[AdapterRef, float]]:
+    """The head over the versions of this router, and the centres on its scale of those that the calibration does not know."""
+    states = {ref: state for ref, state in states.items() if state.count}
+    exemplars = {ref: Exemplars.of(state) for ref, state in states.items()}
+    if router.calibration is None or not can_solve(exemplars):
+        return None, {}
+    solver = Solver(exemplars, next(iter(states.values())).dim)
+    head = solver.head(router.head_digest)
+    return head, solved_centres(router.calibration, states, exemplars, solver, head)

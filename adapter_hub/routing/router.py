@@ -33,10 +33,10 @@ from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
 from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_tensors
 
 # n inputs, d encoder width, c candidates
-SCHEMA = 3
+SCHEMA = 4
 SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
-SCORE_DECIMALS = 5      # so that an input decides the same alone and in a batch, where sums run in another order
+SCORE_DECIMALS = 5      # sums run in another order in a batch than alone: a score may differ by the last of them
 
 
 class Router:
@@ -49,9 +49,11 @@ class Router:
         head: Head | None,
         unroutable: Mapping[AdapterRef, str] | None = None,
         gone: Collection[AdapterRef] = frozenset(),
+        centres: Mapping[AdapterRef, float] | None = None,
     ) -> None:
         self.calibration = calibration      # None: no adapter has an exemplar
         self.head = head                    # None: prototypes alone
+        self.centres = dict(centres or {})  # on the scale of this head, of versions that the calibration does not know
         self._segments = tuple(segments)
         self._columns: list[I64] = [segment.columns(head) for segment in self._segments]
         self._unroutable = dict(unroutable or {})    # digests of states without exemplars
@@ -73,7 +75,7 @@ class Router:
         unroutable = {ref: state.digest for ref, state in states.items() if not state.count}
         entries = [self._entry(ref, state) for ref, state in states.items() if state.count]
         segments = [*self._segments, Segment.of(entries)] if entries else self._segments
-        return Router(segments, self.calibration, self.head, self._unroutable | unroutable, self._gone)
+        return Router(segments, self.calibration, self.head, self._unroutable | unroutable, self._gone, self.centres)
 
     def _entry(self, ref: AdapterRef, state: RoutingState) -> Entry:
         assert self.calibration is not None
@@ -126,13 +128,13 @@ class Router:
         segments = [segment.without(*masked) if not masked.isdisjoint(segment.place) else segment for segment in self._segments]
         return self._replaced(segments=[segment for segment in segments if len(segment)], gone=self._gone - masked)
 
-    def with_head(self, head: Head | None) -> Router:
-        """The same adapters, under another head."""
-        return self._replaced(head=head)
+    def with_head(self, head: Head | None, centres: Mapping[AdapterRef, float] | None = None) -> Router:
+        """The same adapters, under another head; `centres` as of `calibration.solved_centres`."""
+        return self._replaced(head=head, centres=centres or {})
 
     def _replaced(self, **changes: Any) -> Router:
-        parts = {"segments": self._segments, "head": self.head, "unroutable": self._unroutable, "gone": self._gone} | changes
-        return Router(parts["segments"], self.calibration, parts["head"], parts["unroutable"], parts["gone"])
+        parts = {"segments": self._segments, "head": self.head, "unroutable": self._unroutable, "gone": self._gone, "centres": self.centres}
+        return Router(calibration=self.calibration, **parts | changes)
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
@@ -228,6 +230,8 @@ class Router:
         return decisions
 
     def _centre_of(self, ref: AdapterRef) -> float:
+        if ref in self.centres:
+            return self.centres[ref]
         return next(float(segment.centres[segment.place[ref]]) for segment in self._segments if ref in segment.place)
 
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
@@ -278,6 +282,7 @@ class Router:
             "segments": len(self._segments),
             "unroutable": {str(ref): digest for ref, digest in self._unroutable.items()},
             "gone": sorted(map(str, self._gone)),
+            "centres": {str(ref): centre for ref, centre in self.centres.items()},
         }
         yield "router.json", json.dumps(facts, sort_keys=True).encode()
         if self.head:
@@ -300,7 +305,8 @@ class Router:
             segments = [_read_segment(folder, number) for number in range(int(facts["segments"]))]
             unroutable = {AdapterRef.parse(ref): str(digest) for ref, digest in facts["unroutable"].items()}
             gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
-            router = cls(segments, calibration, head, unroutable, gone)
+            centres = {AdapterRef.parse(ref): float(centre) for ref, centre in facts["centres"].items()}
+            router = cls(segments, calibration, head, unroutable, gone, centres)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidName) as error:
             raise CorruptIndex(folder, f"not a saved router ({error})") from error
         if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import CENTRE_WEIGHT, EVALUATION_MIN, Calibration, calibrate, check_rate, fit
+from adapter_hub.routing.calibration import CENTRE_WEIGHT, EVALUATION_MIN, Calibration, calibrate, check_rate, fit, solved_centres
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
+from adapter_hub.routing.head import Solver
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.scoring import CLOSENESS
-from adapter_hub.routing.statistics import build_state, state_of
+from adapter_hub.routing.statistics import Encodings, Exemplars, build_state, state_of
 from tests.routing.conftest import ENCODER, World
 
 FEW = World(4, 2, seed=3).states(4)
@@ -129,6 +130,35 @@ def test_a_newcomer_is_measured_by_its_evaluation_inputs_where_it_has_them(many:
     turned_away = np.mean([decision.adapter is None for decision in decisions])
     by_the_common_centre = np.mean([decision.candidates[0][1] - many.centre < many.threshold(0.1) for decision in decisions])
     assert turned_away < 0.4 and turned_away < by_the_common_centre - 0.1
+
+
+def test_the_same_states_as_later_versions_accept_and_turn_away_as_the_calibrated_ones_do(many: Calibration) -> None:
+    """Previously their centre came from prototypes and their scores from the head: what `teach` made let strangers in."""
+    later = {AdapterRef(ref.name, 2): state for ref, state in MANY_STATES.items()}
+    exemplars = {ref: Exemplars.of(state) for ref, state in later.items()}
+    solver = Solver(exemplars, ENCODER.dim)
+    head = solver.head("later")
+    centres = solved_centres(many, later, exemplars, solver, head)
+    for ref, centre in centres.items():
+        assert centre == pytest.approx(many.centres[AdapterRef(ref.name, 1)], abs=0.02)
+    router, again = Router.build(MANY_STATES), Router.build(later, many).with_head(head, centres)
+    for inputs in (MANY.strangers(300), Features.concatenate([MANY.sample(i, 100)[0] for i in range(4)])):
+        accepted = [np.mean([decision.adapter is not None for decision in one.route_features(inputs)]) for one in (router, again)]
+        assert accepted[1] == pytest.approx(accepted[0], abs=0.02)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1])
+def test_descriptions_with_evaluation_inputs_are_measured_by_those(rate: float) -> None:
+    """Previously they were measured from one centre and routed from another: a stated 10 % turned away 3 %."""
+    world = World(6, 1, noise=0.9, seed=21)
+    states = {}
+    for i, ref in enumerate(world.refs):
+        state = build_state(ENCODER, [], f"description {i}")
+        held_out = Encodings.of(world.sample(i, 60)[0])
+        states[ref] = replace(state, exemplars=Encodings.of(world.sample(i, 1)[0]), evaluation=held_out)
+    router = Router.build(states)
+    inputs = Features.concatenate([state.evaluation.features for state in states.values()])
+    assert np.mean([decision.adapter is None for decision in router.route_features(inputs, max_false_reject=rate)]) == pytest.approx(rate, abs=0.015)
 
 
 def test_strangers_are_turned_away_more_than_those_who_belong(many: Calibration) -> None:

@@ -16,7 +16,7 @@ from adapter_hub.errors import InvalidInput, ModelChanged
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.layout import Layout
 from adapter_hub.registry.registry import Registry
-from adapter_hub.routing.calibration import fit
+from adapter_hub.routing.calibration import fit, solved_centres
 from adapter_hub.routing.decision import Method, Reason
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
@@ -73,8 +73,11 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 def reference(router: Router, states: dict[AdapterRef, RoutingState]) -> Router:
     """Built at once from these states under the router's calibration, with the head solved for them."""
-    head = Solver({ref: Exemplars.of(state) for ref, state in states.items()}, STATES[0].dim)
-    return Router.build(states, router.calibration, head.head(digest_of({ref: state.digest for ref, state in states.items()})))
+    assert router.calibration is not None
+    exemplars = {ref: Exemplars.of(state) for ref, state in states.items()}
+    solver = Solver(exemplars, STATES[0].dim)
+    head = solver.head(digest_of({ref: state.digest for ref, state in states.items()}))
+    return Router.build(states, router.calibration).with_head(head, solved_centres(router.calibration, states, exemplars, solver, head))
 
 
 def assert_serves(live: LiveRouter, states: dict[AdapterRef, RoutingState]) -> None:
