@@ -52,6 +52,8 @@ log = logging.getLogger("adapter_hub")
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
 Answering = AdapterRef | Mixture | None                               # the same, resolved
 
+_IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
+
 EXEMPLARS_FILE = "exemplars.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
 
@@ -228,7 +230,7 @@ class Hub:
     @property
     def base(self) -> FrozenBase:
         """The frozen base model. Raises ModelNotFound, ModelChanged if it is not the one this registry was made for."""
-        with self._lock:
+        with self._lock, _IMPORTING:
             if self._base is None:
                 from adapter_hub.base_model import FrozenBase
 
@@ -240,7 +242,7 @@ class Hub:
     @property
     def encoder(self) -> Encoder:
         """The router's text encoder. Raises ModelNotFound, ModelChanged."""
-        with self._lock:
+        with self._lock, _IMPORTING:
             if self._encoder is None:
                 from adapter_hub.routing.encoder import load_encoder
 
@@ -252,7 +254,7 @@ class Hub:
     @property
     def engine(self) -> Engine:
         self._check_open()
-        with self._lock:
+        with self._lock, _IMPORTING:
             if self._engine is None:
                 from adapter_hub.engine.engine import Engine
 
@@ -262,7 +264,7 @@ class Hub:
     @property
     def _live(self) -> LiveRouter:
         self._check_open()
-        with self._lock:
+        with self._lock, _IMPORTING:
             if self._router is None:
                 from adapter_hub.routing.live import LiveRouter
 
@@ -271,7 +273,8 @@ class Hub:
 
     def _load(self, ref: AdapterRef) -> Adapter:
         """The adapter of a version, from the bytes that were checked against their digests."""
-        from adapter_hub.adapters.weights import adapter_of
+        with _IMPORTING:
+            from adapter_hub.adapters.weights import adapter_of
 
         manifest = self.registry.manifest(ref)
         _check_same("base model", self.base.id, self.base.fingerprint, manifest.base_fingerprint)
@@ -313,9 +316,10 @@ class Hub:
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
-        from adapter_hub.adapters.checks import check_acts, check_fits
-        from adapter_hub.adapters.weights import adapter_of
-        from adapter_hub.routing.statistics import build_state
+        with _IMPORTING:
+            from adapter_hub.adapters.checks import check_acts, check_fits
+            from adapter_hub.adapters.weights import adapter_of
+            from adapter_hub.routing.statistics import build_state
 
         check_name(name)
         rows, held_out = as_examples(examples), as_examples(evaluation)
@@ -412,7 +416,8 @@ class Hub:
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
-        from adapter_hub.training.train import train_classifier
+        with _IMPORTING:
+            from adapter_hub.training.train import train_classifier
 
         rows = _rows(train)
         held_out = _rows(validation) if validation is not None else None
@@ -504,7 +509,13 @@ class Hub:
         rate = self._rate(max_false_reject)
         if not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
-        return router.route_features(extract(self.encoder, texts), k=k, max_false_reject=rate) if texts else []
+        return router.route_features(extract(self._encoder_of(router), texts), k=k, max_false_reject=rate) if texts else []
+
+    def _encoder_of(self, router: Router) -> Encoder:
+        """The registry's encoder. Raises ModelChanged where hub.toml has come to name another than this router's exemplars had."""
+        if router.calibration is not None:
+            self._check_encoded(router.calibration.encoder_fingerprint)
+        return self.encoder
 
     def _rate(self, max_false_reject: float | None) -> float:
         """The rate that is meant. Raises InvalidInput."""
@@ -527,7 +538,8 @@ class Hub:
     def _run(
         self, texts: Sequence[str], decisions: Sequence[Decision], answering: Sequence[Answering], generation: Mapping[str, Any] | None
     ) -> list[Prediction]:
-        from adapter_hub.engine.engine import Request
+        with _IMPORTING:
+            from adapter_hub.engine.engine import Request
 
         requests = [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
         outputs = self.engine.predict(requests, generation=generation)
@@ -585,8 +597,9 @@ class Hub:
         from adapter_hub.routing.features import extract
 
         rate = self._rate(max_false_reject)
-        features = extract(self.encoder, _inputs([text]))
-        decision = self._live.snapshot().route_features(features, k=k, max_false_reject=rate)[0]
+        router = self._live.snapshot()
+        features = extract(self._encoder_of(router), _inputs([text]))
+        decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
         return explain(decision, features, {ref: self._live.state(ref) for ref in refs}, texts, rate)
@@ -653,7 +666,16 @@ class Hub:
         return self._live.calibrate(reason)
 
     def _check_state(self, state: RoutingState) -> None:
-        _check_same("encoder", self.config.encoder, state.encoder_fingerprint, self.config.encoder_fingerprint)
+        self._check_encoded(state.encoder_fingerprint)
+
+    def _check_encoded(self, fingerprint: str) -> None:
+        """Raises ModelChanged where exemplars were encoded by another encoder than the one that hub.toml names."""
+        if fingerprint != self.config.encoder_fingerprint:
+            wanted = f"hub.toml names {self.config.encoder!r} with {self.config.encoder_fingerprint[:19]}…"
+            raise ModelChanged(
+                f"the exemplars were encoded by an encoder with fingerprint {fingerprint[:19]}…, and {wanted}.",
+                hint="Name that encoder again, or make a new registry with this one and register the adapters again with their examples.",
+            )
 
     # ---- the registry's own verbs -------------------------------------------------------------------------------
 
@@ -728,7 +750,7 @@ class Hub:
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
         state = RoutingState.from_bytes((folder / ROUTING_FILE).read_bytes(), source=folder / ROUTING_FILE)
-        _check_same("encoder", self.config.encoder, state.encoder_fingerprint, self.config.encoder_fingerprint)
+        self._check_encoded(state.encoder_fingerprint)
 
     def list(self, name: str | None = None, *, base: str | None = None, tag: str | None = None, task_type: str | None = None) -> Any:
         """The versions, by name and number. `base` is an id, a fingerprint or a folder. Raises AdapterNotFound, InvalidInput, ModelNotFound."""

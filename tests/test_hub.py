@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +37,7 @@ from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import QUANTILES
 from adapter_hub.routing.decision import Reason
-from adapter_hub.routing.encoder import SentenceEncoder
+from adapter_hub.routing.encoder import HashEncoder, SentenceEncoder
 from adapter_hub.routing.features import extract
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.statistics import Exemplars, RoutingState
@@ -296,6 +298,29 @@ def test_a_registry_refuses_another_base_or_encoder_than_its_own(filled: Hub, be
     (tmp_path / "registry" / "hub.toml").write_text(toml.replace('encoder = "hash"', 'encoder = "hash:512"'))
     with pytest.raises(ModelChanged, match="encoder"):
         Hub.open(tmp_path / "registry").route(["x"])
+
+
+def test_a_saved_router_does_not_answer_for_an_encoder_that_was_pasted_into_hub_toml(filled: Hub, tmp_path: Path) -> None:
+    """Previously it did, where both encoders have one width."""
+    filled.settle()
+    other, toml = HashEncoder(512), (tmp_path / "registry" / "hub.toml").read_text()
+    changed = toml.replace('encoder = "hash"', f'encoder = "{other.id}"').replace(filled.encoder.fingerprint, other.fingerprint)
+    (tmp_path / "registry" / "hub.toml").write_text(changed)
+    with pytest.raises(ModelChanged, match=r"the exemplars were encoded by .*, and hub\.toml names"):
+        Hub.open(tmp_path / "registry").route(["x"])
+
+
+def test_the_first_calls_of_a_process_may_come_from_two_threads(filled: Hub, tmp_path: Path) -> None:
+    """Previously one of them could fail: transformers cannot be imported twice at once."""
+    filled.export("colours", tmp_path / "exported")
+    code = (
+        "import sys, threading\nfrom adapter_hub import Hub\nhub, found = Hub.open(sys.argv[1]), []\n"
+        "labels = hub.registry.manifest(hub.registry.resolve('colours')).labels\n"
+        "acts = [lambda: hub.route(['red']), lambda: hub.register('copy', sys.argv[2], ['red'], labels=labels)]\n"
+        "threads = [threading.Thread(target=lambda act=act: found.append(act())) for act in acts]\n"
+        "[thread.start() for thread in threads], [thread.join() for thread in threads]\nassert len(found) == 2, found"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path / "registry", tmp_path / "exported"], check=True, timeout=300)
 
 
 def test_an_empty_registry_answers_by_the_base(hub: Hub) -> None:

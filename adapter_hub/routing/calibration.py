@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -277,9 +278,16 @@ def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
             "evaluation": float(len(acceptance) - scores.left_out),
             "left_out_accuracy": round(bench.accuracy, 6),
             "head": float(head is not None),
+            "contradictions": float(_contradictions(states)),
         },
     )
     return Fitted(calibration, head)
+
+
+def _contradictions(states: Mapping[AdapterRef, RoutingState]) -> int:
+    """Exemplars that more than one adapter has."""
+    owners = Counter(key for state in states.values() for key in set(state.exemplars.keys))
+    return sum(count > 1 for count in owners.values())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -255,11 +255,12 @@ def test_a_repeated_exemplar_changes_nothing() -> None:
     assert a.head is not None and b.head is not None and (a.head.weights == b.head.weights).all()
 
 
-def test_one_text_under_two_adapters_calibrates() -> None:
+def test_one_text_under_two_adapters_calibrates_and_is_counted() -> None:
     shared = [Example("is it open today", "hours"), Example("call me back", "call"), Example("where are you", "place")]
     states = {AdapterRef(name, 1): build_state(ENCODER, shared) for name in ("shop", "bank")}
     fitted = fit(states)
     assert fitted.head is not None and np.isfinite(fitted.head.weights).all()
+    assert fitted.calibration.facts["contradictions"] == 3
     assert Calibration.from_bytes(fitted.calibration.to_bytes()).digest == fitted.calibration.digest
     decision = Router.build(states).route(ENCODER, ["call me back"], k=2, max_false_reject=0)[0]
     assert {ref for ref, _ in decision.candidates} == set(states) and decision.margin == pytest.approx(0, abs=1e-3)
