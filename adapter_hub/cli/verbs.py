@@ -166,7 +166,7 @@ def register(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help='PEFT folder, or hub repository id "org/name@revision".')],
     examples: Annotated[str, typer.Option(help="Rows with `text` (and `label`) that tell the router what belongs to it.")] = "",
     description: Annotated[str, typer.Option(help="What the adapter is for; with the labels it routes where there are no examples.")] = "",
-    evaluation: Annotated[str, typer.Option(help="Further rows that belong to it: thresholds are measured on them.")] = "",
+    evaluation: Annotated[str, typer.Option(help="Ten or more further rows that belong to it: thresholds are measured on them.")] = "",
     labels: Annotated[str, typer.Option(help="The head's outputs in order: a,b,c, or a file (JSON list, or one a line).")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     promote: Annotated[bool, typer.Option(help="Route to it at once, or keep it as a candidate.")] = True,
@@ -186,7 +186,7 @@ def register(
         evaluation=held_out, license=license, prompt_template=prompt_template, generation=settings,
     )
     live = hub.registry.aliases(ref.name).get("production") == ref.version
-    said = f"registered {ref}" + ("" if live == promote else ", not promoted: see `adapter-hub effect`")
+    said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")
     said += "" if known or description.strip() else "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
     emit({"ref": ref, "production": live, "examples": len(known), "evaluation": len(held_out)}, as_json, lambda _: line(said))
 

@@ -132,7 +132,17 @@ class Calibration:
             low, high = self.false_reject_range(rate)
             rates[f"{100 * rate:g} %"] = {"threshold": round(self.threshold(rate), 4), "expect": f"{100 * low:.1f} to {100 * high:.1f} %"}
         scoring = {"closeness": self.scoring.closeness, "slope": round(self.scoring.slope, 4), "intercept": round(self.scoring.intercept, 4)}
-        return {"calibration": self.id, **self.facts, "scoring": scoring, "max_false_reject": rates}
+        return {"calibration": self.id, **self.facts, "measured_on": self._measured_on, "scoring": scoring, "max_false_reject": rates}
+
+    @property
+    def _measured_on(self) -> str:
+        """What the ranges of errors hold for."""
+        left_out, evaluation = self.facts.get("left_out", 0), self.facts.get("evaluation", 0)
+        if not left_out + evaluation:
+            return "nothing: what is usually so"
+        if evaluation >= left_out:
+            return "evaluation inputs"
+        return "examples left out: inputs that are less like them than they are like each other are turned away more often"
 
     @property
     def digest(self) -> str:

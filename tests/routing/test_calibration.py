@@ -294,7 +294,9 @@ def test_the_facts_say_what_each_rate_means(many: Calibration) -> None:
     shown = json.loads(json.dumps(replace(many, id=3).to_json(), allow_nan=False))
     assert shown["calibration"] == 3 and shown["adapters"] == 4 and shown["exemplars"] == 360 and shown["head"] == 1
     assert shown["max_false_reject"]["5 %"]["threshold"] == round(many.threshold(0.05), 4)
-    assert shown["left_out_accuracy"] > 0.8
+    assert shown["left_out_accuracy"] > 0.8 and shown["measured_on"].startswith("examples left out")
+    assert calibrate(STATES_OF[EVALUATED]).to_json()["measured_on"] == "evaluation inputs"
+    assert calibrate({AdapterRef("a", 1): build_state(ENCODER, [], "a description")}).to_json()["measured_on"].startswith("nothing")
 
 
 def tampered(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> bytes:
