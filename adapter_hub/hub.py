@@ -610,19 +610,22 @@ class Hub:
     def effect(self, ref: str | AdapterRef) -> Effect:
         """What a version takes, or would take, from each adapter in production, on their evaluation inputs or exemplars.
 
-        Both sides are solved in full: some seconds for thousands of exemplars. Raises AdapterNotFound, NotRoutable, InvalidInput.
+        An exemplar is scored as if its adapter had never been given it; an adapter none of whose exemplars can be left out shows
+        0 inputs. Both sides, without the version and with it, are solved in full: some seconds for thousands of exemplars.
+        Raises AdapterNotFound, NotRoutable, InvalidInput.
         """
-        from adapter_hub.routing.effect import effect
-
         newcomer = self.registry.resolve(ref)
-        now = self._live.snapshot(settled=True)
-        others = [other for other in now.refs if other.name != newcomer.name]
-        calibration = now.calibration.id if now.calibration else None
-        states = {other: self._live.state(other) for other in (*others, newcomer)}
-        if not states[newcomer].count:
+        state = self._live.state(newcomer)
+        if not state.count:
             raise InvalidInput(f"{newcomer} has no examples and no description: it takes nothing.", hint="Only its name reaches it.")
-        without = now.without(newcomer) if newcomer in now.refs else now
-        return effect(without, self._router_of((*others, newcomer), calibration), newcomer, states)
+        return self._effect(self._live.snapshot(), newcomer, state)
+
+    def _effect(self, now: Router, newcomer: AdapterRef, state: RoutingState) -> Effect:
+        from adapter_hub.routing.effect import effect
+        from adapter_hub.routing.scoring import Scoring
+
+        production = {ref: self._live.state(ref) for ref in now.refs if ref != newcomer}
+        return effect(production, newcomer, state, now.calibration.scoring if now.calibration else Scoring())
 
     def settle(self) -> Router:
         """Wait until the router's head knows every version in production; returns that router, an immutable snapshot."""

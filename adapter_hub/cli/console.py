@@ -186,6 +186,9 @@ def effects(document: Mapping[str, JSON]) -> None:
     line(f"{document['newcomer']} takes at most {100 * document['most_taken']:.1f} % of another adapter's inputs.")
     columns = ("adapter", "inputs", "taken", "before", "after", "contradictions")
     table(columns, [[other[column] for column in columns] for other in document["others"]])
+    unknown = [other["adapter"] for other in document["others"] if not other["inputs"]]
+    if unknown:
+        line(f"Nothing is known of {', '.join(unknown)}: no evaluation inputs, and no example that can be left out.")
 
 
 def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:

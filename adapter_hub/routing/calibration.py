@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -235,10 +235,11 @@ def solved_centres(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """A calibration and the head that was solved on the way; None where there is nothing to solve, or too much."""
+    """A calibration, the head that was solved on the way (None where there is nothing to solve, or too much), and what both were made on."""
 
     calibration: Calibration
     head: Head | None
+    bench: Bench
 
 
 def calibrate(states: Mapping[AdapterRef, RoutingState]) -> Calibration:
@@ -262,7 +263,7 @@ def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
     exemplars = {ref: Exemplars.of(state) for ref, state in states.items()}
     solver = Solver(exemplars, first.dim) if can_solve(exemplars) else None
     head = solver.head(digest_of({ref: state.digest for ref, state in states.items()})) if solver else None
-    bench = _Bench(states, exemplars, solver, head)
+    bench = Bench(states, exemplars, solver, head)
     scoring = bench.fitted_scoring()
     scores = bench.scores(scoring)
     own = [scores.values[scores.adapters == place] for place in range(len(states))]
@@ -291,7 +292,7 @@ def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
             "contradictions": float(_contradictions(states)),
         },
     )
-    return Fitted(calibration, head)
+    return Fitted(calibration, head, bench)
 
 
 def _contradictions(states: Mapping[AdapterRef, RoutingState]) -> int:
@@ -311,22 +312,31 @@ class _Scores:
     left_out: int       # how many are exemplars
 
 
-class _Bench:
-    """All adapters side by side, and inputs to score: exemplars without themselves, and evaluation inputs."""
+class Bench:
+    """All adapters side by side, in the order of their references, and inputs to score: exemplars without themselves, and evaluation inputs.
+
+    `rows` names the exemplars of each adapter that are left out; without it they are evenly spread over all.
+    """
 
     def __init__(
-        self, states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars], solver: Solver | None, head: Head | None
+        self,
+        states: Mapping[AdapterRef, RoutingState],
+        exemplars: Mapping[AdapterRef, Exemplars],
+        solver: Solver | None,
+        head: Head | None,
+        rows: Sequence[I64] | None = None,
     ) -> None:
         self.states, self.exemplars = states, list(exemplars.values())
         self.solver, self.head = solver, head
         prototypes = [Prototypes.of(one, states[ref].from_description) for ref, one in exemplars.items()]
+        self.prototypes = prototypes
         sizes = np.array([len(p.counts) for p in prototypes])
         self.starts: I64 = np.cumsum([0, *sizes])[:-1]
         self.means: F32 = np.concatenate([p.means for p in prototypes]).astype(np.float32)
         self.counts: F32 = np.concatenate([p.counts for p in prototypes])
         self.columns = columns_of(head, tuple(states), sizes, np.array([p.labelled for p in prototypes]))
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
-        self.rows = self._left_out_rows()
+        self.rows = self._left_out_rows() if rows is None else list(rows)
         self.solved = self._left_out_responses()
         self.accuracy = 0.0
 
@@ -406,26 +416,41 @@ class _Bench:
         self.accuracy = float(accuracy[chosen])
         return WEIGHTS[chosen]
 
+    @property
+    def evaluated(self) -> set[int]:
+        """Places of the adapters whose evaluation inputs speak for them, not their exemplars."""
+        return {place for place, state in enumerate(self.states.values()) if len(state.evaluation) >= EVALUATION_MIN}
+
+    def left_out_scores(self, scoring: Scoring) -> Iterator[tuple[int, F32]]:
+        """(adapter, scores (n, a)) of its exemplars that are left out, each as if it had never been given, block by block."""
+        for place, _, products, solved in self._blocks():
+            yield place, self._scored(scoring, products, solved)
+
+    def scores_of(self, scoring: Scoring, features: Features) -> F32:
+        """(n, a), of inputs that are no exemplars."""
+        return self._scored(scoring, features.dense @ self.means.T, self.head.responses(features) if self.head else None)
+
+    def _scored(self, scoring: Scoring, products: F32, solved: F32 | None) -> F32:
+        return scoring.scores(scoring.responses(products, solved, self.columns, self.counts), products, self.starts)
+
     def scores(self, scoring: Scoring) -> _Scores:
         values: list[F64] = []
         adapters: list[I64] = []
         weights: list[F64] = []
         groups: list[I64] = []
-        evaluated = {place for place, state in enumerate(self.states.values()) if len(state.evaluation) >= EVALUATION_MIN}
+        evaluated = self.evaluated
         left_out = 0
         for place, rows, products, solved in self._blocks():
             if place not in evaluated:
                 classes = self.exemplars[place].classes[rows]
-                self._note(scoring, products, solved, values, adapters)
+                _note(self._scored(scoring, products, solved), values, adapters)
                 weights.append(1 / np.maximum(self.exemplars[place].counts[classes], CLASS_FULL))
                 groups.append(self.starts[place] + classes)
                 left_out += len(rows)
         for place, state in enumerate(self.states.values()):
             if place in evaluated:
                 features = state.evaluation.features
-                products = features.dense @ self.means.T
-                solved = self.head.responses(features) if self.head else None
-                self._note(scoring, products, solved, values, adapters)
+                _note(self.scores_of(scoring, features), values, adapters)
                 classes_here = len(self.exemplars[place].counts)
                 weights.append(np.full(len(features), classes_here / len(features)))
                 groups.append(len(self.means) + sum(map(len, groups)) + np.arange(len(features)))
@@ -433,10 +458,12 @@ class _Bench:
             return _Scores(np.empty(0), np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), 0)
         return _Scores(np.concatenate(values), np.concatenate(adapters), np.concatenate(weights), np.concatenate(groups), left_out)
 
-    def _note(self, scoring: Scoring, products: F32, solved: F32 | None, values: list[F64], adapters: list[I64]) -> None:
-        scores = scoring.scores(scoring.responses(products, solved, self.columns, self.counts), products, self.starts)
-        values.append(scores.max(axis=1).astype(np.float64))
-        adapters.append(scores.argmax(axis=1))
+
+def _note(scores: F32, values: list[F64], adapters: list[I64]) -> None:
+    values.append(scores.max(axis=1).astype(np.float64))
+    adapters.append(scores.argmax(axis=1))
+
+
 def _mean_and_deviation(values: F64, weights: F64) -> tuple[float, float]:
     """Of acceptance scores, which centre on 0; the prior counts as PRIOR_WEIGHT further values."""
     weights = weights / max(weights.mean(), 1e-12) if len(weights) else weights

@@ -1,20 +1,27 @@
-"""What a newcomer would take from whom, before it goes live. Pure: two routers, and inputs whose home is known."""
+"""What a newcomer would take from whom, before it goes live, and what a recalibration moves. Pure: states, and inputs whose home is known.
+
+These inputs are evaluation inputs, or exemplars where there are too few; each exemplar is scored as if its adapter had never been given
+it, because a head knows its own exemplars by heart and would let nobody take them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import EVALUATION_MIN
-from adapter_hub.routing.features import Features
-from adapter_hub.routing.router import Router
-from adapter_hub.routing.statistics import RoutingState
+from adapter_hub.routing.calibration import EVALUATION_MIN, LEFT_OUT_MAX, LEFT_OUT_NUMBERS_MAX, Bench, Calibration
+from adapter_hub.routing.features import F32
+from adapter_hub.routing.head import CLASSES_MAX, Solver, can_solve, digest_of
+from adapter_hub.routing.router import SCORE_DECIMALS
+from adapter_hub.routing.scoring import Scoring
+from adapter_hub.routing.statistics import F64, I64, Exemplars, RoutingState
 
-INPUTS_MAX = 200    # of each adapter
+# n inputs, a adapters
+INPUTS_MAX = 200    # of each adapter; fewer, but EVALUATION_MIN at least, where there are very many adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,7 @@ class Taken:
     """What one adapter would lose. Shares of its inputs, 0-1."""
 
     adapter: AdapterRef
-    inputs: int          # its evaluation inputs, or its exemplars where it has too few
+    inputs: int          # that were looked at: evaluation inputs, or left-out exemplars; 0 where none can be left out, and nothing is known
     taken: float         # went to it, and would go to the newcomer
     before: float        # go to it now
     after: float         # would go to it
@@ -49,36 +56,101 @@ class Effect:
         return {"newcomer": str(self.newcomer), "most_taken": round(self.most_taken, 6), "others": [other.to_json() for other in self.others]}
 
 
-def effect(before: Router, after: Router, newcomer: AdapterRef, states: Mapping[AdapterRef, RoutingState]) -> Effect:
-    """`states` are of the newcomer and of all others. Nothing abstains here: what counts is who would be chosen."""
-    new = set(states[newcomer].exemplars.keys)
-    others = []
+def effect(production: Mapping[AdapterRef, RoutingState], newcomer: AdapterRef, state: RoutingState, scoring: Scoring) -> Effect:
+    """`production` are the versions there are; one of the newcomer's name gives way to it. The newcomer need not be stored yet.
+
+    Both sides are solved in full. Nothing abstains here: what counts is who would be chosen. An exemplar that the newcomer has too is
+    left out of its own adapter alone, and goes to the newcomer as a rule: `contradictions` counts them.
+    """
+    before = {ref: one for ref, one in production.items() if one.count and ref != newcomer}
+    others = {ref: one for ref, one in before.items() if ref.name != newcomer.name}
+    exemplars = {ref: Exemplars.of(one) for ref, one in (before | {newcomer: state}).items() if one.count}
+    rows = _rows(others, exemplars)
+    was = _chosen(before, exemplars, rows, scoring)
+    will = _chosen(others | ({newcomer: state} if state.count else {}), exemplars, rows, scoring)
+    new = set(state.exemplars.keys)
+    found = []
+    for ref, other in others.items():
+        inputs = max(len(rows[ref]), 1)
+        taken = sum(a == ref and b == newcomer for a, b in zip(was[ref], will[ref], strict=True)) / inputs
+        same = sum(key in new for key in other.exemplars.keys)
+        found.append(Taken(ref, len(rows[ref]), taken, was[ref].count(ref) / inputs, will[ref].count(ref) / inputs, same))
+    return Effect(newcomer, tuple(sorted(found, key=lambda other: (-other.taken, -other.contradictions, other.adapter))))
+
+
+def _rows(states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars]) -> dict[AdapterRef, I64]:
+    """Of each adapter's evaluation inputs, or of its exemplars that can be left out: those looked at, evenly spread."""
+    most = min(LEFT_OUT_MAX, LEFT_OUT_NUMBERS_MAX // max(1, sum(len(one.counts) for one in exemplars.values())))
+    each = min(INPUTS_MAX, max(EVALUATION_MIN, most // max(1, len(states))))
+    rows = {}
     for ref, state in states.items():
-        if ref == newcomer or not state.count:
-            continue
-        features = inputs_of(state)
-        was = [decision.candidates[0][0] for decision in before.route_features(features, max_false_reject=0.0)]
-        will = [decision.candidates[0][0] for decision in after.route_features(features, max_false_reject=0.0)]
-        taken = sum(a == ref and b == newcomer for a, b in zip(was, will, strict=True)) / len(features)
-        same = sum(key in new for key in state.exemplars.keys)
-        others.append(Taken(ref, len(features), taken, was.count(ref) / len(features), will.count(ref) / len(features), same))
-    return Effect(newcomer, tuple(sorted(others, key=lambda other: (-other.taken, -other.contradictions, other.adapter))))
+        usable = np.arange(len(state.evaluation)) if _evaluated(state) else np.flatnonzero(exemplars[ref].testable)
+        rows[ref] = usable[np.linspace(0, len(usable) - 1, min(len(usable), each)).astype(np.int64)]
+    return rows
 
 
-def moves(before: Router, after: Router, states: Mapping[AdapterRef, RoutingState], max_false_reject: float = 0.05) -> dict[str, float]:
-    """What another calibration changes, as shares of the adapters' own inputs: going elsewhere, let in, turned away."""
-    features = Features.concatenate([inputs_of(state) for state in states.values() if state.count])
-    was = before.route_features(features, max_false_reject=max_false_reject)
-    will = after.route_features(features, max_false_reject=max_false_reject)
+def _evaluated(state: RoutingState) -> bool:
+    return len(state.evaluation) >= EVALUATION_MIN
+
+
+def _chosen(
+    states: Mapping[AdapterRef, RoutingState], known: Mapping[AdapterRef, Exemplars], rows: Mapping[AdapterRef, I64], scoring: Scoring
+) -> dict[AdapterRef, list[AdapterRef]]:
+    """For each adapter of `rows`, who of `states` would be chosen for each of these inputs."""
+    found: dict[AdapterRef, list[AdapterRef]] = {ref: [] for ref in rows}
+    if not rows:
+        return found
+    refs = sorted(states)
+    states, exemplars = {ref: states[ref] for ref in refs}, {ref: known[ref] for ref in refs}
+    # As a router that follows a registration: beyond this, prototypes alone.
+    solvable = can_solve(exemplars) and sum(len(one.counts) for one in exemplars.values()) <= CLASSES_MAX
+    solver = Solver(exemplars, states[refs[0]].dim) if solvable else None
+    head = solver.head(digest_of({ref: state.digest for ref, state in states.items()})) if solver else None
+    none = np.empty(0, np.int64)
+    left_out = [none if _evaluated(state) else rows.get(ref, none) for ref, state in states.items()]
+    bench = Bench(states, exemplars, solver, head, left_out)
+    for place, scores in bench.left_out_scores(scoring):
+        found[refs[place]] += [refs[best] for best in _best(scores)[0]]
+    for ref in rows:
+        if _evaluated(states[ref]):
+            scores = bench.scores_of(scoring, states[ref].evaluation.features[rows[ref]])
+            found[ref] += [refs[best] for best in _best(scores)[0]]
+    return found
+
+
+def _best(scores: F32) -> tuple[I64, F64]:
+    """((n,) places, (n,) scores) as the router rounds and orders them: ties go to the first in name order."""
+    rounded = np.round(scores.astype(np.float64), SCORE_DECIMALS)
+    return rounded.argmax(axis=1), rounded.max(axis=1)
+
+
+def moves(bench: Bench, before: Calibration, after: Calibration, max_false_reject: float = 0.05) -> dict[str, float]:
+    """What another calibration changes, as shares of the inputs that it was fitted on: going elsewhere, let in, turned away.
+
+    Exemplars are left out, and both sides have the head that knows all: what a new head changes is not the calibration's doing.
+    """
+    was, will = list(_decided(bench, before, max_false_reject)), list(_decided(bench, after, max_false_reject))
     pairs = list(zip(was, will, strict=True))
-    elsewhere = sum(a.candidates[0][0] != b.candidates[0][0] for a, b in pairs)
-    let_in = sum(a.adapter is None and b.adapter is not None for a, b in pairs)
-    turned_away = sum(a.adapter is not None and b.adapter is None for a, b in pairs)
-    return {name: round(count / len(pairs), 6) for name, count in (("moved", elsewhere), ("let_in", let_in), ("turned_away", turned_away))}
+    elsewhere = sum(a != b for (a, _), (b, _) in pairs)
+    let_in = sum(b and not a for (_, a), (_, b) in pairs)
+    turned_away = sum(a and not b for (_, a), (_, b) in pairs)
+    counts = (("moved", elsewhere), ("let_in", let_in), ("turned_away", turned_away))
+    return {name: round(count / max(len(pairs), 1), 6) for name, count in counts}
 
 
-def inputs_of(state: RoutingState) -> Features:
-    """At most INPUTS_MAX evaluation inputs of an adapter, or exemplars where it has too few, evenly spread."""
-    encodings = state.evaluation if len(state.evaluation) >= EVALUATION_MIN else state.exemplars
-    count = min(len(encodings), INPUTS_MAX)
-    return encodings.features[np.linspace(0, len(encodings) - 1, count).astype(np.int64)]
+def _decided(bench: Bench, calibration: Calibration, max_false_reject: float) -> Iterator[tuple[int, bool]]:
+    """(place of who is chosen, whether the input is accepted), for left-out exemplars first, then for evaluation inputs."""
+    parts = zip(bench.states.items(), bench.exemplars, bench.prototypes, strict=True)
+    centres = np.array([calibration.centre_of(ref, state, one, prototypes) for (ref, state), one, prototypes in parts])
+    threshold = calibration.threshold(max_false_reject)
+    for scores in _scored(bench, calibration.scoring):
+        places, best = _best(scores)
+        accepted = np.round(best - centres[places], SCORE_DECIMALS) >= threshold
+        yield from zip(places.tolist(), accepted.tolist(), strict=True)
+
+
+def _scored(bench: Bench, scoring: Scoring) -> Iterator[F32]:
+    evaluated = bench.evaluated
+    yield from (scores for place, scores in bench.left_out_scores(scoring) if place not in evaluated)
+    states = list(bench.states.values())
+    yield from (bench.scores_of(scoring, states[place].evaluation.features) for place in sorted(evaluated))

@@ -205,8 +205,8 @@ class LiveRouter:
     def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str, before: Router | None = None) -> Router:
         fitted = fit(states)
         calibration = fitted.calibration
-        if before is not None and before.refs:
-            found = moves(before, Router.build(states, calibration, fitted.head), states)
+        if before is not None and before.refs and before.calibration is not None:
+            found = moves(fitted.bench, before.calibration, calibration)
             calibration = replace(calibration, facts={**calibration.facts, **found})
         router = Router.build(states, self._stored(calibration, reason), fitted.head)
         self._router, self._solved = router, router.head_digest
