@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.engine.engine import Engine, Output
     from adapter_hub.routing.calibration import Calibration
-    from adapter_hub.routing.effect import Effect
+    from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
     from adapter_hub.routing.explain import Explanation
     from adapter_hub.routing.live import LiveRouter
@@ -355,22 +355,29 @@ class Hub:
         if not state.count:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
-        return self._added(name, facts, files | self._routing_files(state, rows, held_out), promote=promote)
+        return self._added(name, facts, files | self._routing_files(state, rows, held_out), state, promote=promote)
 
-    def _added(self, name: str, facts: VersionFacts, files: Mapping[str, Path | bytes], *, promote: bool, reason: str = "") -> AdapterRef:
-        """Stored, and promoted if that is wanted and takes no more from the others than hub.toml allows."""
-        if not promote or self.config.max_taken >= 1:
-            return self.registry.add(name, facts, files, promote=promote, reason=reason)
-        ref = self.registry.add(name, facts, files, promote=False, reason=reason)
-        found = self.effect(ref)
-        if found.most_taken > self.config.max_taken:
-            worst = found.others[0]
+    def _added(
+        self, name: str, facts: VersionFacts, files: Mapping[str, Path | bytes], state: RoutingState, *, promote: bool, reason: str = ""
+    ) -> AdapterRef:
+        """Stored, and promoted if that is wanted and takes no more from the others than hub.toml allows: decided first, then one act."""
+        worst = self._loses_too_much(name, state) if promote else None
+        ref = self.registry.add(name, facts, files, promote=promote and worst is None, reason=reason)
+        if worst is not None:
             log.warning(
                 "%s is registered and not promoted: it would take %.1f %% of the inputs of %s, hub.toml allows %.1f %%.",
                 ref, 100 * worst.taken, worst.adapter, 100 * self.config.max_taken,
             )    # fmt: skip
-            return ref
-        return self.promote(ref, reason=reason)
+        return ref
+
+    def _loses_too_much(self, name: str, state: RoutingState) -> Taken | None:
+        """Of the adapters in production, the one that loses most to a newcomer, if that is more than hub.toml allows."""
+        if self.config.max_taken >= 1 or not state.count:    # without exemplars it takes nothing
+            return None
+        now = self._live.snapshot()
+        version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
+        found = self._effect(now, AdapterRef(name, version + 1), state)    # the number it gets is not known yet
+        return found.others[0] if found.most_taken > self.config.max_taken else None
 
     def _routing_files(self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example] = ()) -> dict[str, Path | bytes]:
         from adapter_hub.routing.live import ROUTING_FILE
@@ -459,7 +466,7 @@ class Hub:
         files |= self._routing_files(state, [*kept, *rows], held_out)
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
-        return self._added(old.name, manifest.facts(parent=str(old)), files, promote=promote, reason=f"taught {len(rows)} texts")
+        return self._added(old.name, manifest.facts(parent=str(old)), files, state, promote=promote, reason=f"taught {len(rows)} texts")
 
     # ---- route and run ------------------------------------------------------------------------------------------
 

@@ -617,6 +617,70 @@ def test_a_prediction_in_json_holds_the_decision_and_every_labels_probability(fi
     assert set(p.row()) == {"adapter", "reason", "score", "margin", "label"} and p.row().items() <= found.items()
 
 
+def limited(filled: Hub, tmp_path: Path, max_taken: float) -> Hub:
+    toml = tmp_path / "registry" / "hub.toml"
+    toml.write_text(toml.read_text().replace("max_taken = 1.0", f"max_taken = {max_taken}"))
+    hub = Hub.open(tmp_path / "registry")
+    assert hub.config.max_taken == max_taken
+    return hub
+
+
+def kinds(hub: Hub, name: str) -> list[str]:
+    return [str(event.kind) for event in hub.registry.history(name)]
+
+
+def test_with_max_taken_a_newcomer_that_takes_too_much_is_stored_and_not_promoted(
+    filled: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = limited(filled, tmp_path, 0.5)
+    source = make_adapter(hub.base, tmp_path / "p", seed=5)
+    ref = hub.register("pets", source, ANIMALS, labels=["dog", "cat"])
+    assert str(ref) == "pets@1" and hub.registry.aliases("pets") == {} and kinds(hub, "pets") == ["added"]
+    assert "pets@1 is registered and not promoted: it would take" in caplog.text
+    assert "of the inputs of animals@1, hub.toml allows 50.0 %" in caplog.text
+    assert hub.effect(ref).others[0].adapter.name == "animals" and hub.effect(ref).most_taken > 0.5
+    assert str(hub.teach(ref, ["the hamster eats"], promote=True)) == "pets@2" and hub.registry.aliases("pets") == {}
+
+
+def test_with_max_taken_one_that_takes_little_is_promoted_as_it_is_stored(filled: Hub, tmp_path: Path) -> None:
+    hub = limited(filled, tmp_path, 0.1)
+    before = hub.settle().calibration
+    ref = hub.register("money", make_adapter(hub.base, tmp_path / "m", seed=5), ["stocks fell", "bonds rose"], labels=["x", "y"])
+    assert hub.registry.aliases("money") == {"production": 1} and kinds(hub, "money") == ["added", "moved"]
+    assert hub.effect(ref) == hub.effect("money@1") and hub.effect(ref).most_taken <= 0.1
+    after = hub.settle().calibration
+    assert before is not None and after is not None and before.id == after.id
+    assert str(hub.register("colours", make_adapter(hub.base, tmp_path / "c2", seed=6), COLOURS, labels=["red", "blue"])) == "colours@2"
+    assert hub.registry.aliases("colours") == {"production": 2}
+
+
+def test_with_max_taken_a_newcomer_without_exemplars_takes_nothing_and_is_promoted(filled: Hub, tmp_path: Path) -> None:
+    """Previously it was stored, and then refused as taking nothing."""
+    hub = limited(filled, tmp_path, 0.1)
+    ref = hub.register("nameless", make_adapter(hub.base, tmp_path / "n", seed=5), labels=["x", "y"])
+    assert hub.registry.aliases("nameless") == {"production": 1} and kinds(hub, "nameless") == ["added", "moved"]
+    with pytest.raises(InvalidInput, match="takes nothing"):
+        hub.effect(ref)
+
+
+def test_with_max_taken_the_first_version_of_a_registry_is_promoted(hub: Hub, tmp_path: Path) -> None:
+    hub = limited(hub, tmp_path, 0.0)
+    hub.register("colours", make_adapter(hub.base, tmp_path / "c", seed=1), COLOURS, labels=["red", "blue"])
+    assert hub.registry.aliases("colours") == {"production": 1}
+
+
+def test_where_what_is_taken_cannot_be_found_out_nothing_is_stored(filled: Hub, tmp_path: Path) -> None:
+    """Previously the version was there already, without production."""
+    hub = limited(filled, tmp_path, 0.5)
+    hub.settle()
+    damaged = hub.registry.folder("animals@1") / "routing.safetensors"
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"damaged")
+    with pytest.raises(HubError, match="animals"):
+        hub.register("money", make_adapter(hub.base, tmp_path / "m", seed=5), ["stocks fell", "bonds rose"], labels=["x", "y"])
+    assert "money" not in hub.registry.names()
+
+
 def test_teaching_moves_production_only_from_the_version_that_has_it(filled: Hub, tmp_path: Path) -> None:
     """Previously to teach an old version or a candidate put its like into production."""
     candidate = filled.register("colours", make_adapter(filled.base, tmp_path / "c2", seed=7), COLOURS, labels=["red", "blue"], promote=False)
