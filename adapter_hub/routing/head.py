@@ -85,10 +85,14 @@ class Head:
 
 
 def can_solve(exemplars: Mapping[AdapterRef, Exemplars]) -> bool:
-    """Two classes at least, and not more than a head can hold."""
+    """Whether these have a head: a router that knows no more than their counts says the same."""
     solved = [one for one in exemplars.values() if not one.single]
-    classes, rows = sum(one.target_count for one in solved), sum(map(len, solved))
-    return 2 <= classes <= CLASSES_MAX and rows <= EXEMPLARS_MAX
+    return fits(sum(one.target_count for one in solved), sum(map(len, solved)))
+
+
+def fits(classes: int, exemplars: int) -> bool:
+    """Two classes at least, and not more than a head can hold. What is single, see `Exemplars`, is not counted."""
+    return 2 <= classes <= CLASSES_MAX and exemplars <= EXEMPLARS_MAX
 
 
 def digest_of(digests: Mapping[AdapterRef, str]) -> str:

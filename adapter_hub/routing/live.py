@@ -16,7 +16,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
 from adapter_hub.routing.calibration import Calibration, fit, solved_centres
 from adapter_hub.routing.effect import moves
-from adapter_hub.routing.head import CLASSES_MAX, Head, Solver, can_solve
+from adapter_hub.routing.head import Head, Solver, can_solve
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState
 
@@ -238,7 +238,7 @@ class LiveRouter:
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
         digest = router.head_digest
-        head, centres = _solved(self._states(router.versions), router) if router.prototype_count <= CLASSES_MAX else (None, {})
+        head, centres = _solved(self._states(router.versions), router) if router.has_head else (None, {})
         with self._saving:
             with self._lock:
                 now = self._router

@@ -26,7 +26,7 @@ from adapter_hub.routing.calibration import Calibration, check_encoder, check_ra
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.routing.features import F32, Features, extract
-from adapter_hub.routing.head import Head, digest_of
+from adapter_hub.routing.head import Head, digest_of, fits
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
@@ -159,9 +159,14 @@ class Router:
         """Names the head that knows all of these adapters."""
         return digest_of(self.digests)
 
-    @property
-    def prototype_count(self) -> int:
-        return sum(map(len, self._segments))
+    @cached_property
+    def has_head(self) -> bool:
+        """Whether the head that knows all of these adapters exists: what `head.can_solve` says of their exemplars."""
+        classes = exemplars = 0
+        for segment, absent in zip(self._segments, self._absent, strict=True):
+            counts = segment.solved_counts if absent is None else segment.solved_counts[~absent]
+            classes, exemplars = classes + int(counts[:, 0].sum()), exemplars + int(counts[:, 1].sum())
+        return fits(classes, exemplars)
 
     @cached_property
     def digest(self) -> str:
@@ -289,7 +294,7 @@ class Router:
             yield "head.safetensors", self.head.to_bytes()
         for number, segment in enumerate(self._segments):
             facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
-            names = ("centres", "sizes", "labelled", "means", "counts")
+            names = ("centres", "sizes", "labelled", "singles", "means", "counts")
             tensors: dict[str, NDArray[Any]] = {name: getattr(segment, name) for name in names}
             yield f"{number}.safetensors", safetensors.numpy.save(tensors, {"segment": json.dumps(facts)})
 
@@ -317,15 +322,16 @@ class Router:
 def _read_segment(folder: Path, number: int) -> Segment:
     path = folder / f"{number}.safetensors"
     tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path, CorruptIndex)
-    centres, sizes, labelled, means, counts = (tensors[name] for name in ("centres", "sizes", "labelled", "means", "counts"))
-    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(centres) == len(facts["refs"])
+    names = ("centres", "sizes", "labelled", "singles", "means", "counts")
+    centres, sizes, labelled, singles, means, counts = (tensors[name] for name in names)
+    whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(singles) == len(centres) == len(facts["refs"])
     if means.dtype != np.float16 or means.ndim != 2 or not whole:
         raise CorruptIndex(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
     index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
         raise CorruptIndex(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
     refs = [AdapterRef.parse(ref) for ref in facts["refs"]]
-    return Segment(refs, facts["digests"], centres, sizes, labelled, means, counts, index)
+    return Segment(refs, facts["digests"], centres, sizes, labelled, singles, means, counts, index)
 
 
 def _sums(folder: Path) -> bytes:

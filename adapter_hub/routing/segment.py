@@ -51,6 +51,7 @@ class Segment:
         centres: F64,
         sizes: I64,
         labelled: I64,
+        singles: Mask,
         means: F16,
         counts: F32,
         index: Index | None = None,
@@ -60,6 +61,7 @@ class Segment:
         self.centres = np.asarray(centres, np.float64)    # (a,) what inputs of each usually score
         self.sizes = np.asarray(sizes, np.int64)          # (a,) prototypes of each
         self.labelled = np.asarray(labelled, np.int64)    # (a,) those that are labels; they come first
+        self.singles = np.asarray(singles, bool)          # (a,) which the head never sees
         self.means = means
         self.counts = counts
         self.starts: I64 = np.cumsum(np.append(0, self.sizes))[:-1]
@@ -76,6 +78,7 @@ class Segment:
             np.array([entry.centre for entry in entries]),
             np.array([len(p.counts) for p in prototypes]),
             np.array([p.labelled for p in prototypes]),
+            np.array([p.single for p in prototypes]),
             np.concatenate([p.means for p in prototypes]),
             np.concatenate([p.counts for p in prototypes]),
         )
@@ -106,9 +109,17 @@ class Segment:
             np.array([segment.centres[i] for segment, i in parts], np.float64),
             np.array([segment.sizes[i] for segment, i in parts], np.int64),
             np.array([segment.labelled[i] for segment, i in parts], np.int64),
+            np.array([segment.singles[i] for segment, i in parts], bool),
             np.concatenate([segment.means[span] for segment, span in spans]) if spans else np.empty((0, 0), np.float16),
             np.concatenate([segment.counts[span] for segment, span in spans]) if spans else np.empty(0, np.float32),
         )
+
+    @cached_property
+    def solved_counts(self) -> I64:
+        """(a, 2): the classes and the exemplars that each brings to a head; what is unlabelled is one class there."""
+        first = np.arange(len(self)) - self.starts[self._owner] <= self.labelled[self._owner]    # of the unlabelled, the first speaks for all
+        parts = [np.bincount(self._owner, numbers * first, len(self.refs)) for numbers in (np.ones(len(self)), self.counts)]
+        return np.asarray(np.where(self.singles[:, None], 0, np.stack(parts, axis=1)), np.int64)
 
     def columns(self, head: Head | None) -> I64:
         """(p,): see `scoring.columns_of`. Those of the last head are kept, for the snapshots that share both."""

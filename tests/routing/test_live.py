@@ -195,6 +195,22 @@ def test_a_version_purged_while_the_head_is_solved_is_passed_over(place: Place) 
     assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
 
 
+def test_a_description_more_leaves_the_head_to_those_with_examples(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head never sees a description: none of them counts against what it can hold."""
+    monkeypatch.setattr("adapter_hub.routing.head.CLASSES_MAX", 4)
+    for i in range(5):
+        add(place.writer, f"described{i}", build_state(ENCODER, [], f"questions about matter {i}"))
+    live = place.live()
+    assert live.snapshot().head is not None
+    add(place.writer, "described5", build_state(ENCODER, [], "questions about something else"))
+    settled = live.snapshot(settled=True)
+    assert settled.head is not None and set(settled.head.columns) == {ALPHA, BETA}
+    assert live.of(settled.versions, 1).digest == settled.digest == place.live().snapshot().digest
+    add(place.writer, "gamma", STATES[2])
+    settled = live.snapshot(settled=True)    # now there are two classes too many
+    assert settled.head is None and live.of(settled.versions, 1).digest == settled.digest
+
+
 # ---- saved --------------------------------------------------------------------------------------------------------------
 
 

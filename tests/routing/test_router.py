@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from adapter_hub.errors import CorruptIndex, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
+from adapter_hub.routing import head as head_module
 from adapter_hub.routing import router as router_module
 from adapter_hub.routing import segment as segment_module
 from adapter_hub.routing.calibration import Fitted, fit
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
+from adapter_hub.routing.head import can_solve
 from adapter_hub.routing.router import SCORE_DECIMALS, Router
-from adapter_hub.routing.statistics import RoutingState, build_state
+from adapter_hub.routing.statistics import Exemplars, RoutingState, build_state
 from tests.routing.conftest import DIM, ENCODER, World
 
 STEP = 1.01 * 10**-SCORE_DECIMALS    # sums in another order may round to the neighbour
@@ -58,6 +60,29 @@ def large_segments(patch: pytest.MonkeyPatch, dense_max: int) -> None:
 def build(refs: Sequence[AdapterRef]) -> Router:
     """At once, under the calibration and head of all."""
     return Router.build({ref: STATES[ref] for ref in refs}, FITTED.calibration, FITTED.head)
+
+
+@pytest.mark.usefixtures("sizes")
+def test_it_has_a_head_where_its_exemplars_can_be_solved(tmp_path: Path) -> None:
+    """At every limit, without those that left, and once it was saved: `can_solve` counts exemplars, a router prototypes."""
+    router, here = build(()), dict[AdapterRef, RoutingState]()
+    lonely = {AdapterRef("lonely", 1): build_state(ENCODER, [Example("one text")])}
+    for ref, state in {**STATES, **lonely}.items():
+        router, here = router.with_added(ref, state), here | {ref: state}
+    for ref in (*STATES, None):
+        exemplars = {other: Exemplars.of(state) for other, state in here.items() if state.count}
+        classes = sum(one.target_count for one in exemplars.values() if not one.single)
+        rows = sum(len(one) for one in exemplars.values() if not one.single)
+        router.save(tmp_path / "router")
+        for name, exact in (("CLASSES_MAX", classes), ("EXEMPLARS_MAX", rows)):
+            for limit in (exact - 1, exact):
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(head_module, name, limit)
+                    found = [one._replaced().has_head for one in (router, Router.open(tmp_path / "router", router.calibration))]
+                    assert found == [can_solve(exemplars)] * 2
+        if ref:
+            router, here = router.without(ref), {other: state for other, state in here.items() if other != ref}
+    assert router.refs == tuple(lonely) and not router.has_head
 
 
 def assert_same(found: Router, expected: Router, features: Features = QUERIES) -> None:
