@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from numpy.linalg import LinAlgError
+
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, ReadOnlyRegistry
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
@@ -41,6 +43,7 @@ class LiveRouter:
         self._left_out: set[AdapterRef] = set()     # damaged or without a routing file: said once, and listed by `verify`
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
+        self._failed: str | None = None             # digest of what could not be solved in the background: not tried again for each input
         self._warned: int | None = -1
         self._begun: int | None = -1                # number of the newest calibration when the router began
 
@@ -59,7 +62,8 @@ class LiveRouter:
                 if self._solved == router.head_digest:
                     return router
                 if self._solved is not None and not settled:
-                    if self._solving is None or not self._solving.is_alive():
+                    idle = self._solving is None or not self._solving.is_alive()
+                    if idle and self._failed != router.head_digest:
                         self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
                         self._solving.start()
                     return router
@@ -227,13 +231,14 @@ class LiveRouter:
     # ---- solve ------------------------------------------------------------------------------------------------------
 
     def _solve_in_background(self) -> None:
-        try:
-            router = self._router
-            while router is not None and self._solved != router.head_digest:
+        router = self._router
+        while router is not None and router.head_digest not in (self._solved, self._failed):
+            try:
                 self._solve(router)
-                router = self._router
-        except (HubError, OSError, MemoryError) as error:
-            log.error("the head could not be solved; prototypes go on routing: %s", error)
+            except (HubError, OSError, MemoryError, LinAlgError) as error:
+                log.error("the head could not be solved; prototypes go on routing: %s", str(error) or repr(error))
+                self._failed = router.head_digest
+            router = self._router
 
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
@@ -269,7 +274,7 @@ class LiveRouter:
     def forget(self) -> None:
         """Drop what was derived; the next snapshot is made from the versions that are left."""
         with self._lock:
-            self._router, self._event, self._solved = None, -1, None
+            self._router, self._event, self._solved, self._failed = None, -1, None, None
 
 
 def _solved(states: Mapping[AdapterRef, RoutingState], router: Router) -> tuple[Head | None, Mapping[AdapterRef, float]]:

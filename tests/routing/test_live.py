@@ -180,18 +180,22 @@ def test_a_version_purged_while_it_is_about_to_be_read_is_passed_over(place: Pla
 
 
 def test_a_version_purged_while_the_head_is_solved_is_passed_over(place: Place) -> None:
+    gate = Gate(STATES[2])    # so that this thread solves
     armed, main = threading.Event(), threading.current_thread()
 
     def purge(state: RoutingState) -> None:
         if armed.is_set() and threading.current_thread() is main and state.digest == STATES[1].digest and GAMMA in place.writer.production():
             place.writer.purge(GAMMA)
+        gate(state)
 
     live = place.live(purge)
     live.snapshot()
     add(place.writer, "gamma", STATES[2])
     live.snapshot()    # its prototypes are taken up
+    assert gate.reached.wait(60)
     armed.set()
     assert live.snapshot(settled=True).refs == (ALPHA, BETA)
+    gate.join()
     assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
 
 
@@ -307,6 +311,10 @@ class Gate:
 
     def join(self) -> None:
         self.go.set()
+        self.join_solving()
+
+    @staticmethod
+    def join_solving() -> None:
         for thread in threading.enumerate():
             if thread.name == "adapter_hub head":
                 thread.join(60)
@@ -378,6 +386,33 @@ def test_a_head_that_comes_late_does_not_take_the_place_of_a_newer_one(place: Pl
     assert settled.head is not None and delta in settled.head.columns
     assert live.snapshot().digest == settled.digest
     assert place.live().snapshot().digest == settled.digest
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), MemoryError(), np.linalg.LinAlgError("not positive definite")])
+def test_a_head_that_cannot_be_solved_is_tried_once_until_the_versions_change(
+    error: Exception, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = threading.Event()
+
+    def check(state: RoutingState) -> None:
+        if broken.is_set() and threading.current_thread().name == "adapter_hub head":
+            raise error
+
+    live = place.live(check)
+    live.snapshot()
+    broken.set()
+    for name, i in (("gamma", 2), ("zeta", 3)):
+        add(place.writer, name, STATES[i])
+        caplog.clear()
+        for _ in range(5):
+            assert live.snapshot().refs[-1] == AdapterRef(name, 1)
+            Gate.join_solving()
+        assert caplog.text.count("the head could not be solved") == 1
+    broken.clear()
+    place.writer.retire(AdapterRef("zeta", 1))
+    live.snapshot()
+    Gate.join_solving()
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
 
 
 # ---- damage -------------------------------------------------------------------------------------------------------------
