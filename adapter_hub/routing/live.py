@@ -18,7 +18,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.registry import Registry, Standing
 from adapter_hub.routing.calibration import Calibration, fit, solved_centres
 from adapter_hub.routing.effect import moves
-from adapter_hub.routing.head import Head, Solver, can_solve
+from adapter_hub.routing.head import Head, Solver, can_solve, digest_of
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import Exemplars, RoutingState
 
@@ -40,7 +40,8 @@ class LiveRouter:
         self._saving = threading.Lock()    # taken before the other where both are
         self._router: Router | None = None
         self._event = -1
-        self._left_out: set[AdapterRef] = set()     # damaged or without a routing file: said once, and listed by `verify`
+        self._left_out: set[AdapterRef] = set()     # damaged or without a routing file; listed by `verify`
+        self._said: set[AdapterRef] = set()         # those of them that the log has
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
         self._failed: str | None = None             # digest of what could not be solved in the background: not tried again for each input
@@ -106,6 +107,7 @@ class LiveRouter:
             self._begin(standing)
             self._begun = standing.calibration
         assert self._router is not None
+        self._take_back(standing.production)
         wanted = set(standing.production) - self._left_out
         missing, surplus = wanted - set(self._router.versions), set(self._router.versions) - wanted
         if len(missing) + len(surplus) > STEPS_MAX or (self._router.calibration is None and missing):
@@ -171,12 +173,27 @@ class LiveRouter:
             try:
                 states[ref] = self.state(ref)
             except CorruptVersion as error:
-                self._left_out.add(ref)
-                log.error("%s is left out of routing: %s", ref, error)
+                self._leave_out(ref, logging.ERROR, f"{ref} is left out of routing: {error}")
             except InvalidInput:
-                self._left_out.add(ref)
-                log.warning("%s has no %s: only its name reaches it.", ref, ROUTING_FILE)
+                self._leave_out(ref, logging.WARNING, f"{ref} has no {ROUTING_FILE}: only its name reaches it.")
         return states
+
+    def _leave_out(self, ref: AdapterRef, level: int, why: str) -> None:
+        self._left_out.add(ref)
+        if ref not in self._said:
+            self._said.add(ref)
+            log.log(level, "%s", why)
+
+    def _take_back(self, refs: Iterable[AdapterRef]) -> None:
+        """What was damaged and is whole again, restored from a copy."""
+        for ref in sorted(self._left_out.intersection(refs)):
+            try:
+                self.state(ref)
+            except (CorruptVersion, InvalidInput):
+                continue
+            self._left_out.discard(ref)
+            if self._router is not None and ref in self._router.versions:    # found damaged when the head was solved, which lacks it
+                self._solved = None
 
     def _record(self, number: int | None) -> Calibration | None:
         """Raises CorruptVersion."""
@@ -243,7 +260,9 @@ class LiveRouter:
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
         digest = router.head_digest
-        head, centres = _solved(self._states(router.versions), router) if router.has_head else (None, {})
+        states = self._states(router.versions) if router.has_head else {}
+        head, centres = _solved(states, router)
+        whole = not router.has_head or len(states) == len(router.versions)    # else a file is damaged: nothing to keep for later
         with self._saving:
             with self._lock:
                 now = self._router
@@ -251,7 +270,7 @@ class LiveRouter:
                     return router.with_head(head, centres)
                 self._router = settled = now.with_head(head, centres if now.calibration is router.calibration else {})
                 self._solved = digest
-            if settled.head_digest == digest:
+            if settled.head_digest == digest and whole:
                 self._save(settled)
         return router.with_head(head, centres)
 
@@ -275,6 +294,7 @@ class LiveRouter:
         """Drop what was derived; the next snapshot is made from the versions that are left."""
         with self._lock:
             self._router, self._event, self._solved, self._failed = None, -1, None, None
+            self._left_out.clear()
 
 
 def _solved(states: Mapping[AdapterRef, RoutingState], router: Router) -> tuple[Head | None, Mapping[AdapterRef, float]]:
@@ -284,5 +304,5 @@ def _solved(states: Mapping[AdapterRef, RoutingState], router: Router) -> tuple[
     if router.calibration is None or not can_solve(exemplars):
         return None, {}
     solver = Solver(exemplars, next(iter(states.values())).dim)
-    head = solver.head(router.head_digest)
+    head = solver.head(digest_of({ref: state.digest for ref, state in states.items()}))
     return head, solved_centres(router.calibration, states, exemplars, solver, head)

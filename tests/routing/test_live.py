@@ -431,6 +431,40 @@ def test_a_damaged_version_is_left_out_and_said_once(damage: Callable[[Path], ob
     assert live.calibrate("without it").members == (ALPHA, AdapterRef("delta", 1), GAMMA)
 
 
+@pytest.mark.parametrize("hears", ["an event", "forget"])
+@pytest.mark.parametrize("when", ["before it is known", "when the head is solved"])
+def test_a_damaged_version_that_was_restored_is_routed_again(when: str, hears: str, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    states = {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]}
+    add(place.writer, "gamma", STATES[2])
+    live, path = place.live(), Layout(place.folder).version("beta", 1) / ROUTING_FILE
+    gate = Gate(STATES[0])
+    if when == "when the head is solved":
+        live = place.live(gate)
+        live.snapshot()
+        states[add(place.writer, "zeta", STATES[4])] = STATES[4]
+        live.snapshot()
+        assert gate.reached.wait(60)
+    data = path.read_bytes()
+    DAMAGES[1](path)
+    gate.join()
+    lacking = live.snapshot(settled=True)
+    assert lacking.head is not None and BETA not in lacking.head.columns and lacking.head.digest != reference(lacking, states).head_digest
+    for i in (1, 2):
+        if when == "before it is known":
+            delta = AdapterRef("delta", i)
+            states = {ref: state for ref, state in states.items() if ref.name != "delta"} | {delta: STATES[3]}
+            assert add(place.writer, "delta", STATES[3]) == delta
+            assert_serves(live, {ref: state for ref, state in states.items() if ref != BETA})
+    path.write_bytes(data)
+    if hears == "forget":
+        live.forget()
+    else:
+        states[add(place.writer, "eta", STATES[3])] = STATES[3]
+    assert_serves(live, states)
+    assert_serves(place.live(), states)
+    assert caplog.text.count("beta@1 is left out of routing") == 1
+
+
 def test_a_newcomer_that_is_damaged_does_not_stop_the_others(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     live = place.live()
     live.snapshot()
