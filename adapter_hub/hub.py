@@ -312,7 +312,7 @@ class Hub:
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
         label) tell the router what belongs to it; without any, the description does, and beside it the labels of a text
         classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none.
-        `evaluation` are further inputs that belong to it, not among the examples: thresholds are measured on them. With
+        `evaluation` are further inputs that belong to it: thresholds are measured on them; those among the examples are dropped. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
@@ -352,6 +352,9 @@ class Hub:
             source=found.repository,
             revision=found.revision,
         )
+        dropped = len(held_out) - len(state.evaluation)
+        if dropped:
+            log.warning("%d of the %d evaluation inputs of %s are among its examples, and dropped.", dropped, len(held_out), name)
         if not state.count:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}

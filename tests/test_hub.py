@@ -440,6 +440,16 @@ def test_a_listing_finds_a_base_by_its_content_and_a_task_in_any_case(filled: Hu
     assert [str(row.ref) for row in filled.list(task_type="feature_extraction")] == ["vectors@1"]
 
 
+def test_evaluation_inputs_among_the_examples_are_dropped_and_counted(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_adapter(hub.base, tmp_path / "c", seed=1)
+    fresh = ["paint the roof red", "paint the gate blue"]
+    first = hub.register("colours", folder, COLOURS, labels=["red", "blue"], evaluation=fresh)
+    assert not caplog.records
+    second = hub.register("colours", folder, COLOURS, labels=["red", "blue"], evaluation=[fresh[0], *COLOURS[:3], fresh[1]])
+    assert "3 of the 5 evaluation inputs of colours are among its examples" in caplog.text
+    assert hub.registry.read(first, "routing.safetensors") == hub.registry.read(second, "routing.safetensors")
+
+
 def test_a_version_that_only_its_name_reaches_is_told_when_it_is_registered(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     adapter = make_adapter(hub.base, tmp_path / "a")
     hub.register("known", adapter, ["one"], labels=["x", "y"])

@@ -65,6 +65,16 @@ class Encodings:
         rows = zip(self.codes, self.offsets[:-1], self.offsets[1:], strict=True)
         return [code.tobytes() + self.sketches[start:stop].tobytes() for code, start, stop in rows]
 
+    def without(self, others: Encodings) -> Encodings:
+        """The rows, in their order, whose texts are none of the others'."""
+        known = set(others.keys)
+        kept = [row for row, key in enumerate(self.keys) if key not in known]
+        if len(kept) == len(self):
+            return self
+        spans = [self.sketches[self.offsets[row] : self.offsets[row + 1]] for row in kept]
+        offsets = np.cumsum([0, *map(len, spans)]).astype(np.uint32)
+        return Encodings(self.codes[kept], self.scales[kept], offsets, np.concatenate([self.sketches[:0], *spans]))
+
     def __add__(self, other: Encodings) -> Encodings:
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]).astype(np.uint32)
         pairs = ((self.codes, other.codes), (self.scales, other.scales), (self.sketches, other.sketches))
@@ -116,7 +126,10 @@ class RoutingState:
         return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
 
     def extended(self, encoder: Encoder, rows: Sequence[Example]) -> RoutingState:
-        """The state that also knows `rows`, after the old ones. A description gives way to real examples. Raises ModelChanged."""
+        """The state that also knows `rows`, after the old ones. A description gives way to real examples. Raises ModelChanged.
+
+        An evaluation input that is among `rows` is one no more.
+        """
         if encoder.fingerprint != self.encoder_fingerprint:
             raise ModelChanged(
                 f"this version was encoded by '{self.encoder}' ({self.encoder_fingerprint[:19]}), "
@@ -238,7 +251,7 @@ def build_state(
     """Encode the examples; without any, the description and the names of labels beside it; without both, a state with no exemplars.
 
     Names alone are not enough ("True", "False"): without examples and description a version is reached by name only.
-    `evaluation` rows are inputs that belong here and are no examples. Raises InvalidInput where the encoder does.
+    `evaluation` rows are inputs that belong here; those that are examples are dropped. Raises InvalidInput where the encoder does.
     """
     described = not examples and bool(description.strip())
     rows = _described(description, label_names) if described else examples
@@ -275,7 +288,10 @@ def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np
 def _classified(
     encoder: Encoder, exemplars: Encodings, labels: Sequence[str | None], evaluation: Encodings, *, from_description: bool = False
 ) -> RoutingState:
-    """Labels in alphabetical order are classes 0, 1, …; the unlabelled rows follow, one class a k-means prototype."""
+    """Labels in alphabetical order are classes 0, 1, …; the unlabelled rows follow, one class a k-means prototype.
+
+    An evaluation input that is an exemplar too is dropped: the head knows it, and what it scores is no measure of what others will.
+    """
     names = sorted({label for label in labels if label is not None})
     place = {name: i for i, name in enumerate(names)}
     classes = np.array([-1 if label is None else place[label] for label in labels], np.int32)
@@ -291,7 +307,7 @@ def _classified(
         exemplars=exemplars,
         classes=classes,
         class_names=(*names, *[None] * prototypes),
-        evaluation=evaluation,
+        evaluation=evaluation.without(exemplars),
         from_description=from_description,
     )
 

@@ -63,6 +63,20 @@ def test_evaluation_inputs_are_kept_beside_the_exemplars() -> None:
     assert len(state.extended(ENCODER, [Example("more")]).evaluation) == 2
 
 
+def test_an_evaluation_input_that_is_an_exemplar_is_dropped() -> None:
+    held_out = [HELD_OUT[0], ROWS[0], Example("FREEZE my card", "another"), HELD_OUT[1], ROWS[3]]
+    assert same(build_state(ENCODER, ROWS, evaluation=held_out), build_state(ENCODER, ROWS, evaluation=HELD_OUT))
+    nothing = build_state(ENCODER, ROWS, evaluation=ROWS)
+    assert same(nothing, build_state(ENCODER, ROWS)) and same(RoutingState.from_bytes(nothing.to_bytes()), nothing)
+    assert build_state(ENCODER, [], evaluation=held_out).evaluation.keys == build_state(ENCODER, held_out).exemplars.keys
+
+
+def test_what_is_taught_is_no_evaluation_input_any_more() -> None:
+    state = build_state(ENCODER, ROWS, evaluation=[*HELD_OUT, Example("where is my money")])
+    taught = state.extended(ENCODER, [HELD_OUT[0], Example("more")])
+    assert same(taught, build_state(ENCODER, [*ROWS, HELD_OUT[0], Example("more")], evaluation=[HELD_OUT[1], Example("where is my money")]))
+
+
 def test_features_are_stored_at_a_byte_a_number_and_a_byte_a_place() -> None:
     texts = [row.text for row in ROWS]
     made = Encodings.of(extract(ENCODER, texts))
