@@ -37,7 +37,9 @@ class LiveRouter:
         self._check = check
         self._saved: Path = registry.layout.index / "router"
         self._lock = threading.RLock()
-        self._saving = threading.Lock()    # taken before the other where both are
+        self._saving = threading.Lock()    # taken before `_lock` where both are
+        self._calibrating = threading.Lock()    # taken before both
+        self._forgets = 0                       # how often what was derived was dropped
         self._router: Router | None = None
         self._event = -1
         self._left_out: set[AdapterRef] = set()     # damaged or without a routing file; listed by `verify`
@@ -76,13 +78,12 @@ class LiveRouter:
 
     def of(self, versions: Iterable[AdapterRef], calibration: int | None) -> Router:
         """The settled router over these versions under a stored calibration: what a snapshot was when they were in production."""
-        with self._lock:
-            states = {ref: self.state(ref) for ref in versions}
-            router = Router.build(states, self._record(calibration))
-            now = self._router
-            if now and now.head and now.head.digest == router.head_digest and now.calibration and now.calibration.id == calibration:
-                return router.with_head(now.head, now.centres)
-            return router.with_head(*_solved(states, router))
+        states = {ref: self.state(ref) for ref in versions}
+        router = Router.build(states, self._record(calibration))
+        now = self._router
+        if now and now.head and now.head.digest == router.head_digest and now.calibration and now.calibration.id == calibration:
+            return router.with_head(now.head, now.centres)
+        return router.with_head(*_solved(states, router))
 
     def state(self, ref: AdapterRef) -> RoutingState:
         """What a version brings. Raises CorruptVersion, ModelChanged, InvalidInput where it has no routing file."""
@@ -212,24 +213,38 @@ class LiveRouter:
     # ---- calibrate --------------------------------------------------------------------------------------------------
 
     def calibrate(self, reason: str) -> Calibration:
-        """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
-        with self._lock:
-            if self._registry.snapshot().calibration is not None:
-                self._follow()    # so that what the new record moves can be said
-            states = self._states(self._registry.snapshot().production)
+        """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput.
+
+        Inputs are routed meanwhile, under the calibration before.
+        """
+        with self._calibrating:
+            with self._lock:
+                if self._registry.snapshot().calibration is not None:
+                    self._follow()    # so that what the new record moves can be said
+                before, forgets = self._router, self._forgets
+            standing = self._registry.snapshot()
+            states = self._states(standing.production)
             if not any(state.count for state in states.values()):
                 raise InvalidInput("no version in production has examples to calibrate on.", hint="Register one with examples.")
-            self._router = self._calibrated(states, reason, self._router)
-            assert self._router.calibration is not None
-            return self._router.calibration
+            router = _fitted(states, before)
+            assert router.calibration is not None
+            with self._saving:
+                with self._lock:    # also while it is stored: who meets the record here, meets its router
+                    calibration = self._stored(router.calibration, reason)
+                    if self._forgets != forgets:    # what was purged may be in the router: the next snapshot begins with the record
+                        return calibration
+                    self._router = router = router.numbered(calibration)
+                    self._solved = router.head_digest
+                    self._event = standing.event    # later ones may have been followed by the router that this one replaces
+                    self._begun = standing.calibration if calibration.id is None else calibration.id
+                self._save(router)
+            return calibration
 
-    def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str, before: Router | None = None) -> Router:
-        fitted = fit(states)
-        calibration = fitted.calibration
-        if before is not None and before.refs and before.calibration is not None:
-            found = moves(fitted.bench, before.calibration, calibration)
-            calibration = replace(calibration, facts={**calibration.facts, **found})
-        router = Router.build(states, self._stored(calibration, reason), fitted.head)
+    def _calibrated(self, states: Mapping[AdapterRef, RoutingState], reason: str) -> Router:
+        """The first router: nobody has one meanwhile."""
+        router = _fitted(states)
+        assert router.calibration is not None
+        router = router.numbered(self._stored(router.calibration, reason))
         self._router, self._solved = router, router.head_digest
         self._save(router)
         return router
@@ -295,6 +310,17 @@ class LiveRouter:
         with self._lock:
             self._router, self._event, self._solved, self._failed = None, -1, None, None
             self._left_out.clear()
+            self._forgets += 1
+
+
+def _fitted(states: Mapping[AdapterRef, RoutingState], before: Router | None = None) -> Router:
+    """The router of a new calibration, which has no number yet and says what it moves."""
+    fitted = fit(states)
+    router = Router.build(states, fitted.calibration, fitted.head)
+    if before is None or not before.refs or before.calibration is None:
+        return router
+    found = moves(fitted.bench, before.calibration, fitted.calibration)
+    return router.numbered(replace(fitted.calibration, facts={**fitted.calibration.facts, **found}))
 
 
 def _solved(states: Mapping[AdapterRef, RoutingState], router: Router) -> tuple[Head | None, Mapping[AdapterRef, float]]:

@@ -132,6 +132,10 @@ class Router:
         """The same adapters, under another head; `centres` as of `calibration.solved_centres`."""
         return self._replaced(head=head, centres=centres or {})
 
+    def numbered(self, calibration: Calibration) -> Router:
+        """The same decisions, under the same calibration by its number in the registry and with what else is told of it."""
+        return Router(self._segments, calibration, self.head, self._unroutable, self._gone, self.centres)
+
     def _replaced(self, **changes: Any) -> Router:
         parts = {"segments": self._segments, "head": self.head, "unroutable": self._unroutable, "gone": self._gone, "centres": self.centres}
         return Router(calibration=self.calibration, **parts | changes)

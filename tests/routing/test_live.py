@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from adapter_hub.errors import InvalidInput, ModelChanged
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.layout import Layout
 from adapter_hub.registry.registry import Registry
-from adapter_hub.routing.calibration import fit, solved_centres
+from adapter_hub.routing.calibration import Calibration, Fitted, fit, solved_centres
 from adapter_hub.routing.decision import Method, Reason
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
@@ -557,6 +557,79 @@ def test_a_recalibration_gets_the_next_number_and_says_what_moved(place: Place) 
     assert other.snapshot(settled=True).digest == live.snapshot(settled=True).digest
 
 
+class SlowFit:
+    """`fit`, which waits in the thread that calibrates."""
+
+    def __init__(self, live: LiveRouter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go, self.made = threading.Event(), threading.Event(), list[Calibration]()
+        self._thread = threading.Thread(target=lambda: self.made.append(live.calibrate("slowly")))
+        monkeypatch.setattr("adapter_hub.routing.live.fit", self._fit)
+
+    def _fit(self, states: Mapping[AdapterRef, RoutingState]) -> Fitted:
+        if threading.current_thread() is self._thread:
+            self.reached.set()
+            assert self.go.wait(60)
+        return fit(states)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self.reached.wait(60)
+
+    def join(self) -> Calibration:
+        self.go.set()
+        self._thread.join(60)
+        (made,) = self.made
+        return made
+
+
+def test_inputs_are_routed_and_events_followed_while_a_calibration_is_fitted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = place.live()
+    before = live.snapshot()
+    slow = SlowFit(live, monkeypatch)
+    slow.start()
+    assert live.snapshot() is before
+    add(place.writer, "gamma", STATES[2])
+    place.writer.retire(BETA)
+    assert_serves(live, {ALPHA: STATES[0], GAMMA: STATES[2]})
+    assert live.of(before.versions, 1).digest == before.digest
+    made = slow.join()
+    assert (made.id, made.members) == (2, (ALPHA, BETA))
+    assert_serves(live, {ALPHA: STATES[0], GAMMA: STATES[2]})
+    assert live.snapshot().calibration is made
+    again = reference(live.snapshot(), {ALPHA: STATES[0], GAMMA: STATES[2]})
+    assert again.route_features(QUERIES, k=5) == live.snapshot().route_features(QUERIES, k=5)
+    assert_serves(place.live(), {ALPHA: STATES[0], GAMMA: STATES[2]})
+
+
+def test_a_newer_calibration_of_another_handle_outlives_a_slow_one(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    live, other = place.live(), place.live()
+    live.snapshot()
+    slow = SlowFit(live, monkeypatch)
+    slow.start()
+    assert other.calibrate("quickly").id == 2
+    found = live.snapshot().calibration
+    assert found is not None and found.id == 2
+    assert slow.join().id == 3
+    for each in (live, other):
+        found = each.snapshot().calibration
+        assert found is not None and found.id == 3
+        assert_serves(each, {ALPHA: STATES[0], BETA: STATES[1]})
+
+
+def test_what_is_purged_while_a_calibration_is_fitted_is_not_saved(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = place.live()
+    live.snapshot()
+    slow = SlowFit(live, monkeypatch)
+    slow.start()
+    place.writer.purge(BETA)
+    live.forget()
+    assert slow.join().id is None
+    assert not held(place.folder, STATES[1])
+    assert_serves(live, {ALPHA: STATES[0]})
+    found = live.snapshot().calibration
+    assert found is not None and found.id == 1
+
+
 def test_what_came_and_went_leaves_no_trace_in_the_next_record(place: Place) -> None:
     live = place.live()
     before = live.snapshot().calibration
@@ -634,6 +707,21 @@ def test_a_registry_that_may_only_be_read_is_routed(calibrated: bool, place: Pla
         assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
         later = live.snapshot().calibration
         assert later is not None and later.digest == made.digest
+
+
+def test_who_may_only_read_keeps_a_calibration_of_his_own_until_another_is_stored(place: Place) -> None:
+    place.live().snapshot()
+    with Registry._open_read_only(Layout(place.folder), CONFIG) as registry:
+        live = LiveRouter(registry, lambda state: None)
+        add(place.writer, "gamma", STATES[2])
+        made = live.calibrate("mine")
+        assert made.id is None and made.members == (ALPHA, BETA, GAMMA)
+        place.writer.retire(BETA)
+        assert live.snapshot(settled=True).calibration is made
+        assert_serves(live, {ALPHA: STATES[0], GAMMA: STATES[2]})
+        stored = place.live().calibrate("for all")
+        found = live.snapshot().calibration
+        assert found is not None and found.id == stored.id == 2
 
 
 # ---- threads ------------------------------------------------------------------------------------------------------------
