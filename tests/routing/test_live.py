@@ -369,7 +369,12 @@ def test_what_is_only_masked_in_a_large_segment_is_saved_no_more_once_it_is_purg
 def held(folder: Path, state: RoutingState) -> bool:
     """Whether a file has a vector of these exemplars: of the head's, or a prototype as a segment or a flat index stores it."""
     means = Prototypes.of(Exemplars.of(state), False).means
-    stored = b"\0".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    while True:
+        try:
+            stored = b"\0".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+            break
+        except FileNotFoundError:    # a thread is just saving
+            continue
     return any(row.tobytes() in stored for row in (*means, *means.astype(np.float32), *state.exemplars.features.dense))
 
 
