@@ -201,7 +201,7 @@ def test_after_a_purge_no_file_holds_its_vectors_and_calibrations_hold_numbers_a
     hub.purge("colours@1")
     assert found() == set()
     hub.settle()
-    assert (tmp_path / "registry/index/router/0.safetensors").exists() and found() == set()
+    assert (tmp_path / "registry/index/router/router.json").exists() and found() == set()
     records = sorted((tmp_path / "registry/calibrations").glob("*.safetensors"))
     assert [path.name for path in records] == ["1.safetensors", "2.safetensors"]
     for path in records:
