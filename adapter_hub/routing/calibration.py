@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from adapter_hub.errors import InvalidInput, InvalidName, ModelChanged
 from adapter_hub.refs import AdapterRef
+from adapter_hub.routing.contrast import Contrast, left_out_penalties
 from adapter_hub.routing.features import F32, Features
 from adapter_hub.routing.head import BLOCK, Head, Solver, can_solve, digest_of
 from adapter_hub.routing.prototypes import Prototypes, closeness, left_out_products
@@ -84,7 +85,9 @@ class Calibration:
             products[np.arange(len(rows)), exemplars.classes[rows]] = left_out_products(exemplars, rows)
         columns = np.minimum(np.arange(len(prototypes.counts)), prototypes.labelled if solved is not None else -1)
         responses = self.scoring.responses(products, solved, columns, prototypes.counts)
-        scores = self.scoring.scores(responses, products, np.zeros(1, np.int64)).astype(np.float64)
+        scores = self.scoring.scores(responses, products, np.zeros(1, np.int64))[:, 0].astype(np.float64)
+        if contrast := Contrast.of(exemplars):
+            scores -= contrast.penalties(features) if rows is None else left_out_penalties(exemplars, rows)
         return _centre(scores, self.centre, exemplars.single)
 
     def threshold(self, max_false_reject: float) -> float:
@@ -335,6 +338,8 @@ class Bench:
         self.means: F32 = np.concatenate([p.means for p in prototypes]).astype(np.float32)
         self.counts: F32 = np.concatenate([p.counts for p in prototypes])
         self.columns = columns_of(head, tuple(states), sizes, np.array([p.labelled for p in prototypes]))
+        found = ((place, Contrast.of(one)) for place, one in enumerate(self.exemplars))
+        self.contrasts = {place: contrast for place, contrast in found if contrast}
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
         self.rows = self._left_out_rows() if rows is None else list(rows)
         self.solved = self._left_out_responses()
@@ -359,6 +364,20 @@ class Bench:
         if not blocks:
             return [None] * len(self.rows)
         return list(np.split(np.concatenate(blocks), np.cumsum([len(rows) for rows in self.rows])[:-1]))
+
+    def _penalties(self, features: Features) -> F32:
+        """(n, a)"""
+        found = np.zeros((len(features), len(self.exemplars)), np.float32)
+        for place, contrast in self.contrasts.items():
+            found[:, place] = contrast.penalties(features)
+        return found
+
+    def _left_out_penalties(self, place: int, rows: I64) -> F32:
+        """(n, a), of these exemplars of one adapter"""
+        found = self._penalties(self.exemplars[place].features[rows])
+        if place in self.contrasts:
+            found[:, place] = left_out_penalties(self.exemplars[place], rows)
+        return found
 
     def _blocks(self) -> Iterator[tuple[int, I64, F32, F32 | None]]:
         """(adapter, exemplars left out, products (n, p), head's responses (n, k)), each as if the exemplar had never been given."""
@@ -401,8 +420,9 @@ class Bench:
 
     def _weight(self, scoring: Scoring) -> float:
         right, total = np.zeros(len(WEIGHTS)), 0
-        for place, _, products, solved in self._blocks():
+        for place, rows, products, solved in self._blocks():
             responses = np.maximum.reduceat(scoring.responses(products, solved, self.columns, self.counts), self.starts, axis=1)
+            responses = responses - self._left_out_penalties(place, rows)
             close = closeness(products, self.starts)
             for i, weight in enumerate(WEIGHTS):
                 right[i] += ((responses + np.float32(weight) * close).argmax(axis=1) == place).sum()
@@ -423,12 +443,13 @@ class Bench:
 
     def left_out_scores(self, scoring: Scoring) -> Iterator[tuple[int, F32]]:
         """(adapter, scores (n, a)) of its exemplars that are left out, each as if it had never been given, block by block."""
-        for place, _, products, solved in self._blocks():
-            yield place, self._scored(scoring, products, solved)
+        for place, rows, products, solved in self._blocks():
+            yield place, self._scored(scoring, products, solved) - self._left_out_penalties(place, rows)
 
     def scores_of(self, scoring: Scoring, features: Features) -> F32:
         """(n, a), of inputs that are no exemplars."""
-        return self._scored(scoring, features.dense @ self.means.T, self.head.responses(features) if self.head else None)
+        solved = self.head.responses(features) if self.head else None
+        return self._scored(scoring, features.dense @ self.means.T, solved) - self._penalties(features)
 
     def _scored(self, scoring: Scoring, products: F32, solved: F32 | None) -> F32:
         return scoring.scores(scoring.responses(products, solved, self.columns, self.counts), products, self.starts)
@@ -443,7 +464,7 @@ class Bench:
         for place, rows, products, solved in self._blocks():
             if place not in evaluated:
                 classes = self.exemplars[place].classes[rows]
-                _note(self._scored(scoring, products, solved), values, adapters)
+                _note(self._scored(scoring, products, solved) - self._left_out_penalties(place, rows), values, adapters)
                 weights.append(1 / np.maximum(self.exemplars[place].counts[classes], CLASS_FULL))
                 groups.append(self.starts[place] + classes)
                 left_out += len(rows)

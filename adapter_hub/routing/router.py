@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from adapter_hub.errors import CorruptIndex, InvalidInput, InvalidName, ModelChanged
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
+from adapter_hub.routing.contrast import Contrast
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.routing.features import F32, Features, Kernel, extract
@@ -35,8 +36,10 @@ from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_te
 
 # n inputs, d encoder width, c candidates
 SCHEMA = 5
+CONTRAST = ".contrast.safetensors"
 SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
+CONTRASTED = 8          # candidates beyond those wanted whose negatives are asked: they only take off
 SCATTERED = 2           # times DENSE_MAX: prototypes in small segments, all of them scored, from which an index over them pays
 SCORE_DECIMALS = 5      # sums run in another order in a batch than alone: a score may differ by the last of them
 
@@ -52,10 +55,12 @@ class Router:
         unroutable: Mapping[AdapterRef, str] | None = None,
         gone: Collection[AdapterRef] = frozenset(),
         centres: Mapping[AdapterRef, float] | None = None,
+        contrasts: Mapping[AdapterRef, Contrast] | None = None,
     ) -> None:
         self.calibration = calibration      # None: no adapter has an exemplar
         self.head = head                    # None: prototypes alone
         self.centres = dict(centres or {})  # on the scale of this head, of versions that the calibration does not know
+        self._contrasts = dict(contrasts or {})    # of the versions that have negatives
         self._segments = tuple(segments)
         self._columns: list[I64] = [segment.columns(head) for segment in self._segments]
         self._unroutable = dict(unroutable or {})    # digests of states without exemplars
@@ -75,14 +80,15 @@ class Router:
     def _with(self, states: Mapping[AdapterRef, RoutingState]) -> Router:
         """This router and one segment more."""
         unroutable = {ref: state.digest for ref, state in states.items() if not state.count}
-        entries = [self._entry(ref, state) for ref, state in states.items() if state.count]
+        exemplars = {ref: Exemplars.of(state) for ref, state in states.items() if state.count}
+        entries = [self._entry(ref, states[ref], one) for ref, one in exemplars.items()]
         segments = [*self._segments, Segment.of(entries)] if entries else self._segments
-        return Router(segments, self.calibration, self.head, self._unroutable | unroutable, self._gone, self.centres)
+        contrasts = {ref: contrast for ref, one in exemplars.items() if (contrast := Contrast.of(one))}
+        return self._replaced(segments=segments, unroutable=self._unroutable | unroutable, contrasts=self._contrasts | contrasts)
 
-    def _entry(self, ref: AdapterRef, state: RoutingState) -> Entry:
+    def _entry(self, ref: AdapterRef, state: RoutingState, exemplars: Exemplars) -> Entry:
         assert self.calibration is not None
         check_encoder(str(ref), state, self.calibration.encoder_fingerprint, self.calibration.encoder)
-        exemplars = Exemplars.of(state)
         prototypes = Prototypes.of(exemplars, state.from_description)
         return Entry(ref, prototypes, self.calibration.centre_of(ref, state, exemplars, prototypes), state.digest)
 
@@ -98,7 +104,8 @@ class Router:
             none = all(not state.count for state in states.values())
             return rest._with(states) if none else Router.build(states)._with_unroutable(rest._unroutable)
         there = {ref: segment.digests[segment.place[ref]] for ref in rest._gone.intersection(states) for segment in [rest._segment_of(ref)]}
-        kept = {ref for ref, digest in there.items() if digest == states[ref].digest}    # as after a rollback
+        # As after a rollback. Of a contrast nothing is left there.
+        kept = {ref for ref, digest in there.items() if digest == states[ref].digest and not len(states[ref].negatives)}
         rest = rest._replaced(gone=rest._gone - kept).erased(states)
         added = rest._with({ref: state for ref, state in states.items() if ref not in kept})
         segments = list(added._segments)
@@ -118,7 +125,9 @@ class Router:
             return self
         unroutable = {ref: digest for ref, digest in self._unroutable.items() if ref not in known}
         large = {ref for segment in self._segments if len(segment) > DENSE_MAX for ref in known if ref in segment.place}
-        return self._replaced(segments=_cut(self._segments, known - large), gone=self._gone | large, unroutable=unroutable)
+        contrasts = {ref: contrast for ref, contrast in self._contrasts.items() if ref not in known}
+        segments = _cut(self._segments, known - large)
+        return self._replaced(segments=segments, gone=self._gone | large, unroutable=unroutable, contrasts=contrasts)
 
     def erased(self, refs: Collection[AdapterRef]) -> Router:
         """The same decisions, and no vectors of those among `refs` that were removed: a large segment, which only masked them, is made again."""
@@ -164,11 +173,12 @@ class Router:
 
     def numbered(self, calibration: Calibration) -> Router:
         """The same decisions, under the same calibration by its number in the registry and with what else is told of it."""
-        return Router(self._segments, calibration, self.head, self._unroutable, self._gone, self.centres)
+        return self._replaced(calibration=calibration)
 
     def _replaced(self, **changes: Any) -> Router:
-        parts = {"segments": self._segments, "head": self.head, "unroutable": self._unroutable, "gone": self._gone, "centres": self.centres}
-        return Router(calibration=self.calibration, **parts | changes)
+        parts: dict[str, Any] = {"segments": self._segments, "calibration": self.calibration, "head": self.head}
+        parts |= {"unroutable": self._unroutable} | {"gone": self._gone, "centres": self.centres, "contrasts": self._contrasts}
+        return Router(**parts | changes)
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
@@ -288,6 +298,7 @@ class Router:
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
         """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
         assert self.calibration is not None
+        wanted, asked = wanted + (CONTRASTED if self._contrasts else 0), wanted
         solved: F32 | None = self.head.responses(features) if self.head else None
         found: list[list[tuple[AdapterRef, float]]] = [[] for _ in range(len(features))]
         for segment, columns, absent in zip(self._segments, self._columns, self._absent, strict=True):
@@ -302,10 +313,25 @@ class Router:
                     for adapter, score in zip(row_adapters, row_scores, strict=True)
                     if adapter >= 0
                 ]
+        self._contrast(features, found)
         for row in found:
             row.sort(key=lambda candidate: (-candidate[1], candidate[0]))
-            del row[wanted:]
+            del row[asked:]
         return found
+
+    def _contrast(self, features: Features, found: Sequence[list[tuple[AdapterRef, float]]]) -> None:
+        """Take off the candidates' scores what their negatives say."""
+        if not self._contrasts:
+            return
+        rows: dict[AdapterRef, list[tuple[int, int]]] = {}
+        for i, row in enumerate(found):
+            for nth, (ref, _) in enumerate(row):
+                if ref in self._contrasts:
+                    rows.setdefault(ref, []).append((i, nth))
+        for ref, places in rows.items():
+            penalties = self._contrasts[ref].penalties(features[[i for i, _ in places]]).tolist()
+            for (i, nth), penalty in zip(places, penalties, strict=True):
+                found[i][nth] = ref, round(found[i][nth][1] - penalty, SCORE_DECIMALS)
 
     # ---- keep -------------------------------------------------------------------------------------------------------
 
@@ -335,13 +361,14 @@ class Router:
 
     def _files(self) -> Iterable[tuple[str, Callable[[Path], None]]]:
         names = [self._name_of(segment) for segment in self._segments]
-        facts = {
+        facts: dict[str, Any] = {
             "schema": SCHEMA,
             "digest": self.digest,
             "segments": names,
             "unroutable": {str(ref): digest for ref, digest in self._unroutable.items()},
             "gone": sorted(map(str, self._gone)),
             "centres": {str(ref): centre for ref, centre in self.centres.items()},
+            "contrasts": sorted(map(str, self._contrasts)),
         }
         yield "router.json", _write(json.dumps(facts, sort_keys=True).encode())
         if self.head:
@@ -351,6 +378,8 @@ class Router:
             if len(segment) > DENSE_MAX:
                 assert self.calibration is not None
                 yield f"{name}.faiss", segment.index(self.calibration.scoring).save    # type: ignore[attr-defined]
+        for ref, contrast in self._contrasts.items():
+            yield f"{ref}{CONTRAST}", _write(contrast.to_bytes())
 
     def _name_of(self, segment: Segment) -> str:
         """By its content, which follows from the states of its adapters and the calibration."""
@@ -376,7 +405,8 @@ class Router:
             unroutable = {AdapterRef.parse(ref): str(digest) for ref, digest in facts["unroutable"].items()}
             gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
             centres = {AdapterRef.parse(ref): float(centre) for ref, centre in facts["centres"].items()}
-            router = cls(segments, calibration, head, unroutable, gone, centres)
+            contrasts = {AdapterRef.parse(ref): Contrast.from_bytes((folder / f"{ref}{CONTRAST}").read_bytes(), folder) for ref in facts["contrasts"]}
+            router = cls(segments, calibration, head, unroutable, gone, centres, contrasts)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InvalidName) as error:
             raise CorruptIndex(folder, f"not a saved router ({error})") from error
         if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:

@@ -65,15 +65,20 @@ class Encodings:
         rows = zip(self.codes, self.offsets[:-1], self.offsets[1:], strict=True)
         return [code.tobytes() + self.sketches[start:stop].tobytes() for code, start, stop in rows]
 
-    def without(self, others: Encodings) -> Encodings:
-        """The rows, in their order, whose texts are none of the others'."""
+    def rows_without(self, others: Encodings) -> list[int]:
+        """In their order, those whose texts are none of the others'."""
         known = set(others.keys)
-        kept = [row for row, key in enumerate(self.keys) if key not in known]
-        if len(kept) == len(self):
+        return [row for row, key in enumerate(self.keys) if key not in known]
+
+    def without(self, others: Encodings) -> Encodings:
+        return self[self.rows_without(others)]
+
+    def __getitem__(self, rows: Sequence[int]) -> Encodings:
+        if len(rows) == len(self):
             return self
-        spans = [self.sketches[self.offsets[row] : self.offsets[row + 1]] for row in kept]
+        spans = [self.sketches[self.offsets[row] : self.offsets[row + 1]] for row in rows]
         offsets = np.cumsum([0, *map(len, spans)]).astype(np.uint32)
-        return Encodings(self.codes[kept], self.scales[kept], offsets, np.concatenate([self.sketches[:0], *spans]))
+        return Encodings(self.codes[list(rows)], self.scales[list(rows)], offsets, np.concatenate([self.sketches[:0], *spans]))
 
     def __add__(self, other: Encodings) -> Encodings:
         offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]]).astype(np.uint32)
@@ -110,6 +115,7 @@ class RoutingState:
     classes: NDArray[np.int32]               # (m,), indices into class_names
     class_names: tuple[str | None, ...]      # a label; None is a prototype found by k-means
     evaluation: Encodings                    # (e,), inputs that belong here and are no exemplars: thresholds are measured on them
+    negatives: Encodings                     # inputs that do not belong here, whoever else they may belong to
     from_description: bool = False           # no exemplar is an input: they are the description and the names of labels
 
     @property
@@ -125,10 +131,11 @@ class RoutingState:
     def digest(self) -> str:
         return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
 
-    def extended(self, encoder: Encoder, rows: Sequence[Example]) -> RoutingState:
-        """The state that also knows `rows`, after the old ones. A description gives way to real examples. Raises ModelChanged.
+    def extended(self, encoder: Encoder, rows: Sequence[Example], negatives: Sequence[Example] = ()) -> RoutingState:
+        """The state that also knows `rows`, after the old ones, and `negatives`. Raises ModelChanged.
 
-        An evaluation input that is among `rows` is one no more.
+        A description gives way to real examples. What is given now holds against what was given before: an evaluation input or a negative
+        that is among `rows` is one no more, an exemplar or evaluation input that is among `negatives` neither.
         """
         if encoder.fingerprint != self.encoder_fingerprint:
             raise ModelChanged(
@@ -136,12 +143,16 @@ class RoutingState:
                 f"not by '{encoder.id}' ({encoder.fingerprint[:19]}).",
                 hint="Register it again from its texts.",
             )
-        exemplars = Encodings.of(extract(encoder, [row.text for row in rows]))
-        labels: list[str | None] = [row.label for row in rows]
-        if not self.from_description:
-            exemplars = self.exemplars + exemplars
-            labels = [*(self.class_names[c] for c in self.classes), *labels]
-        return _classified(encoder, exemplars, labels, self.evaluation)
+        new = _encoded(encoder, rows)
+        refused = _encoded(encoder, negatives).without(new)
+        described = self.from_description and not rows
+        kept = self.exemplars.rows_without(refused) if described or not self.from_description else []
+        exemplars = self.exemplars[kept] + new
+        labels = [*(self.class_names[self.classes[row]] for row in kept), *(row.label for row in rows)]
+        if not len(exemplars):
+            raise InvalidInput("every example of this version is among the negatives.", hint="Retire it, or give examples that belong to it.")
+        evaluation = self.evaluation.without(refused)
+        return _classified(encoder, exemplars, labels, evaluation, self.negatives.without(new + refused) + refused, from_description=described)
 
     def to_bytes(self) -> bytes:
         """The same bytes for the same state."""
@@ -153,6 +164,7 @@ class RoutingState:
             "from_description": self.from_description,
         }
         tensors = self.exemplars.tensors() | {"classes": self.classes} | self.evaluation.tensors("evaluation.")
+        tensors |= self.negatives.tensors("negatives.") if len(self.negatives) else {}
         # One key: safetensors writes several in no fixed order.
         return safetensors.numpy.save(tensors, {"routing": json.dumps(facts, sort_keys=True, ensure_ascii=True)})
 
@@ -168,6 +180,7 @@ class RoutingState:
                 classes=tensors["classes"],
                 class_names=tuple(None if name is None else str(name) for name in facts["class_names"]),
                 evaluation=Encodings.from_tensors(tensors, "evaluation."),
+                negatives=Encodings.from_tensors(tensors, "negatives.") if "negatives.codes" in tensors else _no_encodings(tensors["codes"].shape[1]),
                 from_description=bool(facts["from_description"]),
             )
         except (KeyError, TypeError, IndexError) as error:
@@ -181,8 +194,9 @@ class RoutingState:
         m, classes = self.count, len(self.class_names)
         if self.classes.dtype != np.int32 or self.classes.shape != (m,):
             raise corrupt(source, f"the classes are {self.classes.dtype} {self.classes.shape}, not int32 ({m},)")
-        if self.evaluation.codes.shape[1] != self.dim:
-            raise corrupt(source, f"evaluation inputs of width {self.evaluation.codes.shape[1]} stand beside exemplars of {self.dim}")
+        for what, found in (("evaluation inputs", self.evaluation), ("negatives", self.negatives)):
+            if found.codes.shape[1] != self.dim:
+                raise corrupt(source, f"{what} of width {found.codes.shape[1]} stand beside exemplars of {self.dim}")
         if set(np.unique(self.classes).tolist()) != set(range(classes)):
             raise corrupt(source, f"the class ids are not 0 to {classes - 1}, each used")
         if self.from_description and m != classes:
@@ -197,6 +211,7 @@ class Exemplars:
     """
 
     features: Features              # m
+    negatives: Features             # distinct ones
     classes: I64                    # (m,)
     counts: F64                     # (c,), distinct exemplars of each class
     sums: F64                       # (c, d), of the dense vectors
@@ -213,7 +228,8 @@ class Exemplars:
         vectors = state.exemplars.vectors[first]
         sums = np.array([vectors[classes == c].sum(axis=0) for c in range(len(labelled))]).reshape(len(labelled), -1)
         single = state.from_description or (len(first) == 1 and not labelled.any())
-        return cls(features, classes, counts, sums, labelled, single)
+        negatives = state.negatives.features[_first_rows(state.negatives.keys)]
+        return cls(features, negatives, classes, counts, sums, labelled, single)
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -246,18 +262,23 @@ def _first_rows(keys: Sequence[bytes]) -> list[int]:
 
 
 def build_state(
-    encoder: Encoder, examples: Sequence[Example], description: str = "", evaluation: Sequence[Example] = (), label_names: Sequence[str] = ()
+    encoder: Encoder,
+    examples: Sequence[Example],
+    description: str = "",
+    evaluation: Sequence[Example] = (),
+    label_names: Sequence[str] = (),
+    negatives: Sequence[Example] = (),
 ) -> RoutingState:
     """Encode the examples; without any, the description and the names of labels beside it; without both, a state with no exemplars.
 
     Names alone are not enough ("True", "False"): without examples and description a version is reached by name only.
-    `evaluation` rows are inputs that belong here; those that are examples are dropped. Raises InvalidInput where the encoder does.
+    `evaluation` rows are inputs that belong here, `negatives` inputs that do not; those that are examples are dropped. Raises
+    InvalidInput where the encoder does.
     """
     described = not examples and bool(description.strip())
     rows = _described(description, label_names) if described else examples
-    held_out = extract(encoder, [row.text for row in evaluation])
-    features = extract(encoder, [row.text for row in rows])
-    return state_of(encoder, features, [row.label for row in rows], held_out, from_description=described)
+    held_out, refused = (_encoded(encoder, given) for given in (evaluation, negatives))
+    return _classified(encoder, _encoded(encoder, rows), [row.label for row in rows], held_out, refused, from_description=described)
 
 
 def _described(description: str, label_names: Sequence[str]) -> list[Example]:
@@ -270,8 +291,17 @@ def state_of(
     encoder: Encoder, features: Features, labels: Sequence[str | None], evaluation: Features | None = None, *, from_description: bool = False
 ) -> RoutingState:
     """The state of exemplars that are encoded already, aligned with their labels. Raises InvalidInput for a zero or NaN row."""
-    held_out = Encodings.of(evaluation if evaluation is not None else Features.empty(features.dense.shape[1]))
-    return _classified(encoder, Encodings.of(features), labels, held_out, from_description=from_description)
+    width = features.dense.shape[1]
+    held_out = Encodings.of(evaluation) if evaluation is not None else _no_encodings(width)
+    return _classified(encoder, Encodings.of(features), labels, held_out, _no_encodings(width), from_description=from_description)
+
+
+def _encoded(encoder: Encoder, rows: Sequence[Example]) -> Encodings:
+    return Encodings.of(extract(encoder, [row.text for row in rows]))
+
+
+def _no_encodings(dim: int) -> Encodings:
+    return Encodings.of(Features.empty(dim))
 
 
 def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -286,11 +316,18 @@ def quantise(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np
 
 
 def _classified(
-    encoder: Encoder, exemplars: Encodings, labels: Sequence[str | None], evaluation: Encodings, *, from_description: bool = False
+    encoder: Encoder,
+    exemplars: Encodings,
+    labels: Sequence[str | None],
+    evaluation: Encodings,
+    negatives: Encodings,
+    *,
+    from_description: bool = False,
 ) -> RoutingState:
     """Labels in alphabetical order are classes 0, 1, …; the unlabelled rows follow, one class a k-means prototype.
 
-    An evaluation input that is an exemplar too is dropped: the head knows it, and what it scores is no measure of what others will.
+    An evaluation input that is an exemplar too is dropped: the head knows it, and what it scores is no measure of what others will. So is
+    a negative that is an exemplar.
     """
     names = sorted({label for label in labels if label is not None})
     place = {name: i for i, name in enumerate(names)}
@@ -308,6 +345,7 @@ def _classified(
         classes=classes,
         class_names=(*names, *[None] * prototypes),
         evaluation=evaluation.without(exemplars),
+        negatives=negatives.without(exemplars),
         from_description=from_description,
     )
 

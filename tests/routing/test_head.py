@@ -83,7 +83,8 @@ def test_what_is_left_out_is_what_a_new_solver_without_it_gives(width: int) -> N
     solver = Solver(EXEMPLARS, DIM, width)
     ref, one = next(iter(EXEMPLARS.items()))
     kept = np.arange(len(one)) != 3
-    rest = Exemplars(one.features[kept], one.classes[kept], one.counts - np.bincount(one.classes[[3]], minlength=2), one.sums, one.labelled, False)
+    counts = one.counts - np.bincount(one.classes[[3]], minlength=2)
+    rest = Exemplars(one.features[kept], one.negatives, one.classes[kept], counts, one.sums, one.labelled, False)
     again = Solver({**EXEMPLARS, ref: rest}, DIM, width).head("x").responses(one.features[3])
     np.testing.assert_allclose(solver.left_out(np.array([3])), again, atol=2e-2)
 

@@ -37,6 +37,11 @@ STATES: Mapping[AdapterRef, RoutingState] = {
     AdapterRef("described", 1): build_state(ENCODER, [], "questions about bank cards"),
     AdapterRef("loose", 2): World(1, 9, seed=12).state(0, 6, labelled=False),
     AdapterRef("named-only", 1): build_state(ENCODER, []),
+    AdapterRef("wary", 1): build_state(
+        ENCODER,
+        [Example(text, "pay") for text in ("pay my bill", "pay the rent", "pay what I owe")],
+        negatives=[Example("pay attention to me"), Example("does it pay to wait")],
+    ),
 }
 FITTED: Fitted = fit(STATES)
 QUERIES = Features.concatenate([*(WORLD.sample(i, 3)[0] for i in range(6)), WORLD.strangers(10)])
@@ -234,7 +239,7 @@ def test_the_score_is_the_best_candidate_from_its_centre() -> None:
 def test_more_candidates_begin_with_the_fewer() -> None:
     router = build(sorted(STATES))
     many = router.route_features(QUERIES, k=50)
-    assert all(len(decision.candidates) == len(router.refs) == 8 for decision in many)
+    assert all(len(decision.candidates) == len(router.refs) == 9 for decision in many)
     for k in (1, 2, 5):
         assert [d.candidates for d in router.route_features(QUERIES, k=k)] == [d.candidates[:k] for d in many]
 
