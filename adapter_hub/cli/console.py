@@ -191,6 +191,13 @@ def effects(document: Mapping[str, JSON]) -> None:
         line(f"Nothing is known of {', '.join(unknown)}: no evaluation inputs, and no example that can be left out.")
 
 
+def reembedded(document: Mapping[str, JSON]) -> None:
+    """What took whose place under which encoder."""
+    line(f"the encoder is {document['encoder']}, the calibration {shown(document['calibration'])}; encoded anew: {len(document['versions'])}")
+    if document["versions"]:
+        rows(document["versions"])
+
+
 def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:
     columns = ("text", "adapter", "answer", "score", "reason")
     drawn = [{**document, "answer": _answer(document), "adapter": _answering(document)} for document in documents]

@@ -46,6 +46,7 @@ from adapter_hub.cli.console import (
     line,
     predictions,
     progress_bar,
+    reembedded,
     verified,
     versions,
 )
@@ -347,6 +348,21 @@ def calibrate(ctx: typer.Context, registry: Registry = "registry", as_json: AsJs
 def effect(ctx: typer.Context, ref: Ref, registry: Registry = "registry", as_json: AsJson = False) -> None:
     """Show what REF takes, or would take, from each adapter in production."""
     emit(_open(ctx, registry).effect(ref), as_json, effects)
+
+
+@_verb("reembed", "adapter-hub reembed ./my-encoder --reason 'the old one knows no French'")
+def reembed(
+    ctx: typer.Context,
+    encoder: Annotated[str, typer.Argument(metavar="ENCODER", help='Hub id or folder of the text encoder, or "hash".')],
+    reason: Reason = "",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Go over to another text encoder: what is in production is encoded anew.
+
+    It needs the texts of all examples (keep = "text" in hub.toml), or descriptions in their place, and makes new versions with the
+    same weights. Interrupted, it goes on when it is called again; called with the old encoder, it goes back.
+    """
+    emit(_open(ctx, registry).reembed(encoder, reason=reason), as_json, reembedded)
 
 
 @_verb("export", "adapter-hub export banking@2 ./banking-peft")

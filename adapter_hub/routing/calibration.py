@@ -509,5 +509,5 @@ def check_encoder(name: str, state: RoutingState, fingerprint: str, encoder: str
         raise ModelChanged(
             f"'{name}' was encoded by '{state.encoder}' ({state.encoder_fingerprint[:19]}), "
             f"the router's exemplars by '{encoder}' ({fingerprint[:19]}).",
-            hint="Register it again from its texts with the registry's encoder.",
+            hint="Register it again from its texts with the registry's encoder; where they are kept, `adapter-hub reembed` does that.",
         )
