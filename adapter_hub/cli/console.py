@@ -183,7 +183,9 @@ def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
 
 def effects(document: Mapping[str, JSON]) -> None:
     """Who would lose what to a newcomer, most first."""
-    line(f"{document['newcomer']} takes at most {100 * document['most_taken']:.1f} % of another adapter's inputs.")
+    instead_of = document["instead_of"]
+    where, beyond = (f" in place of {instead_of}", f", beyond what {instead_of} took") if instead_of else ("", "")
+    line(f"{document['newcomer']}{where} takes at most {100 * document['most_taken']:.1f} % of another adapter's inputs{beyond}.")
     columns = ("adapter", "inputs", "taken", "before", "after", "contradictions")
     table(columns, [[other[column] for column in columns] for other in document["others"]])
     unknown = [other["adapter"] for other in document["others"] if not other["inputs"]]

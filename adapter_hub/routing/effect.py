@@ -46,6 +46,7 @@ class Effect:
 
     newcomer: AdapterRef
     others: tuple[Taken, ...]
+    instead_of: AdapterRef | None = None    # the version of its name that gives way; what that one took is not counted
 
     @property
     def most_taken(self) -> float:
@@ -53,11 +54,14 @@ class Effect:
         return max((other.taken for other in self.others), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        return {"newcomer": str(self.newcomer), "most_taken": round(self.most_taken, 6), "others": [other.to_json() for other in self.others]}
+        instead_of = str(self.instead_of) if self.instead_of else None
+        facts = {"newcomer": str(self.newcomer), "instead_of": instead_of, "most_taken": round(self.most_taken, 6)}
+        return facts | {"others": [other.to_json() for other in self.others]}
 
 
 def effect(production: Mapping[AdapterRef, RoutingState], newcomer: AdapterRef, state: RoutingState, scoring: Scoring) -> Effect:
-    """`production` are the versions there are; one of the newcomer's name gives way to it. The newcomer need not be stored yet.
+    """`production` are the versions there are; one of the newcomer's name gives way to it, and what went to that one is not taken from
+    anybody: the router as it is now stands against the router with the newcomer in its place. The newcomer need not be stored yet.
 
     Both sides are solved in full. Nothing abstains here: what counts is who would be chosen. An exemplar that the newcomer has too is
     left out of its own adapter alone, and goes to the newcomer as a rule: `contradictions` counts them.
@@ -75,7 +79,8 @@ def effect(production: Mapping[AdapterRef, RoutingState], newcomer: AdapterRef, 
         taken = sum(a == ref and b == newcomer for a, b in zip(was[ref], will[ref], strict=True)) / inputs
         same = sum(key in new for key in other.exemplars.keys)
         found.append(Taken(ref, len(rows[ref]), taken, was[ref].count(ref) / inputs, will[ref].count(ref) / inputs, same))
-    return Effect(newcomer, tuple(sorted(found, key=lambda other: (-other.taken, -other.contradictions, other.adapter))))
+    gives_way = next((ref for ref in production if ref.name == newcomer.name and ref != newcomer), None)
+    return Effect(newcomer, tuple(sorted(found, key=lambda other: (-other.taken, -other.contradictions, other.adapter))), gives_way)
 
 
 def _rows(states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars]) -> dict[AdapterRef, I64]:

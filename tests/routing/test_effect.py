@@ -133,7 +133,36 @@ def test_a_version_of_the_same_name_gives_way_and_loses_nothing() -> None:
     old, new = AdapterRef("newcomer", 1), AdapterRef("newcomer", 2)
     production = {**STATES, old: WORLD.state(1, 40)}
     found = effect(production, new, production[old], SCORING)
-    assert {other.adapter for other in found.others} == set(STATES) and found.most_taken == 0
+    assert {other.adapter for other in found.others} == set(STATES) and found.most_taken == 0 and found.instead_of == old
+    assert effect(STATES, new, production[old], SCORING).most_taken > 0.2    # what the old one took, it would take
+
+
+@pytest.mark.parametrize("evaluation", [0, 30])
+def test_in_the_place_of_a_version_only_what_that_one_left_is_taken(evaluation: int) -> None:
+    """Counted input by input, as routers with the old version and with the new one in its place choose."""
+    world = World(4, 3, noise=0.8, seed=3)
+    states = world.states(20, evaluation=evaluation)
+    old, new = AdapterRef("newcomer", 1), AdapterRef("newcomer", 2)
+    first, more = world.state(1, 20), world.state(2, 20)
+    both = state_of(
+        ENCODER,
+        Features.concatenate([first.exemplars.features, more.exemplars.features]),
+        [f"{state is more} {state.class_names[c]}" for state in (first, more) for c in state.classes],
+    )
+    scoring = fit({**states, old: first}).calibration.scoring
+    found = {other.adapter: other for other in effect({**states, old: first}, new, both, scoring).others}
+    assert set(found) == set(states)
+    assert found[world.refs[1]].taken < 0.1 < 0.3 < found[world.refs[2]].taken
+    assert effect(states, new, both, scoring).others[0].taken > 0.3 and {old, new}.isdisjoint(found)
+    if evaluation:
+        calibration = fit({**states, old: first}).calibration
+        was, will = (Router.build(one, calibration, fit(one).head) for one in ({**states, old: first}, {**states, new: both}))
+        for ref, state in states.items():
+            before, after = (
+                [one.candidates[0][0] for one in router.route_features(state.evaluation.features, max_false_reject=0)] for router in (was, will)
+            )
+            taken = sum(a == ref and b == new for a, b in zip(before, after, strict=True)) / len(before)
+            assert found[ref].taken == pytest.approx(taken) and found[ref].after == pytest.approx(after.count(ref) / len(after))
 
 
 def test_where_nothing_can_be_left_out_no_input_is_looked_at() -> None:
