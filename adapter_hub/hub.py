@@ -393,10 +393,7 @@ class Hub:
         worst = self._loses_too_much(name, state) if promote else None
         ref = self.registry.add(name, facts, files, promote=promote and worst is None, reason=reason)
         if worst is not None:
-            log.warning(
-                "%s is registered and not promoted: it would take %.1f %% of the inputs of %s, hub.toml allows %.1f %%.",
-                ref, 100 * worst.taken, worst.adapter, 100 * self.config.max_taken,
-            )    # fmt: skip
+            log.warning("%s is registered and not promoted: %s.", ref, self._losing(worst))
         return ref
 
     def _loses_too_much(self, name: str, state: RoutingState) -> Taken | None:
@@ -407,6 +404,10 @@ class Hub:
         version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
         found = self._effect(now, AdapterRef(name, version + 1), state)    # the number it gets is not known yet
         return found.others[0] if found.most_taken > self.config.max_taken else None
+
+    def _losing(self, worst: Taken) -> str:
+        allowed = f"hub.toml allows {100 * self.config.max_taken:.1f} %"
+        return f"it would take {100 * worst.taken:.1f} % of the inputs of {worst.adapter}, {allowed}"
 
     def _routing_files(self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example] = ()) -> dict[str, Path | bytes]:
         from adapter_hub.routing.live import ROUTING_FILE
@@ -446,7 +447,8 @@ class Hub:
 
         `promote` is "auto" (better than always answering the commonest label, and not worse than the version in
         production on the same rows), "always" or "never". It is judged on rows that had no part in training: half of the
-        validation rows, the other half having chosen the epoch, or as many held out of `train`. `facts` go to `register` (tags,
+        validation rows, the other half having chosen the epoch, or as many held out of `train`. As `register` does, neither
+        "auto" nor "always" promotes one that takes more from another adapter than `max_taken` in hub.toml allows. `facts` go to `register` (tags,
         license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what `register` raises.
         """
         if promote not in ("auto", "always", "never"):
@@ -462,6 +464,9 @@ class Hub:
             facts = {"evaluation": held_out or (), "metrics": result.metrics, "training_data_digest": digest_of(rows)} | facts
             ref = self.register(name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, **facts)
         good, reason = self._better(name, result.validation, result.metrics["accuracy"]) if promote == "auto" else (promote == "always", promote)
+        worst = self._loses_too_much(name, self._live.state(ref)) if good else None
+        if worst is not None:
+            good, reason = False, f"{reason}; but {self._losing(worst)}"
         if good:
             self.promote(ref, reason=reason)
         return LearnReport(ref, good, reason, result.metrics)
@@ -648,6 +653,7 @@ class Hub:
     def effect(self, ref: str | AdapterRef) -> Effect:
         """What a version takes, or would take, from each adapter in production, on their evaluation inputs or exemplars.
 
+        Where another version of its name is in production, it stands in its place: what it takes beyond what that one took.
         An exemplar is scored as if its adapter had never been given it; an adapter none of whose exemplars can be left out shows
         0 inputs. Both sides, without the version and with it, are solved in full: some seconds for thousands of exemplars.
         Raises AdapterNotFound, NotRoutable, InvalidInput.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -689,6 +690,34 @@ def test_where_what_is_taken_cannot_be_found_out_nothing_is_stored(filled: Hub, 
     with pytest.raises(HubError, match="animals"):
         hub.register("money", make_adapter(hub.base, tmp_path / "m", seed=5), ["stocks fell", "bonds rose"], labels=["x", "y"])
     assert "money" not in hub.registry.names()
+
+
+def test_with_max_taken_what_the_version_before_took_is_not_counted_again(filled: Hub, tmp_path: Path) -> None:
+    source = make_adapter(filled.base, tmp_path / "p", seed=5)
+    filled.register("pets", source, ANIMALS, labels=["dog", "cat"])
+    hub = limited(filled, tmp_path, 0.1)
+    assert hub.effect("pets@1").most_taken > 0.5
+    assert str(hub.teach("pets", ["the hamster is small"])) == "pets@2" and hub.registry.aliases("pets") == {"production": 2}
+    third = hub.register("pets", source, [*ANIMALS, *COLOURS], labels=["dog", "cat"])
+    assert hub.registry.aliases("pets") == {"production": 2}    # the colours are beyond that
+    found = hub.effect(third)
+    assert found.others[0].adapter.name == "colours" and str(found.instead_of) == "pets@2"
+    assert {other.adapter.name: other.taken <= 0.1 for other in found.others} == {"animals": True, "colours": False, "vectors": True}
+
+
+@pytest.mark.parametrize("promote", ["auto", "always"])
+def test_with_max_taken_what_is_learned_is_not_promoted_either_and_the_report_says_who_would_lose(
+    filled: Hub, tmp_path: Path, promote: str
+) -> None:
+    """Previously it was promoted whatever it took."""
+    hub = limited(filled, tmp_path, 0.1)
+    config = TrainConfig(epochs=8, steps_min=0, learning_rate=5e-3)
+    rows = [{"text": f"{row['text']} {again}", "label": row["label"]} for row in ANIMALS for again in ("now", "today", "again")]
+    report = hub.learn("pets", rows, config=config, promote=promote)
+    assert not report.promoted and hub.registry.aliases("pets") == {} and str(report.ref) == "pets@1"
+    assert re.search(r"; but it would take \d+\.\d % of the inputs of animals@1, hub\.toml allows 10\.0 %$", report.reason), report.reason
+    words = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
+    assert hub.learn("words", words, config=config, promote="always").promoted
 
 
 def test_teaching_moves_production_only_from_the_version_that_has_it(filled: Hub, tmp_path: Path) -> None:
