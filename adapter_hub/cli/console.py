@@ -193,6 +193,16 @@ def effects(document: Mapping[str, JSON]) -> None:
         line(f"Nothing is known of {', '.join(unknown)}: no evaluation inputs, and no example that can be left out.")
 
 
+def calibrated(document: Mapping[str, JSON]) -> None:
+    """How a record was made, what each rate means and meant before, and whose inputs it lets in more or less often."""
+    facts({key: value for key, value in document.items() if key not in ("max_false_reject", "changed")})
+    print("thresholds, and what share of belonging inputs to expect turned away at each rate:")
+    rows([{"rate": rate, **told} for rate, told in document["max_false_reject"].items()])
+    if "changed" in document:
+        print("share of their inputs that is let in at 5 %, where that changed most:")
+        rows(document["changed"])
+
+
 def reembedded(document: Mapping[str, JSON]) -> None:
     """What took whose place under which encoder."""
     line(f"the encoder is {document['encoder']}, the calibration {shown(document['calibration'])}; encoded anew: {len(document['versions'])}")

@@ -36,6 +36,7 @@ from adapter_hub.cli.arguments import (
     shown_url,
 )
 from adapter_hub.cli.console import (
+    calibrated,
     decisions,
     effects,
     emit,
@@ -339,14 +340,19 @@ def purge(
 def calibrate(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
     """Fit scores and thresholds anew, and show what that moves.
 
-    They are fitted on the versions in production; the record gets the next number.
+    They are fitted on the versions in production; the record gets the next number. Shown are the thresholds before and after, and
+    the adapters (at most 5) whose inputs are let in more or less often.
     """
-    emit(_open(ctx, registry).calibrate(), as_json, facts)
+    emit(_open(ctx, registry).calibrate(), as_json, calibrated)
 
 
 @_verb("effect", "adapter-hub effect travel@2")
 def effect(ctx: typer.Context, ref: Ref, registry: Registry = "registry", as_json: AsJson = False) -> None:
-    """Show what REF takes, or would take, from each adapter in production."""
+    """Show what REF takes, or would take, from each adapter in production.
+
+    Of each adapter's inputs: the share that REF takes, that goes to the adapter before, and after; contradictions are examples that both
+    have. Where another version of its name is in production, REF stands in its place, and what that one took is not counted again.
+    """
     emit(_open(ctx, registry).effect(ref), as_json, effects)
 
 
