@@ -11,6 +11,7 @@ import math
 import shlex
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -64,6 +65,7 @@ log = logging.getLogger("adapter_hub")
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
 Answering = AdapterRef | Mixture | None                               # the same, resolved
 
+LABELS_SHOWN = 6    # in one warning
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
 
@@ -378,6 +380,7 @@ class Hub:
             source=found.repository,
             revision=found.revision,
         )
+        _warn_of_labels(name, rows, label_names)
         dropped = len(held_out) - len(state.evaluation)
         if dropped:
             log.warning("%d of the %d evaluation inputs of %s are among its examples, and dropped.", dropped, len(held_out), name)
@@ -493,6 +496,7 @@ class Hub:
         manifest, rows = self.registry.manifest(old), as_examples(texts)
         if not rows:
             raise InvalidInput("there is nothing to teach: no texts were given.")
+        _warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
         state = self._live.state(old).extended(self.encoder, rows)
         folder = self.registry.open_version(old)
         files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
@@ -644,11 +648,17 @@ class Hub:
         features = extract(self._encoder_of(router), _inputs([text]))
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
+        states = {ref: self._live.state(ref) for ref in refs}
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
-        return explain(decision, features, {ref: self._live.state(ref) for ref in refs}, texts, rate)
+        texts |= {ref: [self.registry.manifest(ref).description] for ref in refs if states[ref].from_description}    # it is the first
+        return explain(decision, features, states, texts, rate)
 
     def _kept(self, ref: AdapterRef, file: str) -> list[Example]:
         return read_examples(self.registry.open_version(ref) / file) if file in self.registry.manifest(ref).files else []
+
+    def state(self, ref: str | AdapterRef) -> RoutingState:
+        """What a version brings to the router: exemplars and evaluation inputs as vectors. Raises AdapterNotFound, ModelChanged, CorruptVersion."""
+        return self._live.state(self.registry.resolve(ref))
 
     def effect(self, ref: str | AdapterRef) -> Effect:
         """What a version takes, or would take, from each adapter in production, on their evaluation inputs or exemplars.
@@ -918,6 +928,18 @@ def _fault(check: Callable[[], None]) -> HubError | None:
     except HubError as error:
         return error
     return None
+
+
+def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -> None:
+    """Of a text classifier. Labels that its head has not may be meant: the router may know finer classes."""
+    unknown = Counter(row.label for row in rows if row.label is not None and row.label not in labels) if labels else Counter()
+    if unknown:
+        shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(LABELS_SHOWN))
+        more = f", … ({len(unknown)} labels)" if len(unknown) > LABELS_SHOWN else ""
+        log.warning(
+            "%d of the %d examples of %s have a label that its head does not know, and are classes for the router alone: %s%s.",
+            unknown.total(), len(rows), name, shown, more,
+        )    # fmt: skip
 
 
 def _jsonl(rows: Sequence[Example]) -> bytes:

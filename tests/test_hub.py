@@ -34,6 +34,7 @@ from adapter_hub.errors import (
     RegistryNotFound,
     WrongBase,
 )
+from adapter_hub.examples import Example
 from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import QUANTILES
@@ -467,6 +468,33 @@ def test_without_examples_a_description_and_the_labels_of_a_text_classifier_rout
     assert [decision.adapter.name for decision in routed if decision.adapter] == ["texts", "texts", "tokens"]
     neighbours = hub.explain("lost luggage").neighbours
     assert neighbours[0].label == "lost_luggage" and [str(one.adapter) for one in neighbours if one.label] == ["texts@1", "texts@1"]
+
+
+def test_examples_with_labels_that_the_head_lacks_are_counted_and_named(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They may be meant: classes of the router are finer."""
+    adapter, tagger = make_adapter(hub.base, tmp_path / "a"), make_adapter(hub.base, tmp_path / "t", task_type="TOKEN_CLS")
+    hub.register("colours", adapter, COLOURS, labels=["red", "blue"])
+    hub.register("tags", tagger, COLOURS, labels=["B", "O"])    # its labels are of pieces
+    assert not caplog.records
+    hub.register("colours", adapter, COLOURS, labels=["red", "green"])
+    assert "4 of the 8 examples of colours have a label that its head does not know, and are classes for the router alone: 'blue' (4)." in caplog.text
+    caplog.clear()
+    hub.teach("colours", [*({"text": f"shade {i}", "label": f"shade {i}"} for i in range(8)), "paint it"])
+    assert "8 of the 9 examples of colours" in caplog.text and "'shade 5' (1), … (8 labels)." in caplog.text
+
+
+@pytest.mark.parametrize("row", ["\x00\x07", {"text": "\u200b \n"}, Example("\x1b")])
+def test_texts_of_control_characters_alone_are_refused_by_position(filled: Hub, tmp_path: Path, row: object) -> None:
+    for call in (
+        lambda: filled.register("x", tmp_path / "c", ["fine", row], labels=["red", "blue"]),
+        lambda: filled.register("x", tmp_path / "c", ["fine"], labels=["red", "blue"], evaluation=["fine", row]),
+        lambda: filled.teach("colours", ["fine", row]),
+    ):
+        with pytest.raises(InvalidInput, match="row 2: a row has a 'text' that has nothing but control characters"):
+            call()
+    with pytest.raises(InvalidInput, match="text 2 of 2 has nothing but control characters"):
+        filled.predict(["fine", "\x00"])
+    assert filled.route(["paint\x00 the wall\x07 red\u200b"], max_false_reject=0)[0].adapter is not None
 
 
 def test_a_head_without_names_is_refused(hub: Hub, tmp_path: Path) -> None:

@@ -166,19 +166,32 @@ def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
         print(shown(document.get("text"), chars_max=200))
         where = document.get("adapter") or "the base model (the router abstains)"
         print(f"  goes to {shown(where)}: {shown(document.get('reason'))}")
-        print("  " + ", ".join(f"{key} {shown(document.get(key))}" for key in ("score", "threshold", "margin")))
         if document.get("words"):
             print(f"  {shown(document['words'], chars_max=400)}")
-        neighbours = document.get("neighbours") or ()
-        for rank, candidate in enumerate(document.get("candidates") or (), 1):
+        if document.get("score") is not None:
+            measured = ", ".join(f"{key} {shown(document.get(key))}" for key in ("score", "threshold"))
+            print(f"  acceptance {measured}: how far the best candidate's score lies above what inputs of its adapter usually score")
+        neighbours, candidates = document.get("neighbours") or (), document.get("candidates") or ()
+        if candidates:
+            margin = f"; margin {shown(document['margin'])} between the first two" if document.get("margin") is not None else ""
+            print(f"  candidate scores, around 1 for inputs like the exemplars{margin}:")
+        for rank, candidate in enumerate(candidates, 1):
             print(f"  {rank}. {shown(candidate.get('adapter'))}  {shown(candidate.get('score'))}")
             for near in neighbours:
                 if near.get("adapter") == candidate.get("adapter"):
-                    print(f"       like {shown(near.get('likeness'))}: " + " · ".join(shown(near[k]) for k in ("label", "text") if near.get(k)))
+                    print(f"       like {shown(near.get('likeness'))}: {_near(near)}")
         known = {"text", "adapter", "reason", "score", "threshold", "margin", "candidates", "words", "neighbours"}
         for key, value in document.items():
             if key not in known and value not in EMPTY:
                 print(f"  {key}: {shown(value, chars_max=400)}")
+
+
+def _near(near: Mapping[str, JSON]) -> str:
+    """An exemplar by label and text; what stands for one says so."""
+    parts = [shown(near[key]) for key in ("label", "text") if near.get(key)]
+    if near.get("described"):
+        parts.insert(0, "the name of its label stands for it" if near.get("label") else "its description stands for it")
+    return " · ".join(parts) or "an exemplar without a label, whose text is not kept"
 
 
 def effects(document: Mapping[str, JSON]) -> None:

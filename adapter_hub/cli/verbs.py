@@ -190,7 +190,9 @@ def register(
     live = hub.registry.aliases(ref.name).get("production") == ref.version
     said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")
     said += "" if known or description.strip() else "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
-    emit({"ref": ref, "production": live, "examples": len(known), "evaluation": len(held_out)}, as_json, lambda _: line(said))
+    kept = len(hub.state(ref).evaluation)
+    said += f"; {kept} of {len(held_out)} evaluation inputs are kept" if held_out else ""
+    emit({"ref": ref, "production": live, "examples": len(known), "evaluation": kept}, as_json, lambda _: line(said))
 
 
 @_verb("learn", "adapter-hub learn travel train.jsonl --validation held_out.jsonl")
@@ -393,7 +395,7 @@ def route(
     ctx: typer.Context,
     texts: Texts = None,
     file: File = "",
-    k: Annotated[int, typer.Option("--k", help="How many candidates to show.", min=1)] = 1,
+    k: Annotated[int | None, typer.Option("--k", help="How many candidates to show; by default 1, with --explain 3.", min=1)] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say why: in words, with the candidates and their closest exemplars.")] = False,
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
@@ -401,11 +403,11 @@ def route(
     """Say which adapter each input belongs to, if any."""
     inputs, hub = read_texts(texts, file), _open(ctx, registry)
     found: Sequence[Any] = (
-        [hub.explain(text, k=max(k, 3), max_false_reject=max_false_reject) for text in inputs]
+        [hub.explain(text, k=k or 3, max_false_reject=max_false_reject) for text in inputs]
         if explain
-        else hub.route(inputs, k=k, max_false_reject=max_false_reject)
+        else hub.route(inputs, k=k or 1, max_false_reject=max_false_reject)
     )
-    emit(_beside(inputs, found), as_json, explanations if explain or k > 1 else decisions)
+    emit(_beside(inputs, found), as_json, explanations if explain or (k or 1) > 1 else decisions)
 
 
 @_verb("predict", "adapter-hub predict 'my card was declined abroad' --json")

@@ -513,7 +513,7 @@ def _independent(values: F64, weights: F64, classes: I64) -> float:
 def check_rate(rate: float) -> float:
     """`rate` as a float. Raises InvalidInput unless it is a number from 0 to 1."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)) or not 0 <= rate <= 1:
-        raise InvalidInput(f"max_false_reject={rate!r} is not a share.", hint="Give a number from 0 (never abstain) to 1.")
+        raise InvalidInput(f"max_false_reject={rate!r} is not a share.", hint="Give a number from 0 (never abstain) to 1: 5 % is 0.05.")
     return float(rate)
 
 
