@@ -171,6 +171,10 @@ class UnreadableFile(InvalidInput):
     """A whole input file cannot be read as the format its name says."""
 
 
+class QueueFull(HubError):
+    """As many requests wait as the queue holds, and none of them was answered in time."""
+
+
 def storage_error(error: OSError, path: Path | str) -> RegistryError:
     """The HubError for an OSError met while writing `path`: full disk, read-only, or what the system said."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

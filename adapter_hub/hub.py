@@ -13,8 +13,10 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -49,7 +51,8 @@ if TYPE_CHECKING:
 
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
-    from adapter_hub.engine.engine import Engine, Output
+    from adapter_hub.engine.engine import Engine, Output, Request
+    from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -137,6 +140,7 @@ class Hub:
         self._base: FrozenBase | None = None
         self._encoder: Encoder | None = None
         self._engine: Engine | None = None
+        self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
         self._settings: object = None    # what hub.toml looked like when it last named the encoder that this hub was opened with
 
@@ -183,7 +187,9 @@ class Hub:
         return cls(Registry.open(path, artifacts=artifacts), device=device)
 
     def close(self) -> None:
-        """Let go of the registry; whatever is asked of this hub afterwards raises HubError."""
+        """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
+        if self._queue is not None:
+            self._queue.close()
         self._closed = True
         self._registry.close()
 
@@ -288,6 +294,17 @@ class Hub:
 
                 self._engine = Engine(self.base, self._load)
             return self._engine
+
+    @property
+    def queue(self) -> RequestQueue:
+        """Of `submit`, made when it is first needed."""
+        self._check_open()
+        with self._lock, _IMPORTING:
+            if self._queue is None:
+                from adapter_hub.engine.queue import RequestQueue
+
+                self._queue = RequestQueue(self.engine)
+            return self._queue
 
     @property
     def _live(self) -> LiveRouter:
@@ -534,6 +551,35 @@ class Hub:
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
         texts = _inputs(texts)
+        decisions, answering = self._decided(texts, adapters, max_false_reject, mix)
+        outputs = self.engine.predict(_requests(texts, answering), generation=generation)
+        return [_prediction(*row) for row in zip(decisions, answering, outputs, strict=True)]
+
+    def submit(
+        self,
+        text: str,
+        adapter: Named = None,
+        max_false_reject: float | None = None,
+        generation: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> Future[Prediction]:
+        """The future of what `predict([text], …)` answers: for many small requests from many threads, which share batches.
+
+        It is routed at once, by the caller's thread, unless `adapter` is named. Then it waits some milliseconds for others in this
+        hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who shares the batch depends on
+        timing, so numbers agree with those of `predict` within 1e-5, not byte for byte. An adapter that is damaged or purged by
+        the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
+        Raises QueueFull, and as `predict`.
+        """
+        texts = _inputs([text])
+        [decision], [answering] = self._decided(texts, adapter, max_false_reject)
+        [request] = _requests(texts, [answering])
+        return self.queue.submit(request, generation, timeout=timeout, then=partial(_prediction, decision, answering))
+
+    def _decided(
+        self, texts: Sequence[str], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int = 1
+    ) -> tuple[Sequence[Decision], Sequence[Answering]]:
+        """What answers each text, and why: routed where no adapters are named."""
         if adapters is not None and max_false_reject is not None:
             raise InvalidInput("adapters and max_false_reject exclude each other.", hint="Where the adapters are named, nothing is routed.")
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
@@ -546,7 +592,7 @@ class Hub:
         else:
             answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
             decisions = [Decision.named(_foremost(adapter)) for adapter in answering]
-        return self._run(texts, decisions, answering, generation)
+        return decisions, answering
 
     def _route(
         self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
@@ -582,16 +628,6 @@ class Hub:
             return Mixture.of([(self.registry.resolve(ref), weight) for ref, weight in named.items()])
         return None if named is None else self.registry.resolve(named)
 
-    def _run(
-        self, texts: Sequence[str], decisions: Sequence[Decision], answering: Sequence[Answering], generation: Mapping[str, Any] | None
-    ) -> list[Prediction]:
-        with _IMPORTING:
-            from adapter_hub.engine.engine import Request
-
-        requests = [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
-        outputs = self.engine.predict(requests, generation=generation)
-        return [_prediction(*row) for row in zip(decisions, answering, outputs, strict=True)]
-
     def run(
         self,
         input: str | Path,
@@ -623,9 +659,13 @@ class Hub:
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration}
 
-        def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
+        def answer(texts: Sequence[str]) -> list[dict[str, Any] | HubError]:
             decisions = self._route(router, texts, 1, rate, encoder)
-            return [p.row() for p in self._run(texts, decisions, [decision.adapter for decision in decisions], generation)]
+            found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions]), generation=generation)
+            return [
+                one if isinstance(one, HubError) else _prediction(decision, decision.adapter, one).row()
+                for decision, one in zip(decisions, found, strict=True)
+            ]
 
         return run_job(
             input, output, answer, resume=resume, overwrite=overwrite, settings=settings, facts=facts, progress=progress
@@ -877,6 +917,13 @@ def _task_type(text: str) -> str:
 
 def _foremost(adapter: Answering) -> AdapterRef | None:
     return adapter.shares[0][0] if isinstance(adapter, Mixture) else adapter
+
+
+def _requests(texts: Sequence[str], answering: Sequence[Answering]) -> list[Request]:
+    with _IMPORTING:
+        from adapter_hub.engine.engine import Request
+
+    return [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
 
 
 def _prediction(decision: Decision, adapter: Answering, output: Output) -> Prediction:

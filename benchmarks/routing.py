@@ -156,7 +156,7 @@ class Ours:
         for ref in self.refs[:: max(1, len(self.refs) // TIMED_ADDS)][:TIMED_ADDS]:
             without = self.router.without(ref)
             started = time.perf_counter()
-            without.with_added(ref, self.states[ref])
+            without.with_added({ref: self.states[ref]})
             found.append(time.perf_counter() - started)
         return 1e3 * float(np.median(found))
 
@@ -380,7 +380,7 @@ def growth(task: Task, encoder: Encoder, first: int, step: int, orders: int, joi
             for name, head in made.items():
                 found.setdefault(name, []).append(float((head.answers(asked).ranked[:, 0] == right).mean()))
             for adapter in order[count - step : count] if count > first else ():
-                growing = growing.with_added(AdapterRef(task.adapters[adapter], 1), adapter_state(encoder, task, adapter))
+                growing = growing.with_added({AdapterRef(task.adapters[adapter], 1): adapter_state(encoder, task, adapter)})
             names = [part.adapters[i] for i in right]
             decisions = growing.route_features(asked, max_false_reject=0.0)
             found.setdefault("ours, added at once", []).append(float(np.mean([d.adapter.name == n for d, n in zip(decisions, names, strict=True)])))

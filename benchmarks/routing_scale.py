@@ -232,7 +232,7 @@ def features_in(folder: Path) -> Features:
 def added(router: Router, newcomers: Sequence[tuple[AdapterRef, RoutingState]]) -> tuple[Router, list[tuple[Any, float, float]]]:
     times = []
     for ref, state in newcomers:
-        times.append(timed(partial(router.with_added, ref, state)))
+        times.append(timed(partial(router.with_added, {ref: state})))
         router = times[-1][0]
     return router, times
 

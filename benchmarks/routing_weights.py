@@ -234,7 +234,7 @@ def beside(
         fitted = fit(others)
         nine = Router.build(others, fitted.calibration, fitted.head)
         for name, states in by_word.items():
-            router = nine.with_added(ref, states[ref])
+            router = nine.with_added({ref: states[ref]})
             for split, part in inputs.items():
                 decisions = router.route_features(part.features, max_false_reject=RATE)
                 chosen = np.array([refs.index(d.candidates[0][0]) for d in decisions])

@@ -20,10 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from typer.testing import CliRunner
 
+from adapter_hub.batch.job import Progress
 from adapter_hub.cli import app
+from adapter_hub.engine.engine import Engine
 from adapter_hub.errors import (
     AdapterNotFound,
     AdapterRejected,
+    CorruptVersion,
     DataRemains,
     HubError,
     InvalidInput,
@@ -203,7 +206,7 @@ def test_after_a_purge_no_file_holds_its_vectors_and_calibrations_hold_numbers_a
     hub.purge("colours@1")
     assert found() == set()
     hub.settle()
-    assert (tmp_path / "registry/index/router/0.safetensors").exists() and found() == set()
+    assert (tmp_path / "registry/index/router/router.json").exists() and found() == set()
     records = sorted((tmp_path / "registry/calibrations").glob("*.safetensors"))
     assert [path.name for path in records] == ["1.safetensors", "2.safetensors"]
     for path in records:
@@ -364,6 +367,78 @@ def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> N
     assert [(row["adapter"], row["label"]) for row in out] == [(str(p.adapter), p.label) for p in expected]
     errors = [json.loads(line) for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()]
     assert [(e["line"], e["reason"]) for e in errors] == [(9, "the row has a 'text' that is empty"), (18, "the row has no 'text', only 'id'")]
+
+
+@pytest.mark.parametrize("fault", ["damaged", "removed", "purged"])
+def test_an_adapter_that_goes_while_a_job_runs_fails_its_own_rows_only(filled: Hub, tmp_path: Path, fault: str) -> None:
+    """Previously a purge stopped the job, which could not be resumed then, and one damaged file cost a chunk its batches."""
+    rows = [row for _ in range(20) for row in (*COLOURS, *ANIMALS)]    # a chunk is 256
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filled._engine = engine = Engine(filled.base, filled._load, slots_max=1)    # so that each is loaded again
+    filled.run(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", max_false_reject=0)
+    whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    assert {row["adapter"] for row in whole} == {"colours@1", "animals@1"} and engine.slots.resident == (AdapterRef("colours", 1),)
+    weights = filled.registry.open_version("animals@1") / "adapter_model.safetensors"
+
+    def go(progress: Progress) -> None:
+        if progress.rows > 256:
+            return
+        if fault == "purged":
+            filled.purge("animals@1")
+        elif fault == "removed":
+            weights.unlink()
+        else:
+            weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+
+    summary = filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_false_reject=0, progress=go)
+    out, errors = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("out.jsonl", "out.jsonl.errors.jsonl"))
+    assert out == [row for i, row in enumerate(whole) if i < 256 or row["adapter"] == "colours@1"]
+    assert [e["line"] for e in errors] == [i for i, row in enumerate(whole, 1) if i > 256 and row["adapter"] == "animals@1"]
+    said = {"damaged": "its manifest says", "removed": "is missing", "purged": "was purged"}[fault]
+    assert summary.failed == len(errors) == 32 and all("animals" in e["reason"] and said in e["reason"] for e in errors)
+
+
+# ---- many small requests --------------------------------------------------------------------------------------------
+
+
+def test_what_is_submitted_from_many_threads_is_answered_as_predict_does(filled: Hub) -> None:
+    texts = [row["text"] for row in COLOURS + ANIMALS]
+    with ThreadPoolExecutor(16) as pool:
+        routed = list(pool.map(lambda text: filled.submit(text, max_false_reject=0).result(60), texts))
+        named = list(pool.map(lambda text: filled.submit(text, "vectors").result(60), texts))
+        mixed = filled.submit(texts[0], {"colours@1": 1}, generation={}).result(60)
+    for found, text in zip(routed, texts, strict=True):
+        [expected] = filled.predict([text], max_false_reject=0)
+        assert (found.adapter, found.label, found.decision) == (expected.adapter, expected.label, expected.decision)
+        assert all(abs(found.scores[label] - score) <= 1e-5 for label, score in expected.scores.items())
+    assert mixed.adapter == AdapterRef("colours", 1)
+    for p, expected in zip(named, filled.predict(texts, adapters="vectors"), strict=True):
+        assert p.decision.reason is Reason.NAMED and np.abs(p.vector - expected.vector).max() <= 1e-5
+
+
+def test_a_request_whose_version_is_gone_fails_alone_and_what_is_wrong_is_said_at_once(filled: Hub) -> None:
+    (filled.registry.open_version("colours@1") / "adapter_model.safetensors").unlink()
+    futures = {name: filled.submit("the cat sleeps", name) for name in ("colours", "animals", "vectors")}
+    assert isinstance(futures["colours"].exception(60), CorruptVersion)
+    assert futures["animals"].result(60).label and futures["vectors"].result(60).vector is not None
+    filled.purge("animals@1")
+    for act, error in (
+        (lambda: filled.submit("the cat sleeps", "animals@1"), NotRoutable),
+        (lambda: filled.submit(""), InvalidInput),
+        (lambda: filled.submit("x", "colurs"), AdapterNotFound),
+        (lambda: filled.submit("x", "vectors", max_false_reject=0.1), InvalidInput),
+        (lambda: filled.submit("x", generation={"max_tokns": 3}), InvalidInput),
+    ):
+        with pytest.raises(error):
+            act()
+
+
+def test_a_hub_that_closes_answers_what_was_submitted(filled: Hub) -> None:
+    futures = [filled.submit("the cat sleeps", "animals") for _ in range(20)]
+    filled.close()
+    assert {future.result(0).label for future in futures} <= {"dog", "cat"}
+    with pytest.raises(HubError, match="closed"):
+        filled.submit("the cat sleeps", "animals")
 
 
 @pytest.mark.parametrize(

@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
-from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, UnreadableFile, storage_error
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, UnreadableFile, storage_error
 from adapter_hub.examples import BadRow, RowReader, fault, format_of, read_rows
 from adapter_hub.registry.artifacts import sync_folder
 
 JSON = Any
-Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON]]]
+Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON] | HubError]]    # a row's fault may stand in its place
 CHUNK_ROWS = 256
 BEGIN_AGAIN = "Begin again with overwrite=True (`--overwrite`)."
 
 # What an answer may hold. An input's field of such a name is renamed in every row, whichever adapter answers it: a column means one thing.
 ANSWER_NAMES = frozenset({"adapter", "reason", "score", "margin", "label", "output", "truncated"})
 
-# Faults of single rows: an input that cannot be read, or an adapter whose files are damaged. Anything else stops the job.
-ROW_FAULTS = (InvalidInput, CorruptVersion)
+# Faults of single rows: an input that cannot be read, or an adapter whose files are damaged or purged. Anything else stops the job.
+ROW_FAULTS = (InvalidInput, CorruptVersion, NotRoutable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +267,10 @@ def _answered(rows: Sequence[tuple[int, dict[str, JSON]]], answer: Answer) -> It
         yield from _answered(rows[:middle], answer)
         yield from _answered(rows[middle:], answer)
         return
-    yield from zip((line for line, _ in rows), found, strict=True)
+    for (line, _), one in zip(rows, found, strict=True):
+        if isinstance(one, HubError) and not isinstance(one, ROW_FAULTS):
+            raise one
+        yield line, one
 
 
 def merged(row: Mapping[str, JSON], answer: Mapping[str, JSON]) -> dict[str, JSON]:

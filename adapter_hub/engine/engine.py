@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,10 +29,10 @@ from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.heads import Head, probabilities, summed
 from adapter_hub.engine.lora_layers import MixedLayers, Part
 from adapter_hub.engine.mixtures import Mixture, Shares, canonical, obstacle
-from adapter_hub.engine.plan import Batch, BatchPlan, Row, halves, plan_batches
-from adapter_hub.engine.slots import Facts, Resident, Slots
+from adapter_hub.engine.plan import Batch, BatchPlan, Row, forecast, halves, plan_batches
+from adapter_hub.engine.slots import Facts, Mean, Resident, Slots
 from adapter_hub.engine.table import Table
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
 
@@ -84,6 +85,7 @@ class Engine:
         self.base = base
         self._layers = MixedLayers(base)
         self.slots = Slots(base, self._layers, load, slots_max, bytes_max)
+        self.row_ms = Mean()    # of one row in a batch
 
     def evict(self, ref: AdapterRef) -> None:
         self.slots.evict(ref)
@@ -96,7 +98,7 @@ class Engine:
         Adapters may answer together where they agree in task, labels, prompt template and generation settings, and none is a DoRA.
         The order in which a mixture names them changes nothing, and a mixture of one is that adapter. All must be resident at once.
         Raises InvalidInput for an empty text (with its position), an unknown generation setting or adapters that do not mix,
-        and what `load` raises.
+        and what `load` raises. Where the adapters do not fit into the slots together, a warning says what loading them again costs.
         """
         call = check_generation(generation or {})
         for position, request in enumerate(requests, 1):
@@ -108,9 +110,40 @@ class Engine:
         encoded = self._encode([request.text for request in requests], facts, kinds)
         outputs: dict[int, Output] = {}
         batches = self._plan(shares, facts, kinds, encoded).batches
-        for batch, after in zip_longest(batches, batches[1:]):
-            outputs |= self._ran(batch, shares, facts, encoded, after.adapters if after else ())
+        try:
+            for batch, after in zip_longest(batches, batches[1:]):
+                outputs |= self._ran(batch, shares, facts, encoded, after.adapters if after else ())
+        finally:
+            self.slots.release({ref for batch in batches for ref in batch.adapters})
         return [outputs[i] for i in range(len(requests))]
+
+    def answers(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output | HubError]:
+        """As `predict`, but a row that cannot be answered has the reason in its place, and the others are answered.
+
+        Adapters that cannot be loaded or mixed are found before anything runs, so the other rows stay one request; any other fault,
+        and a file that goes while they run, by halving. Raises InvalidInput for an unknown generation setting.
+        """
+        check_generation(generation or {})
+        asked = [canonical(request.adapter) for request in requests]
+        faults = {shares: self._fault(shares) for shares in dict.fromkeys(asked)}
+        found = iter(self._halved([request for request, shares in zip(requests, asked, strict=True) if not faults[shares]], generation))
+        return [faults[shares] or next(found) for shares in asked]
+
+    def _halved(self, requests: Sequence[Request], generation: Mapping[str, Any] | None) -> list[Output | HubError]:
+        try:
+            return [*self.predict(requests, generation=generation)]
+        except HubError as error:
+            if len(requests) == 1:
+                return [error]
+        middle = len(requests) // 2
+        return [one for half in (requests[:middle], requests[middle:]) for one in self.answers(half, generation=generation)]
+
+    def _fault(self, shares: Shares) -> HubError | None:
+        try:
+            self._facts(shares)
+        except HubError as error:
+            return error
+        return None
 
     def _ran(
         self, batch: Batch, shares: Sequence[Shares], facts: Sequence[Facts], encoded: Sequence[Encoded], then: Sequence[AdapterRef]
@@ -120,7 +153,10 @@ class Engine:
         try:
             with self.slots.hold(batch.adapters) as held, torch.inference_mode():
                 self.slots.read_ahead(then)
-                return run(batch, held, shares, facts, encoded)
+                started = time.perf_counter()
+                outputs = run(batch, held, shares, facts, encoded)
+                self.row_ms.add(1000 * (time.perf_counter() - started), len(outputs))
+                return outputs
         except (MemoryError, RuntimeError) as error:
             if len(batch.rows) == 1 or not _out_of_memory(error):
                 raise
@@ -135,7 +171,17 @@ class Engine:
         ]
         known = {ref: self.slots.facts(ref) for ref in {ref for row in shares for ref, _ in row}}
         sizes, mergeable = {ref: fact.bytes for ref, fact in known.items()}, {ref for ref, fact in known.items() if fact.mergeable}
-        return plan_batches(rows, slots_max=self.slots.slots_max, bytes_max=self.slots.bytes_max, sizes=sizes, mergeable=mergeable)
+        places = {"slots_max": self.slots.slots_max, "bytes_max": self.slots.bytes_max}
+        plan = plan_batches(rows, sizes=sizes, mergeable=mergeable, **places)
+        coming = forecast(plan, sizes, **places)
+        if not coming.fits:
+            log.warning(
+                "the %d adapters of this request (%.1f MB) take turns in %d places (%.1f MB): up to %d loads, %d of them repeated, "
+                "about %.0f ms beside %.0f ms for the rows. A larger slots_max or bytes_max keeps them resident.",
+                coming.adapters, coming.bytes / 1e6, self.slots.slots_max, self.slots.bytes_max / 1e6, coming.loads, coming.repeats,
+                coming.extra_ms(self.slots.load_ms.value), len(rows) * self.row_ms.value,
+            )    # fmt: skip
+        return plan
 
     def mixable(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
         """The first of these versions, and those of the others that can answer together with it."""

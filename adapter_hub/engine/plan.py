@@ -6,9 +6,10 @@ so the same bytes. What must be loaded for a batch is asked separately, by `evic
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from adapter_hub.refs import AdapterRef
 
@@ -58,6 +59,33 @@ class BatchPlan:
     batches: tuple[Batch, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a plan costs in loads where nothing is resident when it begins."""
+
+    adapters: int    # the working set
+    bytes: int       # that it takes
+    fits: bool       # into the slots, all at once: then a request like it finds them resident
+    loads: int
+
+    @property
+    def repeats(self) -> int:
+        """Loads of what was loaded before for the same plan, and had to go."""
+        return self.loads - self.adapters
+
+    def extra_ms(self, load_ms: float) -> float:
+        """Of a request whose working set does not fit over one whose set does and stays resident, about: reading ahead may hide some."""
+        return 0.0 if self.fits else self.loads * load_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that waits, as the choice of the next batch sees it."""
+
+    adapters: tuple[AdapterRef, ...]    # distinct; empty: the base model
+    settings: Mapping[str, Any]         # generation's, of the call: one for all rows of a batch
+
+
 def plan_batches(
     rows: Sequence[Row],
     *,
@@ -83,7 +111,7 @@ def plan_batches(
             found = [i for i in found if rows[i].adapters != refs]
 
         def fits(adapters: Collection[AdapterRef]) -> bool:
-            return len(adapters) <= slots_max and (bytes_max is None or sum(sizes.get(ref, 0) for ref in adapters) <= bytes_max)
+            return _fit(adapters, sizes, slots_max, bytes_max)
 
         crowded = not fits({ref for i in found for ref in rows[i].adapters})
         # Rows of like length are padded little; ties keep the request's order. Where not all adapters can be resident,
@@ -91,6 +119,45 @@ def plan_batches(
         order = sorted(found, key=lambda i: (tuple(map(str, rows[i].adapters)) if crowded else (), -rows[i].tokens))
         batches += [_batch(kind, rows, chunk) for chunk in _chunks(rows, order, rows_max, fits)]
     return BatchPlan(tuple(batches))
+
+
+def forecast(plan: BatchPlan, sizes: Mapping[AdapterRef, int], *, slots_max: int, bytes_max: int) -> Forecast:
+    """How often adapters of these bytes are loaded, as `evictions` lets them go."""
+    resident: OrderedDict[AdapterRef, int] = OrderedDict()    # least recently used first
+    loads = 0
+    for batch in plan.batches:
+        absent = [ref for ref in batch.adapters if ref not in resident]
+        idle = [ref for ref in resident if ref not in batch.adapters]
+        size = sum(sizes[ref] for ref in absent)
+        for ref in evictions(resident, idle, len(absent), size, slots_max=slots_max, bytes_max=bytes_max) if absent else ():
+            del resident[ref]
+        for ref in batch.adapters:
+            resident[ref] = sizes[ref]
+            resident.move_to_end(ref)
+        loads += len(absent)
+    every = {ref for batch in plan.batches for ref in batch.adapters}
+    fits = len(every) == 1 or _fit(every, sizes, slots_max, bytes_max)    # one alone may be larger
+    return Forecast(len(every), sum(sizes[ref] for ref in every), fits, loads)
+
+
+def next_batch(
+    waiting: Sequence[Waiting], sizes: Mapping[AdapterRef, int], *, slots_max: int, bytes_max: int, rows_max: int = BATCH_ROWS_MAX
+) -> list[int]:
+    """Which of those that wait, oldest first, are answered next: the oldest, and in order of arrival those that fit beside it.
+
+    They share the oldest's settings, and their adapters are resident at once. Each call answers the oldest, so a request that n
+    others precede is in one of the next n + 1 batches, whatever comes after it. Adapters of unknown size count as 0 bytes.
+    """
+    chosen: list[int] = []
+    adapters: set[AdapterRef] = set()
+    for i, one in enumerate(waiting):
+        if len(chosen) == rows_max:
+            break
+        more = adapters.union(one.adapters)
+        if not chosen or (one.settings == waiting[0].settings and (more == adapters or _fit(more, sizes, slots_max, bytes_max))):
+            chosen.append(i)
+            adapters = more
+    return chosen
 
 
 def halves(batch: Batch) -> tuple[Batch, Batch]:
@@ -114,12 +181,16 @@ def evictions(
     """
     count, size = len(resident) + loads, sum(resident.values()) + loads_bytes
     gone: list[AdapterRef] = []
-    for ref in idle if loads else ():
+    for ref in idle:
         if count <= slots_max and size <= bytes_max:
             break
         gone.append(ref)
         count, size = count - 1, size - resident[ref]
     return gone
+
+
+def _fit(adapters: Collection[AdapterRef], sizes: Mapping[AdapterRef, int], slots_max: int, bytes_max: int | None) -> bool:
+    return len(adapters) <= slots_max and (bytes_max is None or sum(sizes.get(ref, 0) for ref in adapters) <= bytes_max)
 
 
 def _chunks(rows: Sequence[Row], order: Sequence[int], rows_max: int, fits: Callable[[Collection[AdapterRef]], bool]) -> Iterable[list[int]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from adapter_hub.engine.lora_layers import MixedLayers
 from adapter_hub.engine.merged import mergeable, merged
 from adapter_hub.engine.plan import evictions
 from adapter_hub.engine.table import Form, Table
+from adapter_hub.errors import HubError
 from adapter_hub.refs import AdapterRef
 
 
@@ -31,7 +33,7 @@ class Resident:
     table: Table
     place: int
     head: Head | None
-    bytes: int
+    facts: Facts
     holders: int = 0         # running batches
     dropped: bool = False    # its place is given back when the last holder leaves
 
@@ -49,6 +51,23 @@ class Facts:
     mergeable: bool = False     # into a copy of the base
 
 
+class Mean:
+    """A running mean. Safe between threads."""
+
+    def __init__(self) -> None:
+        self._sum, self._count, self._lock = 0.0, 0, threading.Lock()
+
+    def add(self, total: float, count: int = 1) -> None:
+        with self._lock:
+            self._sum, self._count = self._sum + total, self._count + count
+
+    @property
+    def value(self) -> float:
+        """0 before anything was added."""
+        with self._lock:
+            return self._sum / max(self._count, 1)
+
+
 class Slots:
     """At most `slots_max` adapters of `bytes_max` together, more only while running batches hold them. Safe between threads."""
 
@@ -62,6 +81,7 @@ class Slots:
         self._facts: dict[AdapterRef, Facts] = {}
         self._evicted: dict[AdapterRef, int] = {}                     # how often
         self._ahead: dict[AdapterRef, Future[Adapter]] = {}           # read before they are asked for
+        self.load_ms = Mean()    # of one adapter, from its files to its place
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter_hub read")
 
     @property
@@ -81,16 +101,39 @@ class Slots:
         with self._lock:
             known = self._facts.get(ref)
         if known is None:
-            with self.hold([ref]):
-                known = self._facts[ref]
+            with self.hold([ref]) as [adapter]:
+                known = adapter.facts    # kept nowhere else where it was purged meanwhile
         return known
 
+    def sizes(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, int]:
+        """Bytes of those that were loaded before. Loads nothing."""
+        with self._lock:
+            return {ref: self._facts[ref].bytes for ref in refs if ref in self._facts}
+
     def read_ahead(self, refs: Sequence[AdapterRef]) -> None:
-        """Begin to read the files of those that are not resident; `hold` finds them read."""
+        """Begin to read the files of those that are not resident; `hold` finds them read. Whoever asks releases them in the end."""
         with self._lock:
             for ref in refs:
                 if ref not in self._resident and ref not in self._ahead and len(self._ahead) < self.slots_max:
-                    self._ahead[ref] = self._reader.submit(self._load, ref)
+                    self._ahead[ref] = self._reader.submit(self._read, ref)
+
+    def release(self, refs: Iterable[AdapterRef]) -> None:
+        """Let go of what was read ahead of these and not asked for: another request that waits for one reads it itself."""
+        with self._lock:
+            for ref in refs:
+                if future := self._ahead.pop(ref, None):
+                    future.cancel()
+
+    def _read(self, ref: AdapterRef) -> Adapter:
+        started = time.perf_counter()
+        try:
+            adapter = self._load(ref)
+        except HubError:
+            with self._lock:    # the next request learns of it before any of its rows has run
+                self._facts.pop(ref, None)
+            raise
+        self.load_ms.add(1000 * (time.perf_counter() - started))
+        return adapter
 
     @contextmanager
     def hold(self, refs: Sequence[AdapterRef]) -> Iterator[list[Resident]]:
@@ -104,6 +147,8 @@ class Slots:
                     adapter.holders -= 1
                     if adapter.dropped and not adapter.holders:
                         self._free(adapter)
+                if held:    # what others brought while they ran goes now
+                    self._make_room(held)
 
     def _held(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, Resident]:
         read: dict[AdapterRef, tuple[int, Adapter]] = {}
@@ -116,22 +161,20 @@ class Slots:
                 ahead = {ref: self._ahead.pop(ref, None) for ref in absent}
             # Files are read outside the lock, so that other batches go on.
             for ref, future in ahead.items():
-                read[ref] = evicted[ref], future.result() if future else self._load(ref)
+                read[ref] = evicted[ref], future.result() if future else self._read(ref)
 
     def _placed(self, refs: Sequence[AdapterRef], read: Mapping[AdapterRef, tuple[int, Adapter]]) -> dict[AdapterRef, Resident]:
+        started = time.perf_counter()
         made = {ref: self._made(ref, adapter) for ref, (_, adapter) in read.items()}
-        sizes = {ref: adapter.bytes for ref, adapter in self._resident.items()}
-        idle = [ref for ref, adapter in self._resident.items() if not adapter.holders and ref not in refs]
-        loads = sum(facts.bytes for facts, *_ in made.values())
-        for ref in evictions(sizes, idle, len(made), loads, slots_max=self.slots_max, bytes_max=self.bytes_max):
-            self._drop(ref)
+        if made:
+            self._make_room(refs, len(made), sum(facts.bytes for facts, *_ in made.values()))
         held = {}
         for ref in refs:
             if ref in made:
                 facts, updates, head = made[ref]
                 assert facts.form is not None
                 table = self._tables.setdefault(facts.form, Table(facts.form))
-                adapter = Resident(table, table.put(updates), head, facts.bytes)
+                adapter = Resident(table, table.put(updates), head, facts)
                 # Purged while it was read: it serves this batch, and is not kept.
                 adapter.dropped = self._evicted.get(ref, 0) != read[ref][0]
                 if not adapter.dropped:
@@ -141,7 +184,16 @@ class Slots:
                 self._resident.move_to_end(ref)
             adapter.holders += 1
             held[ref] = adapter
+        if made:    # counted when they were read
+            self.load_ms.add(1000 * (time.perf_counter() - started), 0)
         return held
+
+    def _make_room(self, refs: Collection[AdapterRef], loads: int = 0, loads_bytes: int = 0) -> None:
+        """Let the least recently used go that no batch holds, but for `refs`."""
+        sizes = {ref: adapter.facts.bytes for ref, adapter in self._resident.items()}
+        idle = [ref for ref, adapter in self._resident.items() if not adapter.holders and ref not in refs]
+        for ref in evictions(sizes, idle, loads, loads_bytes, slots_max=self.slots_max, bytes_max=self.bytes_max):
+            self._drop(ref)
 
     def _made(self, ref: AdapterRef, adapter: Adapter) -> tuple[Facts, Mapping[Any, Any], Head | None]:
         generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere

@@ -22,10 +22,17 @@ class Reason(StrEnum):
 
 
 class Method(StrEnum):
-    """What scored the candidates."""
+    """What scored the best candidate; closeness to its prototypes counts beside it in any case.
 
-    HEAD = "head"                # the solved head, and closeness to prototypes
-    PROTOTYPES = "prototypes"    # closeness to prototypes alone: not solved yet, or more adapters than a head holds
+    The rule is by what there is: a description and names of labels, or one lone example, are never solved; examples are, in the space of
+    exemplars up to 4,096 of them, of random features above, not at all above 4,096 classes or 200,000 exemplars. Where a class has few
+    examples for the registry at hand, its prototype may speak for it inside the head (`scoring.SCARCE`).
+    """
+
+    KERNEL_RIDGE = "kernel_ridge"          # the head, few exemplars: their exact kernel
+    RANDOM_FEATURES = "random_features"    # the head, many exemplars
+    PROTOTYPES = "prototypes"              # not solved yet, or more than a head holds
+    DESCRIPTION = "description"            # one text stands for the adapter, and the names of labels beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class Decision:
     candidates: tuple[tuple[AdapterRef, float], ...]  # (adapter, score), best first; around 1 for inputs like the exemplars
     calibration: int | None                          # number of the record behind scores and threshold; None: not stored
     method: Method | None = None                     # what scored the best candidate; None: nothing was scored
+    searched: bool = False                           # an index found the candidates, which were scored then; False: all adapters were scored
 
     @classmethod
     def named(cls, adapter: AdapterRef | None) -> Decision:
@@ -66,6 +74,7 @@ class Decision:
             "candidates": [{"adapter": str(ref), "score": _finite(score)} for ref, score in self.candidates],
             "calibration": self.calibration,
             "method": self.method.value if self.method else None,
+            "searched": self.searched,
         }
 
 

@@ -14,6 +14,12 @@ from adapter_hub.routing.features import SKETCH_WEIGHT, Features
 from adapter_hub.routing.statistics import RoutingState
 
 NEIGHBOURS = 3    # shown of each candidate
+HOW = {
+    Method.KERNEL_RIDGE: "by the head and by its prototypes",
+    Method.RANDOM_FEATURES: "by the head and by its prototypes",
+    Method.PROTOTYPES: "by its prototypes alone",
+    Method.DESCRIPTION: "by its description alone",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ def in_words(decision: Decision, rate: float) -> str:
         return "No adapter in production has examples or a description, so there is nothing to compare with: the base model answers."
     best, score = decision.candidates[0]
     lead = f", {decision.margin:.2f} more than the next adapter" if decision.margin is not None else ""
-    how = "by the head and by its prototypes" if decision.method is Method.HEAD else "by its prototypes alone"
+    how = HOW[decision.method] if decision.method else ""
     first = f"{best} fits best: it scores {score:.2f} {how}{lead}."
     if rate == 0:
         return f"{first} It answers, since no input may be turned away."

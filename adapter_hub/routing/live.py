@@ -25,7 +25,6 @@ from adapter_hub.routing.statistics import Exemplars, RoutingState
 log = logging.getLogger("adapter_hub")
 
 ROUTING_FILE = "routing.safetensors"
-STEPS_MAX = 256     # versions that are added or removed one by one; more, and the router is made anew
 YOUNG = 0.5         # share of the versions in production that a calibration should know
 
 
@@ -62,13 +61,10 @@ class LiveRouter:
                 self._follow()
                 router, event = self._router, self._event
                 assert router is not None
-                if self._solved == router.head_digest:
-                    return router
-                if self._solved is not None and not settled:
-                    idle = self._solving is None or not self._solving.is_alive()
-                    if idle and self._failed != router.head_digest:
-                        self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
-                        self._solving.start()
+                known = self._solved == router.head_digest
+                if (not known or router.scattered) and self._failed != router.head_digest:
+                    self._begin_in_background()
+                if known or (self._solved is not None and not settled):
                     return router
             try:
                 return self._solve(router)
@@ -111,15 +107,10 @@ class LiveRouter:
         self._take_back(standing.production)
         wanted = set(standing.production) - self._left_out
         missing, surplus = wanted - set(self._router.versions), set(self._router.versions) - wanted
-        if len(missing) + len(surplus) > STEPS_MAX or (self._router.calibration is None and missing):
-            self._router = self._built(standing.production, self._router.calibration)
-        else:
-            router = self._router    # one assignment at the end: a thread that solves must not see half of it
-            for ref in sorted(surplus):
-                router = router.without(ref)
-            for ref, state in self._states(sorted(missing)).items():
-                router = router.with_added(ref, state)
-            self._router = router
+        if self._router.calibration is None and missing:
+            self._router = self._built(standing.production, None)
+        else:    # one assignment: a thread that solves must not see half of it
+            self._router = self._router.without(*surplus).with_added(self._states(sorted(missing)))
         if self._event < 0 and self._solved != self._router.head_digest:    # the saved router was behind
             self._solved = None
         self._event = standing.event
@@ -274,15 +265,34 @@ class LiveRouter:
 
     # ---- solve ------------------------------------------------------------------------------------------------------
 
+    def _begin_in_background(self) -> None:
+        if self._solved is not None and (self._solving is None or not self._solving.is_alive()):
+            self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
+            self._solving.start()
+
     def _solve_in_background(self) -> None:
         router = self._router
-        while router is not None and router.head_digest not in (self._solved, self._failed):
+        while router is not None and router.head_digest != self._failed and (router.head_digest != self._solved or router.scattered):
             try:
-                self._solve(router)
+                act = self._compact if router.scattered else self._solve
+                act(router)
             except (HubError, OSError, MemoryError, LinAlgError) as error:
-                log.error("the head could not be solved; prototypes go on routing: %s", str(error) or repr(error))
+                log.error("the head could not be solved, or prototypes indexed; the router goes on as it is: %s", str(error) or repr(error))
                 self._failed = router.head_digest
             router = self._router
+
+    def _compact(self, router: Router) -> None:
+        """Index what lies in many small segments, while the router of that moment goes on with these."""
+        merged = router.compaction()
+        with self._saving:
+            with self._lock:
+                now = self._router
+                if merged is None or now is None or now.calibration is not router.calibration:
+                    return
+                self._router = compacted = now.compacted(merged)
+                settled = self._solved == compacted.head_digest
+            if settled:
+                self._save(compacted)
 
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""

@@ -11,8 +11,9 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import Calibration, check_encoder, check_rate, fit
 from adapter_hub.routing.decision import Decision, Method, Reason
 from adapter_hub.routing.encoder import Encoder
-from adapter_hub.routing.features import F32, Features, extract
+from adapter_hub.routing.features import F32, Features, Kernel, extract
 from adapter_hub.routing.head import Head, digest_of, fits
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
@@ -33,9 +34,10 @@ from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
 from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_tensors
 
 # n inputs, d encoder width, c candidates
-SCHEMA = 4
+SCHEMA = 5
 SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
+SCATTERED = 2           # times DENSE_MAX: prototypes in small segments, all of them scored, from which an index over them pays
 SCORE_DECIMALS = 5      # sums run in another order in a batch than alone: a score may differ by the last of them
 
 
@@ -84,49 +86,77 @@ class Router:
         prototypes = Prototypes.of(exemplars, state.from_description)
         return Entry(ref, prototypes, self.calibration.centre_of(ref, state, exemplars, prototypes), state.digest)
 
-    def with_added(self, ref: AdapterRef, state: RoutingState) -> Router:
+    def with_added(self, states: Mapping[AdapterRef, RoutingState]) -> Router:
         """The next snapshot, under the same calibration and head: nothing moves for the adapters that were there. Raises ModelChanged.
 
-        Costs what the newcomer and its like cost, not what all cost: small segments merge like the digits of a binary counter.
+        Costs what the newcomers and their like cost, not what all cost: small segments merge like the digits of a binary counter.
         """
+        if not states:
+            return self
+        rest = self.without(*states)
         if self.calibration is None:
-            rest = self.without(ref)
-            return Router.build({ref: state})._replaced(unroutable=rest._unroutable) if state.count else rest._with({ref: state})
-        rest = self.without(ref)
-        if ref in rest._gone and state.count:
-            back = rest._replaced(gone=rest._gone - {ref})
-            (kept,) = (segment.digests[segment.place[ref]] for segment in rest._segments if ref in segment.place)
-            if kept == state.digest:    # as after a rollback: it is still there
-                return back
-            segments = [segment.without(ref) if ref in segment.place else segment for segment in rest._segments]
-            rest = back._replaced(segments=[segment for segment in segments if len(segment)])
-        added = rest._with({ref: state})
+            none = all(not state.count for state in states.values())
+            return rest._with(states) if none else Router.build(states)._with_unroutable(rest._unroutable)
+        there = {ref: segment.digests[segment.place[ref]] for ref in rest._gone.intersection(states) for segment in [rest._segment_of(ref)]}
+        kept = {ref for ref, digest in there.items() if digest == states[ref].digest}    # as after a rollback
+        rest = rest._replaced(gone=rest._gone - kept).erased(states)
+        added = rest._with({ref: state for ref, state in states.items() if ref not in kept})
         segments = list(added._segments)
         while len(segments) > 1 and len(segments[-2]) <= 2 * len(segments[-1]) and len(segments[-1]) + len(segments[-2]) <= DENSE_MAX:
             last = segments.pop()
-            segments[-1] = segments[-1].merged(last)
+            segments[-1] = Segment.merged([segments[-1], last])
         return added._replaced(segments=segments)
 
-    def without(self, ref: AdapterRef) -> Router:
+    def _with_unroutable(self, unroutable: Mapping[AdapterRef, str]) -> Router:
+        return self._replaced(unroutable={**unroutable, **self._unroutable})
+
+
+    def without(self, *refs: AdapterRef) -> Router:
         """The next snapshot, under the same calibration and head. Unknown references change nothing."""
-        unroutable = {other: digest for other, digest in self._unroutable.items() if other != ref}
-        for i, segment in enumerate(self._segments):
-            if ref not in segment.place or ref in self._gone:
-                continue
-            if len(segment) > DENSE_MAX:
-                return self._replaced(gone=self._gone | {ref}, unroutable=unroutable)
-            rest = segment.without(ref)
-            kept = [*self._segments[:i], *([rest] if len(rest) else []), *self._segments[i + 1 :]]
-            return self._replaced(segments=kept, unroutable=unroutable)
-        return self._replaced(unroutable=unroutable)
+        known = set(refs).intersection(self.versions)
+        if not known:
+            return self
+        unroutable = {ref: digest for ref, digest in self._unroutable.items() if ref not in known}
+        large = {ref for segment in self._segments if len(segment) > DENSE_MAX for ref in known if ref in segment.place}
+        return self._replaced(segments=_cut(self._segments, known - large), gone=self._gone | large, unroutable=unroutable)
 
     def erased(self, refs: Collection[AdapterRef]) -> Router:
         """The same decisions, and no vectors of those among `refs` that were removed: a large segment, which only masked them, is made again."""
         masked = self._gone.intersection(refs)
         if not masked:
             return self
-        segments = [segment.without(*masked) if not masked.isdisjoint(segment.place) else segment for segment in self._segments]
-        return self._replaced(segments=[segment for segment in segments if len(segment)], gone=self._gone - masked)
+        return self._replaced(segments=_cut(self._segments, masked), gone=self._gone - masked)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether so many prototypes lie in small segments, where all are scored, that `compaction` pays."""
+        return sum(len(segment) for segment in self._segments if len(segment) <= DENSE_MAX) >= SCATTERED * DENSE_MAX
+
+    def compaction(self) -> Segment | None:
+        """The small segments as one, with its index, for `compacted`; None while they are few.
+
+        Large ones that are not much larger go in: segments double, and each prototype is read again as seldom as a binary counter carries.
+        """
+        if not self.scattered or self.calibration is None:
+            return None
+        by_size = sorted(self._segments, key=len)
+        chosen: list[Segment] = []
+        for segment in by_size:
+            if len(segment) <= max(DENSE_MAX, 2 * sum(map(len, chosen))):
+                chosen.append(segment)
+        merged = Segment.merged(chosen, self._gone)
+        merged.index(self.calibration.scoring)
+        return merged
+
+    def compacted(self, merged: Segment) -> Router:
+        """The same decisions, with `merged` in the place of the segments that it was made of; what was removed since is masked in it."""
+        stale = {ref for ref, digest in zip(merged.refs, merged.digests, strict=True) if self.digests.get(ref) != digest}
+        if not stale.isdisjoint(self.digests):    # a version has another state than it had: not what these are segments of
+            return self
+        rest = _cut(self._segments, set(merged.refs))
+        large = [segment for segment in rest if len(segment) > DENSE_MAX]
+        masked = {ref for ref in self._gone for segment in large if ref in segment.place}
+        return self._replaced(segments=[*large, merged, *(segment for segment in rest if len(segment) <= DENSE_MAX)], gone=masked | stale)
 
     def with_head(self, head: Head | None, centres: Mapping[AdapterRef, float] | None = None) -> Router:
         """The same adapters, under another head; `centres` as of `calibration.solved_centres`."""
@@ -216,8 +246,9 @@ class Router:
 
     def _decide(self, features: Features, k: int, threshold: float) -> list[Decision]:
         assert self.calibration is not None
-        decisions = []
-        for found in self._candidates(features, max(k, 2)):
+        decisions, wanted = [], max(k, 2)
+        searched = any(segment.searches(wanted) for segment in self._segments)
+        for found in self._candidates(features, wanted):
             if not found:
                 decisions.append(Decision(None, None, None, None, Reason.NO_CANDIDATES, (), self.calibration.id))
                 continue
@@ -233,15 +264,26 @@ class Router:
                     reason=Reason.ACCEPTED if accepted else Reason.BELOW_THRESHOLD,
                     candidates=tuple(found[:k]),
                     calibration=self.calibration.id,
-                    method=Method.HEAD if self.head and best in self.head.columns else Method.PROTOTYPES,
+                    method=self._method_of(best),
+                    searched=searched,
                 )
             )
         return decisions
 
+    def _method_of(self, ref: AdapterRef) -> Method:
+        if self.head and ref in self.head.columns:
+            return Method.KERNEL_RIDGE if isinstance(self.head.basis, Kernel) else Method.RANDOM_FEATURES
+        segment = self._segment_of(ref)
+        return Method.DESCRIPTION if segment.singles[segment.place[ref]] else Method.PROTOTYPES
+
     def _centre_of(self, ref: AdapterRef) -> float:
         if ref in self.centres:
             return self.centres[ref]
-        return next(float(segment.centres[segment.place[ref]]) for segment in self._segments if ref in segment.place)
+        segment = self._segment_of(ref)
+        return float(segment.centres[segment.place[ref]])
+
+    def _segment_of(self, ref: AdapterRef) -> Segment:
+        return next(segment for segment in self._segments if ref in segment.place)
 
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
         """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
@@ -268,50 +310,69 @@ class Router:
     # ---- keep -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write a snapshot that opens without the versions, wholly or not at all. Replaces what lies there."""
+        """Write a snapshot that opens without the versions, wholly or not at all. Replaces what lies there.
+
+        Files of segments that the replaced one has too are linked, not written again: what a newcomer costs is its own segment.
+        """
         staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         staging.mkdir(parents=True)
+        sums: dict[str, str] = {}
         try:
-            for name, data in self._files():
-                _write(staging / name, data)
-            for number, segment in enumerate(self._segments):
-                if len(segment) > DENSE_MAX:
-                    assert self.calibration is not None
-                    segment.index(self.calibration.scoring).save(staging / f"{number}.faiss")    # type: ignore[attr-defined]
-            _write(staging / SUMS, _sums(staging))
+            for name, digest in _sums_in(folder).items():
+                with suppress(OSError):    # written again
+                    if name in self._segment_files and _digest_of(folder / name) == digest:
+                        os.link(folder / name, staging / name)
+                        sums[name] = digest
+            for name, write in self._files():
+                if name not in sums:
+                    write(staging / name)
+                    sums[name] = _digest_of(staging / name)
+            _write(_sums_text(sums))(staging / SUMS)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(staging, folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def _files(self) -> Iterable[tuple[str, bytes]]:
+    def _files(self) -> Iterable[tuple[str, Callable[[Path], None]]]:
+        names = [self._name_of(segment) for segment in self._segments]
         facts = {
             "schema": SCHEMA,
             "digest": self.digest,
-            "segments": len(self._segments),
+            "segments": names,
             "unroutable": {str(ref): digest for ref, digest in self._unroutable.items()},
             "gone": sorted(map(str, self._gone)),
             "centres": {str(ref): centre for ref, centre in self.centres.items()},
         }
-        yield "router.json", json.dumps(facts, sort_keys=True).encode()
+        yield "router.json", _write(json.dumps(facts, sort_keys=True).encode())
         if self.head:
-            yield "head.safetensors", self.head.to_bytes()
-        for number, segment in enumerate(self._segments):
-            facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
-            names = ("centres", "sizes", "labelled", "singles", "means", "counts")
-            tensors: dict[str, NDArray[Any]] = {name: getattr(segment, name) for name in names}
-            yield f"{number}.safetensors", safetensors.numpy.save(tensors, {"segment": json.dumps(facts)})
+            yield "head.safetensors", _write(self.head.to_bytes())
+        for name, segment in zip(names, self._segments, strict=True):
+            yield f"{name}.safetensors", partial(_write_segment, segment)
+            if len(segment) > DENSE_MAX:
+                assert self.calibration is not None
+                yield f"{name}.faiss", segment.index(self.calibration.scoring).save    # type: ignore[attr-defined]
+
+    def _name_of(self, segment: Segment) -> str:
+        """By its content, which follows from the states of its adapters and the calibration."""
+        assert self.calibration is not None
+        lines = [self.calibration.digest, *(f"{ref} {digest}" for ref, digest in zip(segment.refs, segment.digests, strict=True))]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    @cached_property
+    def _segment_files(self) -> frozenset[str]:
+        return frozenset(f"{self._name_of(segment)}.{kind}" for segment in self._segments for kind in ("safetensors", "faiss"))
 
     @classmethod
     def open(cls, folder: Path, calibration: Calibration | None) -> Router:
         """What `save` wrote, under the calibration that it was made with. Raises CorruptIndex where it is damaged or another's."""
         try:
-            if (folder / SUMS).read_bytes() != _sums(folder):
+            found = {path.name: _digest_of(path) for path in folder.iterdir() if path.name != SUMS}
+            if (folder / SUMS).read_bytes() != _sums_text(found):
                 raise CorruptIndex(folder, "a file is missing, or not as it was saved")
             facts = json.loads((folder / "router.json").read_bytes())
             head_file = folder / "head.safetensors"
             head = Head.from_bytes(head_file.read_bytes(), head_file) if head_file.exists() else None
-            segments = [_read_segment(folder, number) for number in range(int(facts["segments"]))]
+            segments = [_read_segment(folder, str(name)) for name in facts["segments"]]
             unroutable = {AdapterRef.parse(ref): str(digest) for ref, digest in facts["unroutable"].items()}
             gone = frozenset(AdapterRef.parse(ref) for ref in facts["gone"])
             centres = {AdapterRef.parse(ref): float(centre) for ref, centre in facts["centres"].items()}
@@ -323,32 +384,57 @@ class Router:
         return router
 
 
-def _read_segment(folder: Path, number: int) -> Segment:
-    path = folder / f"{number}.safetensors"
+def _cut(segments: Sequence[Segment], refs: Collection[AdapterRef]) -> list[Segment]:
+    """Without these adapters, and without segments that are empty then."""
+    rest = [segment.without(*refs) if any(ref in segment.place for ref in refs) else segment for segment in segments]
+    return [segment for segment in rest if len(segment)]
+
+
+def _read_segment(folder: Path, name: str) -> Segment:
+    path = folder / f"{name}.safetensors"
     tensors, facts = read_tensors(path.read_bytes(), "segment", SCHEMA, path, CorruptIndex)
     names = ("centres", "sizes", "labelled", "singles", "means", "counts")
     centres, sizes, labelled, singles, means, counts = (tensors[name] for name in names)
     whole = len(means) == len(counts) == int(sizes.sum()) and len(sizes) == len(labelled) == len(singles) == len(centres) == len(facts["refs"])
     if means.dtype != np.float16 or means.ndim != 2 or not whole:
         raise CorruptIndex(path, f"{means.dtype} {means.shape} for {len(counts)} prototypes of {len(sizes)} adapters")
-    index = FaissIndex.open(folder / f"{number}.faiss") if len(means) > DENSE_MAX else None
+    index = FaissIndex.open(folder / f"{name}.faiss") if len(means) > DENSE_MAX else None
     if index is not None and len(index) != len(means):
-        raise CorruptIndex(folder / f"{number}.faiss", f"{len(index)} rows for {len(means)} prototypes")
+        raise CorruptIndex(folder / f"{name}.faiss", f"{len(index)} rows for {len(means)} prototypes")
     refs = [AdapterRef.parse(ref) for ref in facts["refs"]]
     return Segment(refs, facts["digests"], centres, sizes, labelled, singles, means, counts, index)
 
 
-def _sums(folder: Path) -> bytes:
-    lines = []
-    for path in sorted(folder.iterdir()):
-        if path.name != SUMS:
-            with path.open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    return "".join(lines).encode()
+def _write_segment(segment: Segment, path: Path) -> None:
+    facts = {"schema": SCHEMA, "refs": [str(ref) for ref in segment.refs], "digests": segment.digests}
+    names = ("centres", "sizes", "labelled", "singles", "means", "counts")
+    tensors: dict[str, NDArray[Any]] = {name: getattr(segment, name) for name in names}
+    _write(safetensors.numpy.save(tensors, {"segment": json.dumps(facts)}))(path)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _sums_in(folder: Path) -> dict[str, str]:
+    """File to digest, as SUMS says; nothing where there is none."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _sums_text(sums: Mapping[str, str]) -> bytes:
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode()
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(data: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        with path.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return write

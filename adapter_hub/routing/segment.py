@@ -91,10 +91,10 @@ class Segment:
     def place(self) -> Mapping[AdapterRef, int]:
         return {ref: place for place, ref in enumerate(self.refs)}
 
-    def merged(self, other: Segment, gone: Collection[AdapterRef] = ()) -> Segment:
-        """Both, without those that are gone."""
-        parts = [(segment, i) for segment in (self, other) for i, ref in enumerate(segment.refs) if ref not in gone]
-        return Segment._of_parts(parts)
+    @staticmethod
+    def merged(segments: Sequence[Segment], gone: Collection[AdapterRef] = ()) -> Segment:
+        """All of them, without those that are gone."""
+        return Segment._of_parts([(segment, i) for segment in segments for i, ref in enumerate(segment.refs) if ref not in gone])
 
     def without(self, *gone: AdapterRef) -> Segment:
         return Segment._of_parts([(self, i) for i, ref in enumerate(self.refs) if ref not in gone])
@@ -157,6 +157,10 @@ class Segment:
         places = [self.place[ref] for ref in gone if ref in self.place]
         return np.isin(np.arange(len(self.refs)), places) if places else None
 
+    def searches(self, wanted: int) -> bool:
+        """Whether an index is asked for candidates, or every adapter is scored."""
+        return len(self) > DENSE_MAX and len(self.refs) > wanted + CANDIDATES
+
     def scores(
         self, dense: F32, solved: F32 | None, columns: I64, scoring: Scoring, wanted: int, absent: Mask | None = None
     ) -> tuple[I64, F32]:
@@ -164,7 +168,7 @@ class Segment:
 
         Those that are `absent` (a,) are no candidates.
         """
-        if len(self) <= DENSE_MAX or len(self.refs) <= wanted + CANDIDATES:
+        if not self.searches(wanted):
             products = dense @ self._means32.T
             responses = scoring.responses(products, solved, columns, self.counts)
             adapters = np.broadcast_to(np.arange(len(self.refs)), (len(dense), len(self.refs)))

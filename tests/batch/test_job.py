@@ -26,7 +26,7 @@ from adapter_hub.batch import job as job_module
 from adapter_hub.batch.files import JobFiles
 from adapter_hub.batch.job import interrupted as facts_of
 from adapter_hub.batch.job import merged, run_job
-from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged, ReadOnlyRegistry, StorageFull, UnreadableFile
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ModelChanged, NotRoutable, ReadOnlyRegistry, StorageFull, UnreadableFile
 from tests.soak import batch_kill
 
 ROOT = Path(__file__).parents[2]
@@ -85,6 +85,21 @@ def test_a_row_that_the_answer_refuses_fails_alone(source: Path, tmp_path: Path)
     summary = run_job(source, tmp_path / "out.jsonl", picky, settings=SETTINGS)
     assert summary.failed == 6 and {e["reason"] for e in read(tmp_path / "out.jsonl.errors.jsonl")} == {"its adapter is damaged. Restore it."}
     assert len(read(tmp_path / "out.jsonl")) == 44
+
+
+def test_a_fault_in_the_place_of_an_answer_fails_that_row_and_any_other_error_there_stops_the_job(source: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def partly(texts: Sequence[str]) -> list[dict[str, Any] | HubError]:
+        calls.append(len(texts))
+        return [error if len(text) == 5 else one for text, one in zip(texts, answer(texts), strict=True)]
+
+    error: HubError = NotRoutable("its adapter was purged.")
+    summary = run_job(source, tmp_path / "out.jsonl", partly, settings=SETTINGS)
+    assert summary.failed == 6 and calls == [50] and {e["reason"] for e in read(tmp_path / "out.jsonl.errors.jsonl")} == {"its adapter was purged."}
+    error = ModelChanged("another base.")
+    with pytest.raises(ModelChanged):
+        run_job(source, tmp_path / "other.jsonl", partly, settings=SETTINGS)
 
 
 def test_any_other_failure_stops_the_job_and_resuming_completes_it(source: Path, tmp_path: Path) -> None:

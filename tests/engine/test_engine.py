@@ -19,7 +19,8 @@ from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.engine import Engine, Output, Request
-from adapter_hub.errors import InvalidInput
+from adapter_hub.engine.mixtures import Mixture
+from adapter_hub.errors import CorruptAdapter, InvalidInput
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
 from tests.engine.reference import distance, references
@@ -66,6 +67,10 @@ def shelf(bert: FrozenBase, tmp_path: Path) -> Shelf:
 
 def numbers(outputs: list[Output]) -> list[bytes]:
     return [np.array([*o.scores.values()] if o.vector is None else o.vector).tobytes() for o in outputs]
+
+
+def numbers_of(output: Output) -> Any:
+    return [*output.scores.values()] if output.vector is None else output.vector
 
 
 def requests(refs: list[AdapterRef | None]) -> list[Request]:
@@ -299,6 +304,143 @@ def test_a_batch_too_large_for_the_memory_is_run_in_halves(shelf: Shelf, error: 
 
 def test_no_requests_give_no_outputs(shelf: Shelf) -> None:
     assert Engine(shelf.base, shelf.load).predict([]) == []
+
+
+def test_after_threads_that_needed_more_together_no_more_adapters_than_slots_stay(shelf: Shelf) -> None:
+    """Previously they stayed until something else was loaded."""
+    engine, (a, b, c, *_) = Engine(shelf.base, shelf.load, slots_max=2), shelf.folders
+    with engine.slots.hold([a, b]):
+        with engine.slots.hold([b, c]):
+            assert len(engine.slots.resident) == 3
+        assert len(engine.slots.resident) == 3    # all are held, but for what was just used
+    assert engine.slots.resident == (a, b)
+
+
+# ---- requests that fail in part -------------------------------------------------------------------------------------
+
+
+def damaged(shelf: Shelf, ref: AdapterRef) -> None:
+    path = shelf.folders[ref][0] / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("slots_max", [2, 64])
+def test_a_file_that_is_damaged_while_a_request_runs_fails_its_own_rows(shelf: Shelf, slots_max: int) -> None:
+    engine, refs = Engine(shelf.base, shelf.load, slots_max=slots_max), list(shelf.folders)
+    asked = requests([None, *refs])
+    expected = engine.predict(asked)
+    for ref in refs:
+        engine.evict(ref)
+
+    def damage(*_: Any) -> None:
+        handle.remove()
+        damaged(shelf, refs[-1])    # its turn comes last; with places for all it is loaded by now
+
+    handle = shelf.base.body.register_forward_pre_hook(damage)
+    found = engine.answers(asked)
+    for request, one, other in zip(asked, found, expected, strict=True):
+        if slots_max == 2 and request.adapter == refs[-1]:
+            assert isinstance(one, CorruptAdapter)
+        else:
+            assert isinstance(one, Output) and distance(numbers_of(one), numbers_of(other)) <= 1e-5
+    assert not engine.slots._ahead
+
+
+def test_a_damaged_adapter_is_read_once_for_a_request_and_the_rest_stays_one_request(shelf: Shelf) -> None:
+    engine, (bad, *good) = Engine(shelf.base, shelf.load), shelf.folders
+    damaged(shelf, bad)
+    found = engine.answers(requests([good[0], bad, *good[1:]]))
+    assert shelf.reads.count(bad) == 1 and {type(one) for one in found[len(TEXTS) : 2 * len(TEXTS)]} == {CorruptAdapter}
+    rest = [one for one in found if isinstance(one, Output)]
+    assert numbers(rest) == numbers(Engine(shelf.base, shelf.load).predict(requests(good)))
+    with pytest.raises(CorruptAdapter):
+        engine.predict(requests([good[0], bad]))
+    with pytest.raises(InvalidInput, match="is not a generation setting"):
+        engine.answers([], generation={"max_tokns": 3})
+
+
+def test_a_file_that_went_is_asked_for_once_by_each_request_after_the_first_that_missed_it(shelf: Shelf) -> None:
+    engine, (bad, *good) = Engine(shelf.base, shelf.load, slots_max=1), shelf.folders
+    asked = requests([bad, *good[:2]])
+    engine.predict(asked)
+    damaged(shelf, bad)
+    for _ in range(3):
+        shelf.reads.clear()
+        assert [isinstance(one, Output) for one in engine.answers(asked)] == [False] * 4 + [True] * 8
+    assert shelf.reads.count(bad) == 1
+
+
+def test_a_text_that_cannot_be_read_fails_its_own_row(shelf: Shelf) -> None:
+    found = Engine(shelf.base, shelf.load).answers([Request(text, None) for text in ("a", "", "b", "c", " ")])
+    assert [isinstance(one, Output) for one in found] == [True, False, True, True, False]
+
+
+def test_what_was_read_ahead_for_a_request_that_failed_is_let_go(shelf: Shelf) -> None:
+    """Previously it stayed in memory, and once there were as many as places nothing was read ahead any more."""
+    engine, refs = Engine(shelf.base, shelf.load, slots_max=1), list(shelf.folders)
+    for ref in refs:
+        engine.slots.facts(ref)
+    for error in (RuntimeError("the device is lost"), InvalidInput("nobody may see this.")):
+        handle = shelf.base.body.register_forward_pre_hook(lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            engine.predict(requests(refs[:3]))
+        handle.remove()
+        assert not engine.slots._ahead
+    engine.predict(requests(refs))
+    assert not engine.slots._ahead
+
+
+def test_a_version_that_is_purged_while_its_facts_are_read_has_them_all_the_same(shelf: Shelf) -> None:
+    """Previously KeyError."""
+
+    def purged_meanwhile(ref: AdapterRef) -> Adapter:
+        adapter = shelf.load(ref)
+        engine.evict(ref)
+        return adapter
+
+    engine, ref = Engine(shelf.base, purged_meanwhile), next(iter(shelf.folders))
+    assert engine.slots.facts(ref).labels == ("a", "b") and engine.predict([Request("x", ref)])[0].label
+
+
+def test_a_request_whose_adapters_do_not_fit_is_told_beforehand_what_it_loads(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(shelf.base, shelf.load, slots_max=2)
+    a, b, c, _, d, e = shelf.folders    # the fourth is a DoRA, which does not mix
+    mixed = [Request("x", Mixture.of([(one, 1), (other, 1)])) for one, other in ((a, b), (a, c), (b, c))]
+    engine.predict([Request("x", a), Request("x", b)])
+    assert not caplog.records
+    for ref in (a, b, c):
+        engine.slots.facts(ref)
+    engine.predict([Request("x", d), Request("x", e)])    # none of the mixed is resident now
+    shelf.reads.clear()
+    engine.predict(mixed)
+    [record] = caplog.records
+    assert "the 3 adapters of this request" in record.message and "take turns in 2 places" in record.message
+    assert f"up to {len(shelf.reads)} loads, 1 of them repeated" in record.message and len(shelf.reads) == 4
+    assert engine.slots.load_ms.value > 0 and engine.row_ms.value > 0
+
+
+# ---- sizes of requests ----------------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_rows_are_answered_as_each_is_alone(shelf: Shelf) -> None:
+    engine, refs = Engine(shelf.base, shelf.load, slots_max=3), [None, *shelf.folders]
+    asked = [Request(f"t{i % 700}", refs[i % 7]) for i in range(10_000)]
+    found = engine.predict(asked)
+    alone = {}
+    for request, output in zip(asked, found, strict=True):
+        if request not in alone and len(alone) < 70:
+            [alone[request]] = engine.predict([request])
+        if request in alone:
+            assert distance(numbers_of(output), numbers_of(alone[request])) <= 1e-5
+    assert len(found) == 10_000 and len(alone) == 70
+
+
+def test_one_token_is_enough(shelf: Shelf) -> None:
+    ref = next(iter(shelf.folders))
+    [base_row, row] = Engine(shelf.base, shelf.load).predict([Request("x", None), Request("x", ref)])
+    for output, folder, task in ((base_row, None, None), (row, shelf.folders[ref][0], "SEQ_CLS")):
+        [expected] = references(shelf.base, folder, task, ["x"], 2)
+        assert distance(numbers_of(output), expected) <= 1e-5
 
 
 # ---- generation -----------------------------------------------------------------------------------------------------

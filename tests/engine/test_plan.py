@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_hub.engine import plan as plan_module
-from adapter_hub.engine.plan import Row, evictions, halves, plan_batches
+from adapter_hub.engine.plan import Row, Waiting, evictions, forecast, halves, next_batch, plan_batches
 from adapter_hub.refs import AdapterRef
 
 REFS = [AdapterRef(f"a{i}", 1) for i in range(8)]
@@ -41,7 +41,7 @@ def test_only_what_must_go_is_evicted(resident: dict[AdapterRef, int], data: st.
         return len(left) + loads <= slots_max and sum(left) + 5 * loads <= bytes_max
 
     assert gone == idle[: len(gone)]    # least recently used first
-    assert not loads or fits(gone) or gone == idle
+    assert fits(gone) or gone == idle
     assert not gone or not fits(gone[:-1])
 
 
@@ -84,3 +84,59 @@ def test_rows_of_one_form_stand_together_between_the_bases_and_those_of_several(
     for batch in batches:
         order = [(len(segment.adapters) > 1, forms.get(segment.adapters, ())) for segment in batch.segments]
         assert order == sorted(order)
+
+
+@given(rows_of, st.integers(1, 9), st.integers(1, 30), st.integers(1, 9))
+def test_loads_are_forecast_as_a_list_of_the_last_used_counts_them(rows: list[Row], slots_max: int, bytes_max: int, rows_max: int) -> None:
+    rows = [row for row in rows if len(row.adapters) <= slots_max]
+    sizes = {ref: place + 1 for place, ref in enumerate(REFS)}
+    plan = plan_batches(rows, slots_max=slots_max, bytes_max=bytes_max, rows_max=rows_max, sizes=sizes)
+    used: list[AdapterRef] = []    # least recently first
+    loads = []
+    for batch in plan.batches:
+        absent = [ref for ref in batch.adapters if ref not in used]
+        kept = [ref for ref in used if ref not in batch.adapters]
+        while kept and absent and (
+            len(kept) + len(batch.adapters) > slots_max or sum(sizes[ref] for ref in [*kept, *batch.adapters]) > bytes_max
+        ):
+            del kept[0]
+        used = [*kept, *batch.adapters]
+        loads += absent
+    found = forecast(plan, sizes, slots_max=slots_max, bytes_max=bytes_max)
+    assert (found.loads, found.adapters, found.bytes) == (len(loads), len(set(loads)), sum(sizes[ref] for ref in set(loads)))
+    assert found.fits is (len(set(loads)) < 2 or (len(set(loads)) <= slots_max and found.bytes <= bytes_max))
+    assert found.extra_ms(2.0) == (0 if found.fits else 2 * found.loads) and not (found.fits and found.repeats)
+
+
+queued = st.lists(st.builds(Waiting, sets, st.sampled_from([{}, {"num_beams": 2}])), min_size=1, max_size=30)
+SIZES = {ref: place + 1 for place, ref in enumerate(REFS[:6])}    # those of the others are not known
+
+
+@given(queued, st.integers(1, 6), st.integers(1, 20), st.integers(1, 6))
+def test_the_next_batch_is_the_oldest_and_in_order_what_fits_beside_it(waiting: list[Waiting], slots_max: int, bytes_max: int, rows_max: int) -> None:
+    chosen = next_batch(waiting, SIZES, slots_max=slots_max, bytes_max=bytes_max, rows_max=rows_max)
+    assert chosen[0] == 0 and chosen == sorted(set(chosen)) and len(chosen) <= rows_max
+    assert all(waiting[i].settings == waiting[0].settings for i in chosen)
+
+    def fit(rows: list[int]) -> bool:
+        adapters = {ref for i in rows for ref in waiting[i].adapters}
+        return len(adapters) <= slots_max and sum(SIZES.get(ref, 0) for ref in adapters) <= bytes_max
+
+    assert fit(chosen) or {ref for i in chosen for ref in waiting[i].adapters} == {*waiting[0].adapters}    # too large by itself
+    for i in range(chosen[-1] if len(chosen) == rows_max else len(waiting)):
+        if i not in chosen and waiting[i].settings == waiting[0].settings:
+            assert not fit([*(j for j in chosen if j < i), i])
+
+
+@given(queued, queued, st.integers(1, 6), st.integers(1, 6))
+def test_no_request_waits_for_more_batches_than_requests_came_before_it(
+    first: list[Waiting], later: list[Waiting], slots_max: int, rows_max: int
+) -> None:
+    """Whatever goes on arriving, e.g. rows of one adapter that would fill every batch by themselves."""
+    waiting = list(enumerate(first))
+    turns = 0
+    while left := [place for place, _ in waiting if place < len(first)]:
+        assert min(left) >= turns    # each batch answers the oldest
+        chosen = next_batch([one for _, one in waiting], SIZES, slots_max=slots_max, bytes_max=20, rows_max=rows_max)
+        waiting = [one for i, one in enumerate(waiting) if i not in chosen] + [(len(first), one) for one in later]
+        turns += 1

@@ -58,7 +58,7 @@ def test_what_came_and_went_leaves_no_trace(guests: list[AdapterRef]) -> None:
     never = {ref: state for ref, state in FEW.items() if ref not in guests}
     router = Router.build(never)
     for ref in guests:
-        router = router.with_added(ref, FEW[ref])
+        router = router.with_added({ref: FEW[ref]})
     for ref in guests:
         router = router.without(ref)
     again = fit({ref: FEW[ref] for ref in router.refs})
@@ -281,7 +281,7 @@ def test_two_encoders_cannot_meet() -> None:
     with pytest.raises(ModelChanged, match=r"^'zzz@1' was encoded by 'hash:64' .*the router's exemplars by 'hash:32'"):
         fit(states)
     with pytest.raises(ModelChanged, match="Register it again from its texts with the registry's encoder"):
-        Router.build(FEW).with_added(AdapterRef("zzz", 1), states[AdapterRef("zzz", 1)])
+        Router.build(FEW).with_added({AdapterRef("zzz", 1): states[AdapterRef("zzz", 1)]})
 
 
 @pytest.mark.parametrize("states", [{}, {AdapterRef("named", 1): build_state(ENCODER, [])}], ids=["nothing", "no exemplars"])

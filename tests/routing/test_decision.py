@@ -26,11 +26,12 @@ def test_what_is_not_finite_becomes_null() -> None:
         "candidates": [{"adapter": "banking@3", "score": 12.25}],
         "calibration": 4,
         "method": None,
+        "searched": False,
     }
 
 
 def test_everything_that_led_there_is_shown() -> None:
-    decision = Decision(None, 0.25, 0.5, 0.125, Reason.BELOW_THRESHOLD, ((BANKING, 1.5), (TRAVEL, 1.375)), None, Method.HEAD)
+    decision = Decision(None, 0.25, 0.5, 0.125, Reason.BELOW_THRESHOLD, ((BANKING, 1.5), (TRAVEL, 1.375)), None, Method.KERNEL_RIDGE)
     assert decision.to_json() == {
         "adapter": None,
         "score": 0.25,
@@ -39,7 +40,8 @@ def test_everything_that_led_there_is_shown() -> None:
         "reason": "below_threshold",
         "candidates": [{"adapter": "banking@3", "score": 1.5}, {"adapter": "travel@1", "score": 1.375}],
         "calibration": None,
-        "method": "head",
+        "method": "kernel_ridge",
+        "searched": False,
     }
 
 

@@ -77,7 +77,7 @@ WORDS = [
         "No adapter in production has examples or a description, so there is nothing to compare with: the base model answers.",
     ),
     (
-        Decision(CARDS, 0.25, -0.5, 0.75, Reason.ACCEPTED, ((CARDS, 1.5),), 1, Method.HEAD),
+        Decision(CARDS, 0.25, -0.5, 0.75, Reason.ACCEPTED, ((CARDS, 1.5),), 1, Method.KERNEL_RIDGE),
         0.05,
         "cards@1 fits best: it scores 1.50 by the head and by its prototypes, 0.75 more than the next adapter. "
         "The input lies +0.25 from its centre, where 5 % of inputs that belong lie below -0.50: accepted.",

@@ -68,7 +68,7 @@ def test_it_has_a_head_where_its_exemplars_can_be_solved(tmp_path: Path) -> None
     router, here = build(()), dict[AdapterRef, RoutingState]()
     lonely = {AdapterRef("lonely", 1): build_state(ENCODER, [Example("one text")])}
     for ref, state in {**STATES, **lonely}.items():
-        router, here = router.with_added(ref, state), here | {ref: state}
+        router, here = router.with_added({ref: state}), here | {ref: state}
     for ref in (*STATES, None):
         exemplars = {other: Exemplars.of(state) for other, state in here.items() if state.count}
         classes = sum(one.target_count for one in exemplars.values() if not one.single)
@@ -110,25 +110,29 @@ def test_any_order_of_additions_gives_the_router_that_is_built_at_once(order: li
         large_segments(patch, dense_max)
         router = build(order[:first])
         for ref in order[first:]:
-            router = router.with_added(ref, STATES[ref])
+            router = router.with_added({ref: STATES[ref]})
         assert_same(router, build(sorted(STATES)))
 
 
 @settings(max_examples=30)
 @given(
-    steps=st.lists(st.sampled_from(sorted(STATES)), max_size=25),
+    steps=st.lists(st.sampled_from([*sorted(STATES), None]), max_size=25),
     start=st.sets(st.sampled_from(sorted(STATES))),
     dense_max=st.sampled_from([1, 5, 4096]),
 )
 def test_any_coming_and_going_gives_the_router_that_saw_only_the_last_state(
-    steps: list[AdapterRef], start: set[AdapterRef], dense_max: int
+    steps: list[AdapterRef | None], start: set[AdapterRef], dense_max: int
 ) -> None:
-    """Each step adds what is absent and removes what is there."""
+    """Each step adds what is absent or removes what is there; None begins to compact the segments, which takes until the next one."""
     with pytest.MonkeyPatch.context() as patch:
         large_segments(patch, dense_max)
-        router, present = build(sorted(start)), set(start)
+        router, present, merged = build(sorted(start)), set(start), None
         for ref in steps:
-            router = router.without(ref) if ref in present else router.with_added(ref, STATES[ref])
+            if ref is None:
+                router = router if merged is None else router.compacted(merged)
+                merged = router.compaction()
+                continue
+            router = router.without(ref) if ref in present else router.with_added({ref: STATES[ref]})
             present ^= {ref}
         assert_same(router, build(sorted(present)))
 
@@ -136,24 +140,38 @@ def test_any_coming_and_going_gives_the_router_that_saw_only_the_last_state(
 def test_what_is_removed_from_a_large_segment_can_come_back(sizes: None) -> None:
     """As a version does after promote and rollback."""
     router, ref = build(sorted(STATES)), WORLD.refs[2]
-    there_and_back = router.without(ref).with_added(ref, STATES[ref])
+    there_and_back = router.without(ref).with_added({ref: STATES[ref]})
     assert ref in there_and_back.refs and ref in there_and_back.digests
     assert_same(there_and_back, router)
     assert_same(there_and_back.without(ref), router.without(ref))
 
 
+def test_a_router_that_grows_one_by_one_is_compacted_into_few_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 100 adapters with one prototype each, no segment is scored in full beside more than twice what one may hold."""
+    large_segments(monkeypatch, 4)
+    states = {AdapterRef(f"one{i:03d}", 1): build_state(ENCODER, [], f"text number {i} of many") for i in range(100)}
+    router = Router.build(dict(list(states.items())[:1]))
+    for ref, state in states.items():
+        router = router.with_added({ref: state})
+        if merged := router.compaction():
+            router = router.compacted(merged)
+        assert not router.scattered and len(router._segments) <= 10
+    decision = router.route(ENCODER, ["text number 50 of many"], max_false_reject=0)[0]
+    assert decision.adapter == AdapterRef("one050", 1) and decision.searched
+
+
 def test_adding_what_is_there_replaces_it(sizes: None) -> None:
     router, ref = build(sorted(STATES)), WORLD.refs[0]
     other = World(1, 3, seed=77).state(0, 4)
-    for replaced in (router.with_added(ref, other), router.without(ref).with_added(ref, other)):
+    for replaced in (router.with_added({ref: other}), router.without(ref).with_added({ref: other})):
         assert_same(replaced, Router.build({**STATES, ref: other}, FITTED.calibration, FITTED.head))
-    assert_same(router.with_added(ref, other).with_added(ref, STATES[ref]), router)
+    assert_same(router.with_added({ref: other}).with_added({ref: STATES[ref]}), router)
 
 
 def test_a_newcomer_changes_no_score_of_the_others(sizes: None) -> None:
     newcomer = AdapterRef("aaa", 1)
     before = build(sorted(STATES))
-    after = before.with_added(newcomer, World(1, 3, seed=5).state(0, 4))
+    after = before.with_added({newcomer: World(1, 3, seed=5).state(0, 4)})
     for old, new in zip(before.route_features(QUERIES, k=20), after.route_features(QUERIES, k=20), strict=True):
         others = {ref: score for ref, score in new.candidates if ref != newcomer}
         assert others == pytest.approx(dict(old.candidates), abs=STEP)
@@ -164,7 +182,7 @@ def test_a_newcomer_changes_no_score_of_the_others(sizes: None) -> None:
 def test_a_snapshot_is_not_changed_by_the_next() -> None:
     before = build(sorted(STATES))
     digest, expected = before.digest, before.route_features(QUERIES, k=3)
-    before.with_added(AdapterRef("aaa", 1), World(1, 3, seed=5).state(0, 4)).without(WORLD.refs[0])
+    before.with_added({AdapterRef("aaa", 1): World(1, 3, seed=5).state(0, 4)}).without(WORLD.refs[0])
     assert before.digest == digest and before.route_features(QUERIES, k=3) == expected
 
 
@@ -180,7 +198,7 @@ def test_the_digest_follows_everything_that_decides() -> None:
         router.without(AdapterRef("named-only", 1)),
         router.with_head(None),
         Router.build(STATES, fit({ref: STATES[ref] for ref in WORLD.refs}).calibration, FITTED.head),
-        router.with_added(WORLD.refs[0], World(1, 2, seed=1).state(0, 5)),
+        router.with_added({WORLD.refs[0]: World(1, 2, seed=1).state(0, 5)}),
     ]
     assert len({router.digest, *(other.digest for other in others)}) == 6
 
@@ -223,9 +241,9 @@ def test_more_candidates_begin_with_the_fewer() -> None:
 
 def test_the_method_says_who_scored_the_best() -> None:
     router = build(sorted(STATES))
-    assert router.route(ENCODER, ["questions about bank cards"], max_false_reject=0)[0].method is Method.PROTOTYPES
-    assert {decision.method for decision in router.route_features(WORLD.sample(0, 3)[0], max_false_reject=0)} == {Method.HEAD}
-    assert {decision.method for decision in router.with_head(None).route_features(QUERIES)} == {Method.PROTOTYPES}
+    assert router.route(ENCODER, ["questions about bank cards"], max_false_reject=0)[0].method is Method.DESCRIPTION
+    assert {decision.method for decision in router.route_features(WORLD.sample(0, 3)[0], max_false_reject=0)} == {Method.KERNEL_RIDGE}
+    assert {decision.method for decision in router.with_head(None).route_features(WORLD.sample(0, 3)[0])} == {Method.PROTOTYPES}
 
 
 @pytest.mark.parametrize("dense_max", [4, 4096])
@@ -257,7 +275,7 @@ def test_versions_without_exemplars_are_reached_by_name_only() -> None:
 
 def test_the_first_routable_version_keeps_those_reached_by_name() -> None:
     state = build_state(ENCODER, [Example("soup", "order"), Example("bread", "order")])
-    grown = Router.build({CARDS: build_state(ENCODER, [])}).with_added(FOOD, state)
+    grown = Router.build({CARDS: build_state(ENCODER, [])}).with_added({FOOD: state})
     assert grown.versions == (CARDS, FOOD) and grown.refs == (FOOD,)
     assert_same(grown, Router.build({CARDS: build_state(ENCODER, []), FOOD: state}), ENCODER_QUERIES)
 
@@ -269,14 +287,14 @@ def test_what_is_erased_is_held_no_more_and_the_rest_decides_as_before(sizes: No
     erased = router.erased([gone, routed, AdapterRef("nobody", 1)])
     assert_same(erased, router)
     assert gone not in {ref for segment in erased._segments for ref in segment.refs} and erased.erased([gone]) is erased
-    assert_same(erased.with_added(gone, STATES[gone]), build(sorted(STATES)))
+    assert_same(erased.with_added({gone: STATES[gone]}), build(sorted(STATES)))
 
 
 def test_a_version_may_lose_its_exemplars_and_get_them_back(sizes: None) -> None:
     router, ref = build(sorted(STATES)), WORLD.refs[1]
-    bare = router.with_added(ref, build_state(ENCODER, []))
+    bare = router.with_added({ref: build_state(ENCODER, [])})
     assert ref in bare.versions and ref not in bare.refs
-    assert_same(bare.with_added(ref, STATES[ref]), router)
+    assert_same(bare.with_added({ref: STATES[ref]}), router)
 
 
 def test_a_router_whose_last_version_left_has_no_candidates(sizes: None) -> None:
@@ -340,7 +358,7 @@ def test_what_the_encoder_refuses_the_router_refuses(texts: Any) -> None:
 def saved(folder: Path) -> Router:
     router = build(sorted(STATES)[:5])
     for ref in sorted(STATES)[5:]:
-        router = router.with_added(ref, STATES[ref])
+        router = router.with_added({ref: STATES[ref]})
     router = router.without(WORLD.refs[0])
     router.save(folder)
     return router
@@ -352,7 +370,7 @@ def test_a_saved_router_is_the_same_router(sizes: None, tmp_path: Path) -> None:
     assert_same(opened, router)
     assert opened.route_features(QUERIES, k=20) == router.route_features(QUERIES, k=20)
     ref = WORLD.refs[0]
-    assert_same(opened.with_added(ref, STATES[ref]), build(sorted(STATES)))
+    assert_same(opened.with_added({ref: STATES[ref]}), build(sorted(STATES)))
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["router"]
 
 
@@ -367,12 +385,29 @@ def test_a_router_without_adapters_can_be_kept(tmp_path: Path) -> None:
     assert Router.open(tmp_path / "router", None).digest == Router.build({}).digest
 
 
+def test_a_saved_file_of_a_segment_that_did_not_change_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor trusted: one that was damaged meanwhile is."""
+    large_segments(monkeypatch, 5)
+    router, folder = build(sorted(STATES)), tmp_path / "router"
+    router.save(folder)
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    grown = router.with_added({CARDS: build_state(ENCODER, [], "another one")})
+    grown.save(folder)
+    kept = {path.name for path in folder.iterdir() if before.get(path.name) == path.stat().st_ino}
+    assert {Path(name).suffix for name in kept} == {".faiss", ".safetensors"}
+    damaged = next(folder / name for name in sorted(kept))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    grown.save(folder)
+    assert damaged.stat().st_ino != before[damaged.name]
+    assert_same(Router.open(folder, FITTED.calibration), grown)
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file of a saved router in turn: a flipped bit, cut short, emptied, missing, or something else."""
     large_segments(monkeypatch, 5)
     saved(tmp_path / "whole")
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert {"SHA256SUMS", "router.json", "head.safetensors", "0.safetensors", "0.faiss"} <= set(names)
+    assert {"SHA256SUMS", "router.json", "head.safetensors"} < set(names) and {Path(name).suffix for name in names} >= {".faiss"}
     for name in names:
         for number, damage in enumerate(DAMAGES):
             folder = tmp_path / f"{name}-{number}"
@@ -429,9 +464,10 @@ def test_another_routers_head_or_segment_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "router")
     other = fit({ref: STATES[ref] for ref in WORLD.refs})
     Router.build({ref: STATES[ref] for ref in WORLD.refs}, other.calibration, other.head).save(tmp_path / "other")
-    for name in ("head.safetensors", "0.safetensors", "router.json"):
+    own, others = (next(folder.glob("?" * 32 + ".safetensors")).name for folder in (tmp_path / "router", tmp_path / "other"))
+    for name, other_name in (("head.safetensors", "head.safetensors"), (own, others), ("router.json", "router.json")):
         shutil.copytree(tmp_path / "router", tmp_path / name)
-        shutil.copy(tmp_path / "other" / name, tmp_path / name / name)
+        shutil.copy(tmp_path / "other" / other_name, tmp_path / name / name)
         vouch_for(tmp_path / name)
         with pytest.raises(CorruptIndex):
             Router.open(tmp_path / name, FITTED.calibration)

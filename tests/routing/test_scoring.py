@@ -281,7 +281,7 @@ def test_an_adapter_that_owns_all_that_is_found_does_not_hide_the_next(monkeypat
 
 def test_a_segment_of_parts_is_the_segment_of_the_whole() -> None:
     whole = Segment.of(ENTRIES)
-    merged = Segment.of(ENTRIES[1::2]).merged(Segment.of(ENTRIES[::2]))
+    merged = Segment.merged([Segment.of(ENTRIES[1::2]), Segment.of(ENTRIES[::2])])
     fewer = merged.without(ENTRIES[4].ref)
     for a, b in ((merged, whole), (fewer, Segment.of([entry for entry in ENTRIES if entry is not ENTRIES[4]]))):
         assert a.refs == b.refs and a.digests == b.digests and (a.means == b.means).all() and (a.counts == b.counts).all()
