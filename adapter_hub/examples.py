@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import math
+import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from adapter_hub.errors import InvalidInput, UnreadableFile
 
 JSON = Any
 LINE_BYTES_MAX = 64 << 20    # a longer line is a fault in the file, not a text
+UNSEEN = ("Cc", "Cf")        # categories of characters that show nothing: control characters, joiners and marks of direction
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 csv.field_size_limit(LINE_BYTES_MAX)
@@ -45,12 +47,12 @@ class BadRow:
 
 def to_example(row: str | Mapping[str, Any] | Example) -> Example:
     """A text, or an object with `text`, as an Example. Raises InvalidInput with the reason."""
-    if isinstance(row, Example):
-        return row
-    fields = {"text": row} if isinstance(row, str) else row
+    fields = {"text": row.text} if isinstance(row, Example) else {"text": row} if isinstance(row, str) else row
     reason = fault(fields)
     if reason:
         raise InvalidInput(f"a row {reason}.", hint='A row is a text, or {"text": …, "label": …}.')
+    if isinstance(row, Example):
+        return row
     label = fields.get("label")
     known = ("text", "label", "id")
     return Example(
@@ -90,6 +92,8 @@ def text_fault(text: object) -> str | None:
         return f"is {_kind(text)}, not a string"
     if not text.strip():
         return "is empty"
+    if all(char.isspace() or unicodedata.category(char) in UNSEEN for char in text):
+        return "has nothing but control characters"
     return None if _is_unicode(text) else "has half of a surrogate pair, which is not Unicode"
 
 

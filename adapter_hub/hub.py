@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -23,11 +25,21 @@ from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture, Shares
-from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, ModelNotFound, RegistryExists, WrongBase
+from adapter_hub.errors import (
+    AdapterNotFound,
+    HubError,
+    InvalidInput,
+    InvalidName,
+    ModelChanged,
+    ModelNotFound,
+    RegistryError,
+    RegistryExists,
+    WrongBase,
+)
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples, text_fault
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
-from adapter_hub.registry.config import RegistryConfig
-from adapter_hub.registry.layout import Layout
+from adapter_hub.registry.config import RegistryConfig, read_config
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
@@ -46,6 +58,7 @@ if TYPE_CHECKING:
     from adapter_hub.routing.encoder import Encoder
     from adapter_hub.routing.explain import Explanation
     from adapter_hub.routing.live import LiveRouter
+    from adapter_hub.routing.reembed import Reembedded
     from adapter_hub.routing.router import Router
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
@@ -55,10 +68,8 @@ log = logging.getLogger("adapter_hub")
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
 Answering = AdapterRef | Mixture | None                               # the same, resolved
 
+LABELS_SHOWN = 6    # in one warning
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
-
-EXEMPLARS_FILE = "exemplars.jsonl"
-EVALUATION_FILE = "evaluation.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +142,7 @@ class Hub:
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
+        self._settings: object = None    # what hub.toml looked like when it last named the encoder that this hub was opened with
 
     # ---- open and close -----------------------------------------------------------------------------------------
 
@@ -247,15 +259,31 @@ class Hub:
 
     @property
     def encoder(self) -> Encoder:
-        """The router's text encoder. Raises ModelNotFound, ModelChanged."""
+        """The router's text encoder. Raises ModelNotFound, ModelChanged; that too where hub.toml has come to name another one."""
+        self._check_settings()
         with self._lock, _IMPORTING:
-            if self._encoder is None:
+            if self._encoder is None or self._encoder.fingerprint != (self.config.encoder_fingerprint or self._encoder.fingerprint):
                 from adapter_hub.routing.encoder import load_encoder
 
                 encoder = load_encoder(self.config.encoder, self.device)
-                _check_same("encoder", encoder.id, encoder.fingerprint, self.config.encoder_fingerprint)
+                again = f"`adapter-hub reembed {shlex.quote(encoder.id)}` to go over to this one" if self.config.keep == "text" else ""
+                _check_same("encoder", encoder.id, encoder.fingerprint, self.config.encoder_fingerprint, again)
                 self._encoder = encoder
             return self._encoder
+
+    def _check_settings(self) -> None:
+        """Raises ModelChanged where hub.toml has come to name another encoder since this hub was opened."""
+        path, opened = self._registry.layout.config, self.config
+        with suppress(OSError, RegistryError):    # what is wrong with hub.toml is said to who opens it
+            found = path.stat()
+            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if seen == self._settings:
+                return
+            named = read_config(path)
+            if named.encoder_fingerprint != opened.encoder_fingerprint:
+                fact = f"hub.toml names the encoder {named.encoder!r} now, this hub was opened with {opened.encoder!r}."
+                raise ModelChanged(fact, hint="Open the registry again: Hub.open.")
+            self._settings = seen
 
     @property
     def engine(self) -> Engine:
@@ -369,6 +397,7 @@ class Hub:
             source=found.repository,
             revision=found.revision,
         )
+        _warn_of_labels(name, rows, label_names)
         dropped = len(held_out) - len(state.evaluation)
         if dropped:
             log.warning("%d of the %d evaluation inputs of %s are among its examples, and dropped.", dropped, len(held_out), name)
@@ -384,10 +413,7 @@ class Hub:
         worst = self._loses_too_much(name, state) if promote else None
         ref = self.registry.add(name, facts, files, promote=promote and worst is None, reason=reason)
         if worst is not None:
-            log.warning(
-                "%s is registered and not promoted: it would take %.1f %% of the inputs of %s, hub.toml allows %.1f %%.",
-                ref, 100 * worst.taken, worst.adapter, 100 * self.config.max_taken,
-            )    # fmt: skip
+            log.warning("%s is registered and not promoted: %s.", ref, self._losing(worst))
         return ref
 
     def _loses_too_much(self, name: str, state: RoutingState) -> Taken | None:
@@ -398,6 +424,10 @@ class Hub:
         version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
         found = self._effect(now, AdapterRef(name, version + 1), state)    # the number it gets is not known yet
         return found.others[0] if found.most_taken > self.config.max_taken else None
+
+    def _losing(self, worst: Taken) -> str:
+        allowed = f"hub.toml allows {100 * self.config.max_taken:.1f} %"
+        return f"it would take {100 * worst.taken:.1f} % of the inputs of {worst.adapter}, {allowed}"
 
     def _routing_files(self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example] = ()) -> dict[str, Path | bytes]:
         from adapter_hub.routing.live import ROUTING_FILE
@@ -437,7 +467,8 @@ class Hub:
 
         `promote` is "auto" (better than always answering the commonest label, and not worse than the version in
         production on the same rows), "always" or "never". It is judged on rows that had no part in training: half of the
-        validation rows, the other half having chosen the epoch, or as many held out of `train`. `facts` go to `register` (tags,
+        validation rows, the other half having chosen the epoch, or as many held out of `train`. As `register` does, neither
+        "auto" nor "always" promotes one that takes more from another adapter than `max_taken` in hub.toml allows. `facts` go to `register` (tags,
         license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what `register` raises.
         """
         if promote not in ("auto", "always", "never"):
@@ -453,6 +484,9 @@ class Hub:
             facts = {"evaluation": held_out or (), "metrics": result.metrics, "training_data_digest": digest_of(rows)} | facts
             ref = self.register(name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, **facts)
         good, reason = self._better(name, result.validation, result.metrics["accuracy"]) if promote == "auto" else (promote == "always", promote)
+        worst = self._loses_too_much(name, self._live.state(ref)) if good else None
+        if worst is not None:
+            good, reason = False, f"{reason}; but {self._losing(worst)}"
         if good:
             self.promote(ref, reason=reason)
         return LearnReport(ref, good, reason, result.metrics)
@@ -479,6 +513,7 @@ class Hub:
         manifest, rows = self.registry.manifest(old), as_examples(texts)
         if not rows:
             raise InvalidInput("there is nothing to teach: no texts were given.")
+        _warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
         state = self._live.state(old).extended(self.encoder, rows)
         folder = self.registry.open_version(old)
         files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
@@ -559,13 +594,15 @@ class Hub:
             decisions = [Decision.named(_foremost(adapter)) for adapter in answering]
         return decisions, answering
 
-    def _route(self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None) -> list[Decision]:
+    def _route(
+        self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
+    ) -> list[Decision]:
         from adapter_hub.routing.features import extract
 
         rate = self._rate(max_false_reject)
         if not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
-        return router.route_features(extract(self._encoder_of(router), texts), k=k, max_false_reject=rate) if texts else []
+        return router.route_features(extract(encoder or self._encoder_of(router), texts), k=k, max_false_reject=rate) if texts else []
 
     def _encoder_of(self, router: Router) -> Encoder:
         """The registry's encoder. Raises ModelChanged where hub.toml has come to name another than this router's exemplars had."""
@@ -609,7 +646,7 @@ class Hub:
         """
         started = interrupted(output) if resume else None
         router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._live.snapshot(settled=True)
-        rate = self._rate(max_false_reject)
+        encoder, rate = self._encoder_of(router), self._rate(max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
             "encoder": self.config.encoder_fingerprint,
@@ -623,7 +660,7 @@ class Hub:
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration}
 
         def answer(texts: Sequence[str]) -> list[dict[str, Any] | HubError]:
-            decisions = self._route(router, texts, 1, rate)
+            decisions = self._route(router, texts, 1, rate, encoder)
             found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions]), generation=generation)
             return [
                 one if isinstance(one, HubError) else _prediction(decision, decision.adapter, one).row()
@@ -651,15 +688,22 @@ class Hub:
         features = extract(self._encoder_of(router), _inputs([text]))
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
+        states = {ref: self._live.state(ref) for ref in refs}
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
-        return explain(decision, features, {ref: self._live.state(ref) for ref in refs}, texts, rate)
+        texts |= {ref: [self.registry.manifest(ref).description] for ref in refs if states[ref].from_description}    # it is the first
+        return explain(decision, features, states, texts, rate)
 
     def _kept(self, ref: AdapterRef, file: str) -> list[Example]:
         return read_examples(self.registry.open_version(ref) / file) if file in self.registry.manifest(ref).files else []
 
+    def state(self, ref: str | AdapterRef) -> RoutingState:
+        """What a version brings to the router: exemplars and evaluation inputs as vectors. Raises AdapterNotFound, ModelChanged, CorruptVersion."""
+        return self._live.state(self.registry.resolve(ref))
+
     def effect(self, ref: str | AdapterRef) -> Effect:
         """What a version takes, or would take, from each adapter in production, on their evaluation inputs or exemplars.
 
+        Where another version of its name is in production, it stands in its place: what it takes beyond what that one took.
         An exemplar is scored as if its adapter had never been given it; an adapter none of whose exemplars can be left out shows
         0 inputs. Both sides, without the version and with it, are solved in full: some seconds for thousands of exemplars.
         Raises AdapterNotFound, NotRoutable, InvalidInput.
@@ -718,29 +762,66 @@ class Hub:
         """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
         return self._live.calibrate(reason)
 
+    def reembed(self, encoder: str | Path, reason: str = "") -> Reembedded:
+        """Go over to another encoder: each version in production becomes a new one, with the same weights (stored once), encoded by it.
+
+        All are made before hub.toml names it and they are promoted, then scores and thresholds are fitted anew. A crash is made good
+        by the same call. Needs the texts of all examples (`keep = "text"` in hub.toml), or descriptions that stand for them; with
+        another policy the new versions keep no texts. The way back is the same: to the old encoder. Other open hubs raise ModelChanged.
+        Raises ModelNotFound, RegistryError with the names of the versions whose texts are not kept: nothing has changed then.
+        """
+        with _IMPORTING:
+            from adapter_hub.routing.encoder import load_encoder
+            from adapter_hub.routing.reembed import Reembedded, reembed
+
+        wanted = load_encoder(_absolute(encoder), self.device)
+        reason = reason or f"encoded anew by {wanted.id}"
+        versions = reembed(self.registry, wanted, reason)
+        with self._lock:
+            self._encoder, self._router, self._settings = wanted, None, None
+        calibration = self._live.latest()
+        if calibration is None:
+            with suppress(InvalidInput):    # nothing to calibrate on
+                calibration = self._live.calibrate(reason)
+        return Reembedded(wanted.id, wanted.fingerprint, tuple(versions), calibration.id if calibration else None)
+
     def _check_state(self, state: RoutingState) -> None:
         self._check_encoded(state.encoder_fingerprint)
 
-    def _check_encoded(self, fingerprint: str) -> None:
+    def _check_encoded(self, fingerprint: str, what: str = "the exemplars were") -> None:
         """Raises ModelChanged where exemplars were encoded by another encoder than the one that hub.toml names."""
         if fingerprint != self.config.encoder_fingerprint:
+            self._check_settings()
             wanted = f"hub.toml names {self.config.encoder!r} with {self.config.encoder_fingerprint[:19]}…"
+            again = f"`adapter-hub reembed {shlex.quote(self.config.encoder)}` encodes what is in production anew"
+            if self.config.keep != "text":
+                again = "make a new registry with this one and register the adapters again with their examples"
             raise ModelChanged(
-                f"the exemplars were encoded by an encoder with fingerprint {fingerprint[:19]}…, and {wanted}.",
-                hint="Name that encoder again, or make a new registry with this one and register the adapters again with their examples.",
+                f"{what} encoded by an encoder with fingerprint {fingerprint[:19]}…, and {wanted}.", hint=f"Name that encoder again, or {again}."
             )
+
+    def _check_routable(self, manifest: Manifest) -> None:
+        """Raises ModelChanged for a version that would stop routing in production: another encoder encoded it."""
+        recorded = self.config.encoder_fingerprint
+        if recorded and manifest.encoder_fingerprint is not None:
+            self._check_encoded(manifest.encoder_fingerprint, f"{manifest.ref} was")
 
     # ---- the registry's own verbs -------------------------------------------------------------------------------
 
     def promote(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
-        """Move `production` to this version; returns the version it now names."""
-        return self.registry.promote(ref, reason)
+        """Move `production` to this version; returns the version it now names. Raises ModelChanged for one that another encoder encoded."""
+        manifest = self.registry.manifest(ref)
+        self._check_routable(manifest)
+        return self.registry.promote(manifest.ref, reason)
 
     def rollback(self, name: str, reason: str = "") -> AdapterRef:
-        """Move `production` back to the version it named before; returns that."""
-        return self.registry.rollback(name, reason)
+        """Move `production` back to the version it named before; returns that. Raises ModelChanged where another encoder encoded it."""
+        return self.registry.rollback(name, reason, check=self._check_routable)
 
     def set_alias(self, name: str, alias: str, version: int, reason: str = "") -> AdapterRef:
+        """Let an alias name a version; returns that. Raises as `promote` where the alias is `production`."""
+        if alias == PRODUCTION and type(version) is int:    # else it is said what is wrong with it
+            self._check_routable(self.registry.manifest(AdapterRef(check_name(name), version)))
         return self.registry.set_alias(name, alias, version, reason)
 
     def retire(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
@@ -776,8 +857,11 @@ class Hub:
 
         for ref in self.registry.production():
             with suppress(HubError):    # said already
-                if ROUTING_FILE not in self.registry.manifest(ref).files:
+                manifest = self.registry.manifest(ref)
+                if ROUTING_FILE not in manifest.files:
                     yield Problem(str(ref), f"it is in production without {ROUTING_FILE}: only its name reaches it.")
+                elif error := _fault(lambda manifest=manifest: self._check_routable(manifest)):    # type: ignore[misc]
+                    yield Problem(str(ref), str(error))
 
     def _models(self) -> Iterator[tuple[str, Callable[[], None]]]:
         from adapter_hub.routing.encoder import load_encoder
@@ -871,11 +955,11 @@ def _absolute(source: str | Path) -> str:
     return str(path.resolve()) if path.is_dir() else str(source)
 
 
-def _check_same(what: str, name: str, found: str, recorded: str | None) -> None:
+def _check_same(what: str, name: str, found: str, recorded: str | None, otherwise: str = "") -> None:
     if recorded and found != recorded:
         raise ModelChanged(
             f"the {what} {name!r} has fingerprint {found[:19]}…, the registry was made with {recorded[:19]}….",
-            hint=f"Restore that {what}, or make a new registry and register the adapters again.",
+            hint=f"Restore that {what}, or {otherwise or 'make a new registry and register the adapters again'}.",
         )
 
 
@@ -891,6 +975,18 @@ def _fault(check: Callable[[], None]) -> HubError | None:
     except HubError as error:
         return error
     return None
+
+
+def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -> None:
+    """Of a text classifier. Labels that its head has not may be meant: the router may know finer classes."""
+    unknown = Counter(row.label for row in rows if row.label is not None and row.label not in labels) if labels else Counter()
+    if unknown:
+        shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(LABELS_SHOWN))
+        more = f", … ({len(unknown)} labels)" if len(unknown) > LABELS_SHOWN else ""
+        log.warning(
+            "%d of the %d examples of %s have a label that its head does not know, and are classes for the router alone: %s%s.",
+            unknown.total(), len(rows), name, shown, more,
+        )    # fmt: skip
 
 
 def _jsonl(rows: Sequence[Example]) -> bytes:

@@ -66,8 +66,8 @@ def test_every_verb_takes_a_registry_and_prints_json(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", ["route", "predict", "run"])
 def test_the_verbs_that_route_take_a_rate(verb: str) -> None:
-    code, _, err = invoke(verb, "a", "b", "--max-false-reject", "1.5")
-    assert code == 2 and "--max-false-reject" in err
+    code, _, err = invoke(verb, "a", "b", "--max-false-reject", "5")
+    assert code == 2 and "Invalid value for '--max-false-reject': 5 is not a share from 0 to 1: 5 % is 0.05." in err
 
 
 @pytest.mark.parametrize("args", [["--help"], ["predict", "--help"], ["--version"], []])
@@ -315,6 +315,42 @@ def test_what_is_asked_wrongly_or_without_result_is_said(made: Path, tmp_path: P
     (other / "adapters" / "shades" / "1" / "adapter_model.safetensors").write_bytes(b"other bytes")
     code, out, _ = invoke("adopt", "--registry", str(other))
     assert code == 1 and "refused: " in out and str(other / "adapters" / "shades" / "1" / "adapter_model.safetensors") in out
+
+
+def test_explanations_say_which_score_is_which_and_show_as_many_candidates_as_asked(made: Path, tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    registry = ["--registry", str(root)]
+    assert invoke("init", str(root), "--base-model", str(made / "bert"), "--encoder", "hash")[0] == 0
+    rows = [{"text": f"paint the {thing} {shade}", "label": shade} for thing in ("wall", "door") for shade in ("red", "blue")]
+    held_out = [rows[0], {"text": "paint the roof red"}, {"text": "paint the gate blue"}]
+    adapter = [str(made / "colours"), "--labels", "red,blue", *registry]
+    given = ["--examples", lines(tmp_path / "rows.jsonl", rows), "--evaluation", lines(tmp_path / "held_out.jsonl", held_out)]
+    code, out, err = invoke("register", "colours", *adapter, *given)
+    assert code == 0 and out == "registered colours@1; 2 of 3 evaluation inputs are kept\n", err
+    assert json.loads(invoke("register", "colours", *adapter, *given, "--json")[1])["evaluation"] == 2
+    assert invoke("register", "invoices", *adapter, "--description", "what accountants write")[0] == 0
+    assert invoke("register", "letters", *adapter, "--examples", lines(tmp_path / "bare.jsonl", [{"text": "dear madam"}]))[0] == 0
+
+    code, out, err = invoke("route", "--explain", "paint the shed red", *registry)
+    assert code == 0 and len(re.findall(r"^  \d\. ", out, re.MULTILINE)) == 3, err
+    shown = [line for line in out.splitlines() if " score" in line]
+    assert re.match(r"  \w+@\d fits best: it scores \d", shown[0])
+    assert re.match(r"  acceptance score \S+, threshold \S+: how far the best candidate's score lies above what inputs of its adapter", shown[1])
+    assert re.match(r"  candidate scores, around 1 for inputs like the exemplars; margin \S+ between the first two:$", shown[2])
+    assert re.search(r"like \S+: its description stands for it · what accountants write$", out, re.MULTILINE)
+    assert re.search(r"like \S+: the name of its label stands for it · red$", out, re.MULTILINE)
+    assert re.search(r"like \S+: an exemplar without a label, whose text is not kept$", out, re.MULTILINE)
+    for k in (1, 2):
+        out = invoke("route", "--explain", "--k", str(k), "paint the shed red", *registry)[1]
+        assert len(re.findall(r"^  \d\. ", out, re.MULTILINE)) == k
+    assert len(json.loads(invoke("route", "x", *registry, "--json")[1])[0]["candidates"]) == 1
+    code, _, err = invoke("route", "a b", "\x07\x1b", *registry)
+    assert code == 2 and err == "error: text 2 of 2 has nothing but control characters. Remove it or write its text.\n"
+    code, out, err = invoke("calibrate", *registry)
+    assert code == 0 and re.search(r"^rate +threshold +before +expect", out, re.MULTILINE), err
+    code, out, err = invoke("effect", "colours@1", *registry)
+    said = "colours@1 in place of colours@2 takes at most 0.0 % of another adapter's inputs, beyond what colours@2 took."
+    assert code == 0 and out.startswith(said), err
 
 
 def test_verbose_says_what_this_package_does_and_not_what_its_libraries_do(made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from adapter_hub.errors import (
     RegistryNotFound,
     WrongBase,
 )
+from adapter_hub.examples import Example
 from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import QUANTILES
@@ -543,6 +545,33 @@ def test_without_examples_a_description_and_the_labels_of_a_text_classifier_rout
     assert neighbours[0].label == "lost_luggage" and [str(one.adapter) for one in neighbours if one.label] == ["texts@1", "texts@1"]
 
 
+def test_examples_with_labels_that_the_head_lacks_are_counted_and_named(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They may be meant: classes of the router are finer."""
+    adapter, tagger = make_adapter(hub.base, tmp_path / "a"), make_adapter(hub.base, tmp_path / "t", task_type="TOKEN_CLS")
+    hub.register("colours", adapter, COLOURS, labels=["red", "blue"])
+    hub.register("tags", tagger, COLOURS, labels=["B", "O"])    # its labels are of pieces
+    assert not caplog.records
+    hub.register("colours", adapter, COLOURS, labels=["red", "green"])
+    assert "4 of the 8 examples of colours have a label that its head does not know, and are classes for the router alone: 'blue' (4)." in caplog.text
+    caplog.clear()
+    hub.teach("colours", [*({"text": f"shade {i}", "label": f"shade {i}"} for i in range(8)), "paint it"])
+    assert "8 of the 9 examples of colours" in caplog.text and "'shade 5' (1), … (8 labels)." in caplog.text
+
+
+@pytest.mark.parametrize("row", ["\x00\x07", {"text": "\u200b \n"}, Example("\x1b")])
+def test_texts_of_control_characters_alone_are_refused_by_position(filled: Hub, tmp_path: Path, row: object) -> None:
+    for call in (
+        lambda: filled.register("x", tmp_path / "c", ["fine", row], labels=["red", "blue"]),
+        lambda: filled.register("x", tmp_path / "c", ["fine"], labels=["red", "blue"], evaluation=["fine", row]),
+        lambda: filled.teach("colours", ["fine", row]),
+    ):
+        with pytest.raises(InvalidInput, match="row 2: a row has a 'text' that has nothing but control characters"):
+            call()
+    with pytest.raises(InvalidInput, match="text 2 of 2 has nothing but control characters"):
+        filled.predict(["fine", "\x00"])
+    assert filled.route(["paint\x00 the wall\x07 red\u200b"], max_false_reject=0)[0].adapter is not None
+
+
 def test_a_head_without_names_is_refused(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(LabelsRequired, match="2 outputs without names"):
         hub.register("x", make_adapter(hub.base, tmp_path / "x"))
@@ -764,6 +793,34 @@ def test_where_what_is_taken_cannot_be_found_out_nothing_is_stored(filled: Hub, 
     with pytest.raises(HubError, match="animals"):
         hub.register("money", make_adapter(hub.base, tmp_path / "m", seed=5), ["stocks fell", "bonds rose"], labels=["x", "y"])
     assert "money" not in hub.registry.names()
+
+
+def test_with_max_taken_what_the_version_before_took_is_not_counted_again(filled: Hub, tmp_path: Path) -> None:
+    source = make_adapter(filled.base, tmp_path / "p", seed=5)
+    filled.register("pets", source, ANIMALS, labels=["dog", "cat"])
+    hub = limited(filled, tmp_path, 0.1)
+    assert hub.effect("pets@1").most_taken > 0.5
+    assert str(hub.teach("pets", ["the hamster is small"])) == "pets@2" and hub.registry.aliases("pets") == {"production": 2}
+    third = hub.register("pets", source, [*ANIMALS, *COLOURS], labels=["dog", "cat"])
+    assert hub.registry.aliases("pets") == {"production": 2}    # the colours are beyond that
+    found = hub.effect(third)
+    assert found.others[0].adapter.name == "colours" and str(found.instead_of) == "pets@2"
+    assert {other.adapter.name: other.taken <= 0.1 for other in found.others} == {"animals": True, "colours": False, "vectors": True}
+
+
+@pytest.mark.parametrize("promote", ["auto", "always"])
+def test_with_max_taken_what_is_learned_is_not_promoted_either_and_the_report_says_who_would_lose(
+    filled: Hub, tmp_path: Path, promote: str
+) -> None:
+    """Previously it was promoted whatever it took."""
+    hub = limited(filled, tmp_path, 0.1)
+    config = TrainConfig(epochs=8, steps_min=0, learning_rate=5e-3)
+    rows = [{"text": f"{row['text']} {again}", "label": row["label"]} for row in ANIMALS for again in ("now", "today", "again")]
+    report = hub.learn("pets", rows, config=config, promote=promote)
+    assert not report.promoted and hub.registry.aliases("pets") == {} and str(report.ref) == "pets@1"
+    assert re.search(r"; but it would take \d+\.\d % of the inputs of animals@1, hub\.toml allows 10\.0 %$", report.reason), report.reason
+    words = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
+    assert hub.learn("words", words, config=config, promote="always").promoted
 
 
 def test_teaching_moves_production_only_from_the_version_that_has_it(filled: Hub, tmp_path: Path) -> None:

@@ -40,6 +40,13 @@ def complete_ref(ctx: typer.Context, incomplete: str) -> list[str]:
 
 # ---- arguments that several verbs share -----------------------------------------------------------------------------
 
+
+def _share(rate: float | None) -> float | None:
+    if rate is not None and not 0 <= rate <= 1:
+        raise typer.BadParameter(f"{rate:g} is not a share from 0 to 1: 5 % is 0.05.")
+    return rate
+
+
 Registry = Annotated[str, typer.Option("--registry", help="Registry folder, or database URL (or ADAPTER_HUB_REGISTRY).")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Ref = Annotated[str, typer.Argument(metavar="REF", help="name, name@3 or name@alias.", autocompletion=complete_ref)]
@@ -47,7 +54,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.",
 Reason = Annotated[str, typer.Option(help="Why; kept in the history.")]
 Rate = Annotated[
     float | None,
-    typer.Option("--max-false-reject", metavar="RATE", min=0, max=1, help="Share of belonging inputs that may be turned away, 0-1."),
+    typer.Option("--max-false-reject", metavar="RATE", callback=_share, help="Share of belonging inputs that may be turned away, 0-1."),
 ]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Inputs; without any, --file or one a line on stdin.")]
 File = Annotated[str, typer.Option("--file", help="JSONL, CSV or Parquet with `text`, or .txt with one input a line; - is stdin.")]

@@ -166,29 +166,61 @@ def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
         print(shown(document.get("text"), chars_max=200))
         where = document.get("adapter") or "the base model (the router abstains)"
         print(f"  goes to {shown(where)}: {shown(document.get('reason'))}")
-        print("  " + ", ".join(f"{key} {shown(document.get(key))}" for key in ("score", "threshold", "margin")))
         if document.get("words"):
             print(f"  {shown(document['words'], chars_max=400)}")
-        neighbours = document.get("neighbours") or ()
-        for rank, candidate in enumerate(document.get("candidates") or (), 1):
+        if document.get("score") is not None:
+            measured = ", ".join(f"{key} {shown(document.get(key))}" for key in ("score", "threshold"))
+            print(f"  acceptance {measured}: how far the best candidate's score lies above what inputs of its adapter usually score")
+        neighbours, candidates = document.get("neighbours") or (), document.get("candidates") or ()
+        if candidates:
+            margin = f"; margin {shown(document['margin'])} between the first two" if document.get("margin") is not None else ""
+            print(f"  candidate scores, around 1 for inputs like the exemplars{margin}:")
+        for rank, candidate in enumerate(candidates, 1):
             print(f"  {rank}. {shown(candidate.get('adapter'))}  {shown(candidate.get('score'))}")
             for near in neighbours:
                 if near.get("adapter") == candidate.get("adapter"):
-                    print(f"       like {shown(near.get('likeness'))}: " + " · ".join(shown(near[k]) for k in ("label", "text") if near.get(k)))
+                    print(f"       like {shown(near.get('likeness'))}: {_near(near)}")
         known = {"text", "adapter", "reason", "score", "threshold", "margin", "candidates", "words", "neighbours"}
         for key, value in document.items():
             if key not in known and value not in EMPTY:
                 print(f"  {key}: {shown(value, chars_max=400)}")
 
 
+def _near(near: Mapping[str, JSON]) -> str:
+    """An exemplar by label and text; what stands for one says so."""
+    parts = [shown(near[key]) for key in ("label", "text") if near.get(key)]
+    if near.get("described"):
+        parts.insert(0, "the name of its label stands for it" if near.get("label") else "its description stands for it")
+    return " · ".join(parts) or "an exemplar without a label, whose text is not kept"
+
+
 def effects(document: Mapping[str, JSON]) -> None:
     """Who would lose what to a newcomer, most first."""
-    line(f"{document['newcomer']} takes at most {100 * document['most_taken']:.1f} % of another adapter's inputs.")
+    instead_of = document["instead_of"]
+    where, beyond = (f" in place of {instead_of}", f", beyond what {instead_of} took") if instead_of else ("", "")
+    line(f"{document['newcomer']}{where} takes at most {100 * document['most_taken']:.1f} % of another adapter's inputs{beyond}.")
     columns = ("adapter", "inputs", "taken", "before", "after", "contradictions")
     table(columns, [[other[column] for column in columns] for other in document["others"]])
     unknown = [other["adapter"] for other in document["others"] if not other["inputs"]]
     if unknown:
         line(f"Nothing is known of {', '.join(unknown)}: no evaluation inputs, and no example that can be left out.")
+
+
+def calibrated(document: Mapping[str, JSON]) -> None:
+    """How a record was made, what each rate means and meant before, and whose inputs it lets in more or less often."""
+    facts({key: value for key, value in document.items() if key not in ("max_false_reject", "changed")})
+    print("thresholds, and what share of belonging inputs to expect turned away at each rate:")
+    rows([{"rate": rate, **told} for rate, told in document["max_false_reject"].items()])
+    if "changed" in document:
+        print("share of their inputs that is let in at 5 %, where that changed most:")
+        rows(document["changed"])
+
+
+def reembedded(document: Mapping[str, JSON]) -> None:
+    """What took whose place under which encoder."""
+    line(f"the encoder is {document['encoder']}, the calibration {shown(document['calibration'])}; encoded anew: {len(document['versions'])}")
+    if document["versions"]:
+        rows(document["versions"])
 
 
 def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:

@@ -36,6 +36,7 @@ from adapter_hub.cli.arguments import (
     shown_url,
 )
 from adapter_hub.cli.console import (
+    calibrated,
     decisions,
     effects,
     emit,
@@ -46,6 +47,7 @@ from adapter_hub.cli.console import (
     line,
     predictions,
     progress_bar,
+    reembedded,
     verified,
     versions,
 )
@@ -188,7 +190,9 @@ def register(
     live = hub.registry.aliases(ref.name).get("production") == ref.version
     said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")
     said += "" if known or description.strip() else "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
-    emit({"ref": ref, "production": live, "examples": len(known), "evaluation": len(held_out)}, as_json, lambda _: line(said))
+    kept = len(hub.state(ref).evaluation)
+    said += f"; {kept} of {len(held_out)} evaluation inputs are kept" if held_out else ""
+    emit({"ref": ref, "production": live, "examples": len(known), "evaluation": kept}, as_json, lambda _: line(said))
 
 
 @_verb("learn", "adapter-hub learn travel train.jsonl --validation held_out.jsonl")
@@ -338,15 +342,35 @@ def purge(
 def calibrate(ctx: typer.Context, registry: Registry = "registry", as_json: AsJson = False) -> None:
     """Fit scores and thresholds anew, and show what that moves.
 
-    They are fitted on the versions in production; the record gets the next number.
+    They are fitted on the versions in production; the record gets the next number. Shown are the thresholds before and after, and
+    the adapters (at most 5) whose inputs are let in more or less often.
     """
-    emit(_open(ctx, registry).calibrate(), as_json, facts)
+    emit(_open(ctx, registry).calibrate(), as_json, calibrated)
 
 
 @_verb("effect", "adapter-hub effect travel@2")
 def effect(ctx: typer.Context, ref: Ref, registry: Registry = "registry", as_json: AsJson = False) -> None:
-    """Show what REF takes, or would take, from each adapter in production."""
+    """Show what REF takes, or would take, from each adapter in production.
+
+    Of each adapter's inputs: the share that REF takes, that goes to the adapter before, and after; contradictions are examples that both
+    have. Where another version of its name is in production, REF stands in its place, and what that one took is not counted again.
+    """
     emit(_open(ctx, registry).effect(ref), as_json, effects)
+
+
+@_verb("reembed", "adapter-hub reembed ./my-encoder --reason 'the old one knows no French'")
+def reembed(
+    ctx: typer.Context,
+    encoder: Annotated[str, typer.Argument(metavar="ENCODER", help='Hub id or folder of the text encoder, or "hash".')],
+    reason: Reason = "",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Go over to another text encoder: what is in production is encoded anew.
+
+    It needs the texts of all examples (keep = "text" in hub.toml), or descriptions in their place, and makes new versions with the
+    same weights. Interrupted, it goes on when it is called again; called with the old encoder, it goes back.
+    """
+    emit(_open(ctx, registry).reembed(encoder, reason=reason), as_json, reembedded)
 
 
 @_verb("export", "adapter-hub export banking@2 ./banking-peft")
@@ -371,7 +395,7 @@ def route(
     ctx: typer.Context,
     texts: Texts = None,
     file: File = "",
-    k: Annotated[int, typer.Option("--k", help="How many candidates to show.", min=1)] = 1,
+    k: Annotated[int | None, typer.Option("--k", help="How many candidates to show; by default 1, with --explain 3.", min=1)] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say why: in words, with the candidates and their closest exemplars.")] = False,
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
@@ -379,11 +403,11 @@ def route(
     """Say which adapter each input belongs to, if any."""
     inputs, hub = read_texts(texts, file), _open(ctx, registry)
     found: Sequence[Any] = (
-        [hub.explain(text, k=max(k, 3), max_false_reject=max_false_reject) for text in inputs]
+        [hub.explain(text, k=k or 3, max_false_reject=max_false_reject) for text in inputs]
         if explain
-        else hub.route(inputs, k=k, max_false_reject=max_false_reject)
+        else hub.route(inputs, k=k or 1, max_false_reject=max_false_reject)
     )
-    emit(_beside(inputs, found), as_json, explanations if explain or k > 1 else decisions)
+    emit(_beside(inputs, found), as_json, explanations if explain or (k or 1) > 1 else decisions)
 
 
 @_verb("predict", "adapter-hub predict 'my card was declined abroad' --json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -101,8 +102,8 @@ def render_config(config: RegistryConfig) -> str:
 # The settings of this adapter_hub registry. `adapter-hub init` wrote this file; people edit it.
 
 # The frozen base model that every adapter here was made for, and the text encoder of the router: hub ids or folders.
-# A fingerprint is a hash of the model's content. What was registered holds for these two models only: to change
-# one, make a new registry and register again.
+# A fingerprint is a hash of the model's content. What was registered holds for these two models only: to change the
+# encoder, see `adapter-hub reembed`; to change the base model, make a new registry and register again.
 base_model = {_toml(config.base_model)}
 base_fingerprint = {_toml(config.base_fingerprint)}
 encoder = {_toml(config.encoder)}
@@ -126,6 +127,31 @@ keep = {_toml(config.keep)}
 
 def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)    # printable text: JSON's escapes are TOML's
+
+
+def with_encoder(text: str, encoder: str, fingerprint: str) -> str:
+    """A hub.toml that names another encoder, every other line and comment as it was. Raises InvalidConfig where it cannot be changed so."""
+    wanted = {"encoder": encoder, "encoder_fingerprint": fingerprint}
+    table = re.search(r"^[ \t]*\[", text, re.MULTILINE)
+    top, rest = (text[: table.start()], text[table.start() :]) if table else (text, "")
+    if re.search(_line_of("encoder_fingerprint"), top) is None:    # it is optional
+        newline = "\r\n" if "\r\n" in text else "\n"
+        top = re.sub(_line_of("encoder"), lambda line: f'{line[0]}{newline}encoder_fingerprint = ""', top, count=1)
+    for key, value in wanted.items():
+        written = _toml(value)
+        top = re.sub(_line_of(key), rf"\g<1>{written.replace(chr(92), chr(92) * 2)}\g<3>", top, count=1)
+    try:
+        changed = tomllib.loads(top + rest) == tomllib.loads(text) | wanted
+    except tomllib.TOMLDecodeError:
+        changed = False
+    if not changed:
+        raise InvalidConfig("hub.toml: the line of the encoder cannot be changed.", hint='Write it as encoder = "…", on a line of its own.')
+    return top + rest
+
+
+def _line_of(key: str) -> str:
+    """Groups: the key, the string, and what stands behind it."""
+    return rf"""(?m)^([ \t]*{key}[ \t]*=[ \t]*)("(?:[^"\\\r\n]|\\.)*"|'[^'\r\n]*')([^\r\n]*)"""
 
 
 def write_config(path: Path, config: RegistryConfig) -> None:

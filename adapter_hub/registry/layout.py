@@ -13,6 +13,8 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 HISTORY = "history.jsonl"
 PEFT_CONFIG = "adapter_config.json"
+EXEMPLARS_FILE = "exemplars.jsonl"      # texts that were given to the router; where the policy keeps them
+EVALUATION_FILE = "evaluation.jsonl"
 DATA_FILES = ("adapter_model.safetensors", "routing.safetensors")    # what a version learned: its weights, its exemplars' vectors
 IGNORED = ("catalog.sqlite", "catalog.sqlite-*", ".catalogue", "index/", ".staging/")    # derived, or of this machine
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from sqlalchemy import Connection
@@ -52,8 +53,8 @@ def set_alias(connection: Connection, ref: AdapterRef, alias: str, *, at: str, r
     move_alias(connection, ref.name, alias, ref.version or 0, at=at, reason=reason)
 
 
-def roll_back(connection: Connection, name: str, *, at: str, reason: str) -> int:
-    """The version that `production` names again, past retired and purged ones. Raises NotRoutable where there is none to go back to."""
+def roll_back(connection: Connection, name: str, *, at: str, reason: str, check: Callable[[Manifest], None] | None = None) -> int:
+    """The version that `production` names again, past retired and purged ones. Raises NotRoutable where there is none, what `check` raises."""
     targets = rollback_targets(records.select_events(connection, name=name, alias=PRODUCTION))
     previous = records.aliases_of(connection, name).get(PRODUCTION)
     live = (version for version in targets if records.state_of(connection, name, version) is VersionState.LIVE)
@@ -62,6 +63,9 @@ def roll_back(connection: Connection, name: str, *, at: str, reason: str) -> int
         gone = " that is neither retired nor purged" if targets else ""
         hint = f"Promote a version: `adapter-hub list {name}` shows them."
         raise NotRoutable(f"'{name}' has no earlier version in production{gone} to go back to.", hint=hint)
+    row = records.row_of(connection, name, target)
+    if check is not None and row is not None and row["manifest"] is not None:
+        check(records.manifest_of(row))
     records.write_alias(connection, name, PRODUCTION, target)
     records.record(connection, EventKind.ROLLED_BACK, name, target, at=at, alias=PRODUCTION, previous=previous, reason=reason)
     return target

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -39,9 +39,10 @@ from adapter_hub.registry.artifacts import (
     signature,
     storage_errors,
     sync_folder,
+    write_atomic,
 )
 from adapter_hub.registry.catalog import Catalog
-from adapter_hub.registry.config import RegistryConfig, read_config, write_config
+from adapter_hub.registry.config import RegistryConfig, read_config, with_encoder, write_config
 from adapter_hub.registry.events import Event
 from adapter_hub.registry.history import mirror
 from adapter_hub.registry.layout import CARD, HISTORY, IGNORED, MANIFEST, Layout
@@ -242,6 +243,32 @@ class Registry:
             # The act is committed and stands: failing now would say that it is not. The next open writes the line.
             log.warning("the history of %s will be written later: %s", name or "the calibrations", error)
 
+    # ---- the encoder ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def changing_encoder(self) -> Iterator[None]:
+        """Inside it no other process or thread changes the encoder. Raises ReadOnlyRegistry, storage errors."""
+        self._check_writable()
+        with ExitStack() as holding:
+            with storage_errors(self.layout.staging):
+                holding.enter_context(locked(self.layout.lock("encoder")))
+            yield
+
+    def config_with(self, encoder: str, fingerprint: str) -> str:
+        """The text of hub.toml if it named this encoder. Raises InvalidConfig, RegistryNotFound."""
+        read_config(self.layout.config)    # says what is wrong with it
+        replace(self.config, encoder=encoder, encoder_fingerprint=fingerprint)    # refuses what it may not say
+        return with_encoder(self.layout.config.read_bytes().decode("utf-8"), encoder, fingerprint)
+
+    def name_encoder(self, encoder: str, fingerprint: str) -> None:
+        """Let hub.toml name this encoder; its other lines stay as people wrote them. Raises as `config_with`, ReadOnlyRegistry, StorageFull."""
+        self._check_writable()
+        text = self.config_with(encoder, fingerprint)
+        with storage_errors(self.layout.config):
+            if text.encode() != self.layout.config.read_bytes():
+                write_atomic(self.layout.config, text.encode(), self.layout.staging)
+        self.config = replace(self.config, encoder=encoder, encoder_fingerprint=fingerprint)
+
     # ---- look -------------------------------------------------------------------------------------------------------
 
     def resolve(self, ref: str | AdapterRef) -> AdapterRef:
@@ -413,15 +440,15 @@ class Registry:
         found = self._named(ref)
         return self.set_alias(found.name, PRODUCTION, found.version or 0, reason)
 
-    def rollback(self, name: str, reason: str = "") -> AdapterRef:
+    def rollback(self, name: str, reason: str = "", *, check: Callable[[Manifest], None] | None = None) -> AdapterRef:
         """Move `production` back to the version it named before; twice goes two back. Retired and purged ones are passed over.
 
-        Raises AdapterNotFound, NotRoutable.
+        `check` is given that version's manifest, and raises HubError where it may not go there. Raises AdapterNotFound, NotRoutable.
         """
         moves.check_reason(reason)
         with self._catalog.writing() as connection:
             records.check_name_known(connection, check_name(name))
-            version = moves.roll_back(connection, name, at=now(), reason=reason)
+            version = moves.roll_back(connection, name, at=now(), reason=reason, check=check)
         self._mirror(name)
         return AdapterRef(name, version)
 

@@ -47,6 +47,9 @@ PRIOR_FREEDOM = 4.0
 SINGLE_DROP = 0.3              # as descriptions of CLINC150's domains: without it a quarter of their inputs is turned away at "5 %"
 PRIOR_PRODUCT = 0.7            # of an input with the prototype of its class, before any was seen
 SLOPE_MIN = 1e-6               # 0 times the product of nothing, which is -inf, would be no number
+RATES = (0.02, 0.05, 0.1)      # of false rejects, that are shown
+# Facts about what stood before, each followed by a rate or a version.
+THRESHOLD_BEFORE, ACCEPTED_BEFORE, ACCEPTED = "threshold_before", "accepted_before", "accepted"
 TAIL = 0.05                    # where the standard error of the quantiles is measured
 
 
@@ -129,13 +132,24 @@ class Calibration:
         return float(low), float(high)
 
     def to_json(self) -> dict[str, Any]:
-        """For people: how it was made, and what each rate means."""
-        rates = {}
-        for rate in (0.02, 0.05, 0.1):
+        """For people: how it was made, what each rate means and meant before, and whose inputs are let in more or less often at 5 %."""
+        rates: dict[str, dict[str, Any]] = {}
+        for rate in RATES:
             low, high = self.false_reject_range(rate)
-            rates[f"{100 * rate:g} %"] = {"threshold": round(self.threshold(rate), 4), "expect": f"{100 * low:.1f} to {100 * high:.1f} %"}
+            before = self.facts.get(f"{THRESHOLD_BEFORE} {rate:g}")
+            was = {} if before is None else {"before": round(before, 4)}
+            rates[f"{100 * rate:g} %"] = {"threshold": round(self.threshold(rate), 4), **was, "expect": f"{100 * low:.1f} to {100 * high:.1f} %"}
         scoring = {"closeness": self.scoring.closeness, "slope": round(self.scoring.slope, 4), "intercept": round(self.scoring.intercept, 4)}
-        return {"calibration": self.id, **self.facts, "measured_on": self._measured_on, "scoring": scoring, "max_false_reject": rates}
+        facts = {name: fact for name, fact in self.facts.items() if " " not in name}    # those of a rate or a version are told below
+        shown = {"calibration": self.id, **facts, "measured_on": self._measured_on, "scoring": scoring, "max_false_reject": rates}
+        return shown | ({"changed": self._changed} if self._changed else {})
+
+    @property
+    def _changed(self) -> list[dict[str, Any]]:
+        """The adapters whose share of accepted inputs changed, most first."""
+        refs = [name.partition(" ")[2] for name in self.facts if name.startswith(f"{ACCEPTED_BEFORE} ")]
+        found = [{"adapter": ref, **{name: self.facts.get(f"{name} {ref}", 0.0) for name in (ACCEPTED_BEFORE, ACCEPTED)}} for ref in refs]
+        return sorted(found, key=lambda one: (-abs(one[ACCEPTED] - one[ACCEPTED_BEFORE]), one["adapter"]))
 
     @property
     def _measured_on(self) -> str:
@@ -520,7 +534,7 @@ def _independent(values: F64, weights: F64, classes: I64) -> float:
 def check_rate(rate: float) -> float:
     """`rate` as a float. Raises InvalidInput unless it is a number from 0 to 1."""
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.floating)) or not 0 <= rate <= 1:
-        raise InvalidInput(f"max_false_reject={rate!r} is not a share.", hint="Give a number from 0 (never abstain) to 1.")
+        raise InvalidInput(f"max_false_reject={rate!r} is not a share.", hint="Give a number from 0 (never abstain) to 1: 5 % is 0.05.")
     return float(rate)
 
 
@@ -530,5 +544,5 @@ def check_encoder(name: str, state: RoutingState, fingerprint: str, encoder: str
         raise ModelChanged(
             f"'{name}' was encoded by '{state.encoder}' ({state.encoder_fingerprint[:19]}), "
             f"the router's exemplars by '{encoder}' ({fingerprint[:19]}).",
-            hint="Register it again from its texts with the registry's encoder.",
+            hint="Register it again from its texts with the registry's encoder; where they are kept, `adapter-hub reembed` does that.",
         )

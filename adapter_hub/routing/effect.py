@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import EVALUATION_MIN, LEFT_OUT_MAX, LEFT_OUT_NUMBERS_MAX, Bench, Calibration
+from adapter_hub.routing.calibration import (
+    ACCEPTED,
+    ACCEPTED_BEFORE,
+    EVALUATION_MIN,
+    LEFT_OUT_MAX,
+    LEFT_OUT_NUMBERS_MAX,
+    RATES,
+    THRESHOLD_BEFORE,
+    Bench,
+    Calibration,
+)
 from adapter_hub.routing.features import F32
 from adapter_hub.routing.head import CLASSES_MAX, Solver, can_solve, digest_of
 from adapter_hub.routing.router import SCORE_DECIMALS
@@ -21,6 +31,7 @@ from adapter_hub.routing.scoring import Scoring
 from adapter_hub.routing.statistics import F64, I64, Exemplars, RoutingState
 
 # n inputs, a adapters
+CHANGED_MAX = 5     # adapters that a recalibration names
 INPUTS_MAX = 200    # of each adapter; fewer, but EVALUATION_MIN at least, where there are very many adapters
 
 
@@ -46,6 +57,7 @@ class Effect:
 
     newcomer: AdapterRef
     others: tuple[Taken, ...]
+    instead_of: AdapterRef | None = None    # the version of its name that gives way; what that one took is not counted
 
     @property
     def most_taken(self) -> float:
@@ -53,11 +65,14 @@ class Effect:
         return max((other.taken for other in self.others), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
-        return {"newcomer": str(self.newcomer), "most_taken": round(self.most_taken, 6), "others": [other.to_json() for other in self.others]}
+        instead_of = str(self.instead_of) if self.instead_of else None
+        facts = {"newcomer": str(self.newcomer), "instead_of": instead_of, "most_taken": round(self.most_taken, 6)}
+        return facts | {"others": [other.to_json() for other in self.others]}
 
 
 def effect(production: Mapping[AdapterRef, RoutingState], newcomer: AdapterRef, state: RoutingState, scoring: Scoring) -> Effect:
-    """`production` are the versions there are; one of the newcomer's name gives way to it. The newcomer need not be stored yet.
+    """`production` are the versions there are; one of the newcomer's name gives way to it, and what went to that one is not taken from
+    anybody: the router as it is now stands against the router with the newcomer in its place. The newcomer need not be stored yet.
 
     Both sides are solved in full. Nothing abstains here: what counts is who would be chosen. An exemplar that the newcomer has too is
     left out of its own adapter alone, and goes to the newcomer as a rule: `contradictions` counts them.
@@ -75,7 +90,8 @@ def effect(production: Mapping[AdapterRef, RoutingState], newcomer: AdapterRef, 
         taken = sum(a == ref and b == newcomer for a, b in zip(was[ref], will[ref], strict=True)) / inputs
         same = sum(key in new for key in other.exemplars.keys)
         found.append(Taken(ref, len(rows[ref]), taken, was[ref].count(ref) / inputs, will[ref].count(ref) / inputs, same))
-    return Effect(newcomer, tuple(sorted(found, key=lambda other: (-other.taken, -other.contradictions, other.adapter))))
+    gives_way = next((ref for ref in production if ref.name == newcomer.name and ref != newcomer), None)
+    return Effect(newcomer, tuple(sorted(found, key=lambda other: (-other.taken, -other.contradictions, other.adapter))), gives_way)
 
 
 def _rows(states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars]) -> dict[AdapterRef, I64]:
@@ -127,30 +143,41 @@ def _best(scores: F32) -> tuple[I64, F64]:
 def moves(bench: Bench, before: Calibration, after: Calibration, max_false_reject: float = 0.05) -> dict[str, float]:
     """What another calibration changes, as shares of the inputs that it was fitted on: going elsewhere, let in, turned away.
 
-    Exemplars are left out, and both sides have the head that knows all: what a new head changes is not the calibration's doing.
+    Beside them the thresholds that were, and of the adapters whose inputs are let in more or less often (at most CHANGED_MAX, the most
+    changed) how often they were and are: by the names that `Calibration.to_json` reads. Exemplars are left out, and both sides have the
+    head that knows all: what a new head changes is not the calibration's doing.
     """
     was, will = list(_decided(bench, before, max_false_reject)), list(_decided(bench, after, max_false_reject))
     pairs = list(zip(was, will, strict=True))
-    elsewhere = sum(a != b for (a, _), (b, _) in pairs)
-    let_in = sum(b and not a for (_, a), (_, b) in pairs)
-    turned_away = sum(a and not b for (_, a), (_, b) in pairs)
+    elsewhere = sum(a != b for (_, a, _), (_, b, _) in pairs)
+    let_in = sum(b and not a for (*_, a), (*_, b) in pairs)
+    turned_away = sum(a and not b for (*_, a), (*_, b) in pairs)
     counts = (("moved", elsewhere), ("let_in", let_in), ("turned_away", turned_away))
-    return {name: round(count / max(len(pairs), 1), 6) for name, count in counts}
+    found = {name: round(count / max(len(pairs), 1), 6) for name, count in counts}
+    found |= {f"{THRESHOLD_BEFORE} {rate:g}": before.threshold(rate) for rate in RATES}
+    homes, refs = np.array([home for home, *_ in was], np.int64), list(bench.states)
+    inputs = np.maximum(np.bincount(homes, minlength=len(refs)), 1)
+    shares = [np.bincount(homes, [accepted for *_, accepted in side], len(refs)) / inputs for side in (was, will)]
+    change = np.abs(shares[1] - shares[0])
+    for place in [place for place in np.argsort(-change, kind="stable")[:CHANGED_MAX] if change[place]]:    # ties in name order
+        found |= {f"{name} {refs[place]}": round(float(share[place]), 6) for name, share in zip((ACCEPTED_BEFORE, ACCEPTED), shares, strict=True)}
+    return found
 
 
-def _decided(bench: Bench, calibration: Calibration, max_false_reject: float) -> Iterator[tuple[int, bool]]:
-    """(place of who is chosen, whether the input is accepted), for left-out exemplars first, then for evaluation inputs."""
+def _decided(bench: Bench, calibration: Calibration, max_false_reject: float) -> Iterator[tuple[int, int, bool]]:
+    """(place of its adapter, place of who is chosen, whether it is accepted), for each input of `_scored`."""
     parts = zip(bench.states.items(), bench.exemplars, bench.prototypes, strict=True)
     centres = np.array([calibration.centre_of(ref, state, one, prototypes) for (ref, state), one, prototypes in parts])
     threshold = calibration.threshold(max_false_reject)
-    for scores in _scored(bench, calibration.scoring):
+    for home, scores in _scored(bench, calibration.scoring):
         places, best = _best(scores)
         accepted = np.round(best - centres[places], SCORE_DECIMALS) >= threshold
-        yield from zip(places.tolist(), accepted.tolist(), strict=True)
+        yield from ((home, place, let_in) for place, let_in in zip(places.tolist(), accepted.tolist(), strict=True))
 
 
-def _scored(bench: Bench, scoring: Scoring) -> Iterator[F32]:
+def _scored(bench: Bench, scoring: Scoring) -> Iterator[tuple[int, F32]]:
+    """(place of their adapter, their scores), of left-out exemplars first, then of evaluation inputs."""
     evaluated = bench.evaluated
-    yield from (scores for place, scores in bench.left_out_scores(scoring) if place not in evaluated)
+    yield from ((place, scores) for place, scores in bench.left_out_scores(scoring) if place not in evaluated)
     states = list(bench.states.values())
-    yield from (bench.scores_of(scoring, states[place].evaluation.features) for place in sorted(evaluated))
+    yield from ((place, bench.scores_of(scoring, states[place].evaluation.features)) for place in sorted(evaluated))

@@ -30,9 +30,11 @@ class Neighbour:
     likeness: float         # cosine of the joined features, -1 to 1
     label: str | None
     text: str | None        # None where the registry keeps no texts
+    described: bool = False  # no input: the adapter's description, or the name of a label beside it, stands for its exemplars
 
     def to_json(self) -> dict[str, Any]:
-        return {"adapter": str(self.adapter), "likeness": round(self.likeness, 4), "label": self.label, "text": self.text}
+        facts = {"adapter": str(self.adapter), "likeness": round(self.likeness, 4), "label": self.label, "text": self.text}
+        return facts | {"described": self.described}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ def explain(
         kept = texts.get(ref, ())
         for row in np.argsort(-likeness, kind="stable")[:NEIGHBOURS].tolist():
             text = kept[row] if row < len(kept) else None
-            neighbours.append(Neighbour(ref, float(likeness[row]), state.class_names[state.classes[row]], text))
+            label = state.class_names[state.classes[row]]
+            neighbours.append(Neighbour(ref, float(likeness[row]), label, text, state.from_description))
     return Explanation(decision, in_words(decision, rate), tuple(neighbours))
 
 

@@ -132,7 +132,7 @@ class LiveRouter:
         number; who may only read keeps it to himself, until another is stored.
         """
         try:
-            calibration = self._record(standing.calibration)
+            calibration = self._own(self._record(standing.calibration))
         except CorruptVersion as error:
             log.error("%s Fitted again on the versions it knew.", error)
             states = self._states(self._registry.calibrated_on(standing.calibration or 0))
@@ -191,6 +191,18 @@ class LiveRouter:
         """Raises CorruptVersion."""
         return None if number is None else Calibration.from_bytes(self._registry.calibration(number), id=number)
 
+    def _own(self, calibration: Calibration | None) -> Calibration | None:
+        """None for a record of another encoder than the registry's: nothing can be measured by it."""
+        known = self._registry.config.encoder_fingerprint    # empty until it is known
+        return calibration if calibration is not None and known in ("", calibration.encoder_fingerprint) else None
+
+    def latest(self) -> Calibration | None:
+        """The newest record, where it is whole and of the registry's encoder."""
+        try:
+            return self._own(self._record(self._registry.latest_calibration()))
+        except CorruptVersion:
+            return None
+
     def _warn_if_young(self) -> None:
         assert self._router is not None
         calibration, refs = self._router.calibration, self._router.refs
@@ -210,7 +222,7 @@ class LiveRouter:
         """
         with self._calibrating:
             with self._lock:
-                if self._registry.snapshot().calibration is not None:
+                if self.latest() is not None:
                     self._follow()    # so that what the new record moves can be said
                 before, forgets = self._router, self._forgets
             standing = self._registry.snapshot()
@@ -328,6 +340,8 @@ def _fitted(states: Mapping[AdapterRef, RoutingState], before: Router | None = N
     fitted = fit(states)
     router = Router.build(states, fitted.calibration, fitted.head)
     if before is None or not before.refs or before.calibration is None:
+        return router
+    if before.calibration.encoder_fingerprint != fitted.calibration.encoder_fingerprint:
         return router
     found = moves(fitted.bench, before.calibration, fitted.calibration)
     return router.numbered(replace(fitted.calibration, facts={**fitted.calibration.facts, **found}))

@@ -141,7 +141,7 @@ class RoutingState:
             raise ModelChanged(
                 f"this version was encoded by '{self.encoder}' ({self.encoder_fingerprint[:19]}), "
                 f"not by '{encoder.id}' ({encoder.fingerprint[:19]}).",
-                hint="Register it again from its texts.",
+                hint="Register it again from its texts; where they are kept, `adapter-hub reembed` does that.",
             )
         new = _encoded(encoder, rows)
         refused = _encoded(encoder, negatives).without(new)

@@ -186,7 +186,7 @@ def test_a_rate_of_0_never_abstains_and_of_1_always(many: Calibration) -> None:
 @pytest.mark.parametrize("rate", [-0.01, 1.01, math.nan, math.inf, "0.05", None, True])
 def test_what_is_no_share_is_refused(many: Calibration, rate: Any) -> None:
     for act in (check_rate, many.threshold, many.false_reject_range):
-        with pytest.raises(InvalidInput, match=r"^max_false_reject=.* is not a share\. Give a number from 0 \(never abstain\) to 1\.$"):
+        with pytest.raises(InvalidInput, match=r"^max_false_reject=.* is not a share\. Give a number from 0 \(never abstain\) to 1: 5 % is 0\.05\.$"):
             act(rate)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import EVALUATION_MIN, Calibration, fit
-from adapter_hub.routing.effect import INPUTS_MAX, Effect, effect, moves
+from adapter_hub.routing.effect import CHANGED_MAX, INPUTS_MAX, Effect, effect, moves
 from adapter_hub.routing.features import Features
 from adapter_hub.routing.head import Head
 from adapter_hub.routing.router import Router
@@ -133,7 +133,36 @@ def test_a_version_of_the_same_name_gives_way_and_loses_nothing() -> None:
     old, new = AdapterRef("newcomer", 1), AdapterRef("newcomer", 2)
     production = {**STATES, old: WORLD.state(1, 40)}
     found = effect(production, new, production[old], SCORING)
-    assert {other.adapter for other in found.others} == set(STATES) and found.most_taken == 0
+    assert {other.adapter for other in found.others} == set(STATES) and found.most_taken == 0 and found.instead_of == old
+    assert effect(STATES, new, production[old], SCORING).most_taken > 0.2    # what the old one took, it would take
+
+
+@pytest.mark.parametrize("evaluation", [0, 30])
+def test_in_the_place_of_a_version_only_what_that_one_left_is_taken(evaluation: int) -> None:
+    """Counted input by input, as routers with the old version and with the new one in its place choose."""
+    world = World(4, 3, noise=0.8, seed=3)
+    states = world.states(20, evaluation=evaluation)
+    old, new = AdapterRef("newcomer", 1), AdapterRef("newcomer", 2)
+    first, more = world.state(1, 20), world.state(2, 20)
+    both = state_of(
+        ENCODER,
+        Features.concatenate([first.exemplars.features, more.exemplars.features]),
+        [f"{state is more} {state.class_names[c]}" for state in (first, more) for c in state.classes],
+    )
+    scoring = fit({**states, old: first}).calibration.scoring
+    found = {other.adapter: other for other in effect({**states, old: first}, new, both, scoring).others}
+    assert set(found) == set(states)
+    assert found[world.refs[1]].taken < 0.1 < 0.3 < found[world.refs[2]].taken
+    assert effect(states, new, both, scoring).others[0].taken > 0.3 and {old, new}.isdisjoint(found)
+    if evaluation:
+        calibration = fit({**states, old: first}).calibration
+        was, will = (Router.build(one, calibration, fit(one).head) for one in ({**states, old: first}, {**states, new: both}))
+        for ref, state in states.items():
+            before, after = (
+                [one.candidates[0][0] for one in router.route_features(state.evaluation.features, max_false_reject=0)] for router in (was, will)
+            )
+            taken = sum(a == ref and b == new for a, b in zip(before, after, strict=True)) / len(before)
+            assert found[ref].taken == pytest.approx(taken) and found[ref].after == pytest.approx(after.count(ref) / len(after))
 
 
 def test_where_nothing_can_be_left_out_no_input_is_looked_at() -> None:
@@ -158,12 +187,16 @@ def test_inputs_are_evaluation_inputs_where_there_are_enough() -> None:
 
 
 def test_the_same_calibration_moves_nothing() -> None:
-    assert moves(FITTED.bench, FITTED.calibration, FITTED.calibration) == {"moved": 0, "let_in": 0, "turned_away": 0}
+    calibration = FITTED.calibration
+    before = {f"threshold_before {rate:g}": calibration.threshold(rate) for rate in (0.02, 0.05, 0.1)}
+    assert moves(FITTED.bench, calibration, calibration) == {"moved": 0, "let_in": 0, "turned_away": 0, **before}
 
 
 def test_where_nothing_can_be_scored_nothing_moves() -> None:
     alone = fit({NEWCOMER: WORLD.state(0, 1)})
-    assert moves(alone.bench, alone.calibration, alone.calibration) == {"moved": 0, "let_in": 0, "turned_away": 0}
+    found = moves(alone.bench, alone.calibration, alone.calibration)
+    assert {name: fact for name, fact in found.items() if " " not in name} == {"moved": 0, "let_in": 0, "turned_away": 0}
+    assert all(name.startswith("threshold_before ") for name in found if " " in name)
 
 
 def test_moves_are_counted_input_by_input() -> None:
@@ -178,8 +211,31 @@ def test_moves_are_counted_input_by_input() -> None:
         "turned_away": sum(a and not b for (_, a), (_, b) in zip(was, will, strict=True)),
     }
     found = moves(fitted.bench, fitted.calibration, other, max_false_reject=0.3)
-    assert found == pytest.approx({name: count / len(inputs) for name, count in total.items()}, abs=1e-6)
+    assert {name: found[name] for name in total} == pytest.approx({name: count / len(inputs) for name, count in total.items()}, abs=1e-6)
     assert sum(total.values()) > 0
+    homes = [ref for ref, state in states.items() for _ in range(len(state.evaluation))]
+    for ref in states:
+        before, after = (np.mean([accepted for home, (_, accepted) in zip(homes, side, strict=True) if home == ref]) for side in (was, will))
+        assert found.get(f"accepted_before {ref}", before) == pytest.approx(before, abs=1e-6)
+        assert found.get(f"accepted {ref}", before) == pytest.approx(after, abs=1e-6)    # where nothing is said, nothing changed
+
+
+def test_the_adapters_whose_inputs_are_let_in_more_or_less_are_named_most_first_and_in_the_record() -> None:
+    world = World(8, 2, noise=0.8, seed=17)
+    states = world.states(8, evaluation=20)
+    fitted = fit(states)
+    centres = {ref: centre + 0.1 * place for place, (ref, centre) in enumerate(fitted.calibration.centres.items())}
+    stricter = replace(fitted.calibration, centres=centres)
+    record = replace(stricter, facts={**stricter.facts, **moves(fitted.bench, fitted.calibration, stricter)}, id=2)
+    found = Calibration.from_bytes(record.to_bytes(), id=2).to_json()
+    rows = found["changed"]
+    assert len(rows) == CHANGED_MAX and {row["adapter"] for row in rows} <= {str(ref) for ref in world.refs}
+    drops = [row["accepted_before"] - row["accepted"] for row in rows]
+    assert drops == sorted(drops, reverse=True) and drops[0] > 0.2 and "task-00@1" not in {row["adapter"] for row in rows}
+    for rate in (0.02, 0.05, 0.1):
+        assert found["max_false_reject"][f"{100 * rate:g} %"]["before"] == round(fitted.calibration.threshold(rate), 4)
+    assert not any(" " in name for name in found) and "changed" not in fitted.calibration.to_json()
+    assert "before" not in fitted.calibration.to_json()["max_false_reject"]["5 %"]    # a record that compares nothing, as all did before
 
 
 def decided(

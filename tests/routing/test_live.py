@@ -572,6 +572,7 @@ def test_a_recalibration_gets_the_next_number_and_says_what_moved(place: Place) 
     second = live.calibrate("one task more")
     assert first is not None and (first.id, second.id) == (1, 2) and "moved" not in first.facts
     assert {"moved", "let_in", "turned_away"} <= set(second.facts) and all(0 <= second.facts[key] <= 1 for key in ("moved", "let_in", "turned_away"))
+    assert second.facts["threshold_before 0.05"] == first.threshold(0.05)
     assert second.members == (ALPHA, BETA, GAMMA) and first.members == (ALPHA, BETA)
     assert place.writer.history("alpha") and [event.reason for event in place.writer.events() if event.kind == "calibrated"][-1] == "one task more"
     assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
@@ -660,7 +661,8 @@ def test_what_came_and_went_leaves_no_trace_in_the_next_record(place: Place) -> 
     live.forget()
     after = live.calibrate("without gamma")
     assert before is not None and after.id == 2
-    assert {key: value for key, value in after.facts.items() if key not in ("moved", "let_in", "turned_away")} == before.facts
+    compared = {"moved", "let_in", "turned_away", *(f"threshold_before {rate:g}" for rate in (0.02, 0.05, 0.1))}
+    assert {key: value for key, value in after.facts.items() if key not in compared} == before.facts
     assert (after.quantiles == before.quantiles).all() and after.centres == before.centres and after.scoring == before.scoring
     assert (after.facts["moved"], after.facts["let_in"], after.facts["turned_away"]) == (0, 0, 0)
 

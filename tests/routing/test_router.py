@@ -343,7 +343,7 @@ def test_a_rate_is_a_share(rate: Any) -> None:
     for router in (build(sorted(STATES)), Router.build({})):
         with pytest.raises(InvalidInput) as caught:
             router.route_features(QUERIES, max_false_reject=rate)
-        assert str(caught.value) == f"max_false_reject={rate!r} is not a share. Give a number from 0 (never abstain) to 1."
+        assert str(caught.value) == f"max_false_reject={rate!r} is not a share. Give a number from 0 (never abstain) to 1: 5 % is 0.05."
 
 
 def test_another_encoder_cannot_ask() -> None:
