@@ -335,7 +335,7 @@ def test_ctrl_c_says_the_command_that_goes_on_with_every_option(made: Path, tmp_
     code, _, err = invoke("--registry", str(made / "registry"), "--device", "cpu", "run", source, output, *options)
     assert code == 130
     [words] = examples(err.replace("Go on with: ", "\n  "))
-    assert words == ["--registry", str(made / "registry"), "--device", "cpu", "run", source, output, "--resume", *options]
+    assert words == ["--registry", str(made / "registry"), "--device", "cpu", "--precision", "float32", "run", source, output, "--resume", *options]
     monkeypatch.undo()
     code, out, err = invoke(*words)
     assert code == 0 and "300" in out, err
