@@ -31,7 +31,7 @@ from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
 from adapter_hub.base_model import BUILDING, BaseKind, FrozenBase
 from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
-from adapter_hub.precision import float_weight
+from adapter_hub.precision import Precision, float_weight
 
 PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
 
@@ -103,10 +103,10 @@ def check_acts(adapter: Adapter, base: FrozenBase) -> float:
         raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
     effect = float((changed - plain).abs().max())
     if effect == 0:
-        raise NoEffect(
-            "the adapter leaves the base's output unchanged on a probe batch.",
-            hint="It was never trained (B is zero), or something went wrong when it was saved.",
-        )
+        hint = "It was never trained (B is zero), or something went wrong when it was saved."
+        if base.precision is not Precision.FLOAT32:
+            hint = f"It was never trained (B is zero), or does less than {base.precision} can show: register it at float32."
+        raise NoEffect("the adapter leaves the base's output unchanged on a probe batch.", hint=hint)
     return effect
 
 

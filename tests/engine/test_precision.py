@@ -18,6 +18,7 @@ from adapter_hub.adapters.checks import applied, check_acts, check_fits
 from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import BaseKind, FrozenBase
 from adapter_hub.engine.engine import Engine, Request
+from adapter_hub.errors import NoEffect
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
 from tests.engine.reference import FORMS, distance, references
@@ -79,6 +80,14 @@ def one_at_a_time(base: FrozenBase, adapter: Adapter | None, text: str) -> np.nd
     inputs = base.tokenize([text])
     with torch.inference_mode(), applied(base, adapter) if adapter else nullcontext():
         return base.pool(base.body(**inputs).last_hidden_state, inputs["attention_mask"])[0].float().cpu().numpy()
+
+
+def test_an_adapter_that_does_less_than_the_bits_can_show_is_refused_with_that_reason(tmp_path: Path) -> None:
+    exact = FrozenBase.load(tiny_model(tmp_path / "base"))
+    faint = read_adapter(make_adapter(exact, tmp_path / "faint", task_type=None, size=1e-4))
+    assert 0 < check_acts(faint, exact) < 1e-3
+    with pytest.raises(NoEffect, match="does less than bfloat16 can show: register it at float32"):
+        check_acts(faint, FrozenBase.load(exact.path, precision="bfloat16"))
 
 
 @pytest.mark.parametrize("shape", TASKS)
