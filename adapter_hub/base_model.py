@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -37,6 +37,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from adapter_hub.errors import InvalidInput, ModelNotFound
+from adapter_hub.precision import Precision, loading, to_int8
 
 log = logging.getLogger("adapter_hub")
 
@@ -92,11 +93,20 @@ class FrozenBase:
     """A transformer whose weights never change: `AutoModel`, or with its language-model head where it has one. Make one with `load`."""
 
     def __init__(
-        self, id: str, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: BaseKind, max_tokens: int, tokens_limit: int
+        self,
+        id: str,
+        path: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        kind: BaseKind,
+        max_tokens: int,
+        tokens_limit: int,
+        precision: Precision = Precision.FLOAT32,
     ) -> None:
         self.id = id
         self.path = path
         self.kind = kind
+        self.precision = precision    # of `model`
         self.model = model
         model.train(False).requires_grad_(False)
         self.tokenizer = tokenizer
@@ -116,24 +126,22 @@ class FrozenBase:
         *,
         max_tokens: int | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        precision: str = Precision.FLOAT32,
         local: bool = False,
     ) -> Self:
         """Load a hub id or a folder, frozen and in evaluation mode, from safetensors alone.
 
-        `max_tokens` cuts longer inputs; by default the model's own limit. `local` downloads nothing. Raises ModelNotFound, InvalidInput.
+        `max_tokens` cuts longer inputs; by default the model's own limit. `precision` is one of `Precision`, and how the weights are held;
+        the fingerprint is the same in all. `local` downloads nothing. Raises ModelNotFound, InvalidInput.
         """
-        check_device(device)
+        precision, device = Precision.of(precision), check_device(device)
+        options = loading(precision, device)
         path = resolve_model(source, local=local)
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             kind = _kind_of(config)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
-            with RANDOMNESS, BUILDING, without_bars():
-                model, report = auto.from_pretrained(
-                    path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
-                )
+            model, report = _read(path, kind, **options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelNotFound(
                 f"{source!s} does not load as a transformers model: {error}.",
@@ -148,7 +156,11 @@ class FrozenBase:
         limit, least = _token_limit(path, model, tokenizer), tokens_least(tokenizer)
         if max_tokens is not None and not least <= max_tokens <= limit:
             raise InvalidInput(f"max_tokens={max_tokens} is not possible with {source!s}.", hint=f"Choose {least} to {limit}.")
-        return cls(str(source), path, model.to(device), tokenizer, kind, max_tokens or limit, limit)
+        if "device_map" not in options:    # else it is there already
+            if precision is Precision.INT8:
+                to_int8(model)
+            model = cast(PreTrainedModel, model.to(cast(Any, device)))
+        return cls(str(source), path, model, tokenizer, kind, max_tokens or limit, limit, precision)
 
     @property
     def device(self) -> torch.device:
@@ -233,19 +245,25 @@ class FrozenBase:
     def fingerprint(self) -> str:
         """`compute_fingerprint`, remembered on disk for as long as the model's files keep their size and time."""
         if self._fingerprint is None:
-            key = json.dumps([_FORM, str(self.dtype), *_stamps(self.path)])
+            key = json.dumps([_FORM, *_stamps(self.path)])
             self._fingerprint = _cached(key) or _remember(key, self.compute_fingerprint())
         return self._fingerprint
 
     def compute_fingerprint(self) -> str:
         """"sha256:…" of every tensor's name, type, shape and bytes, the config, the pooling, and the tokenizer.
 
-        Content, not files: the same model under another id or in another folder has the same fingerprint.
+        Content, not files: the same model under another id or in another folder has the same fingerprint. Nor the precision: tensors
+        are hashed as float32, and where the model is held otherwise they are read from its files once more.
         """
         digest = hashlib.sha256(f"{_FORM}\n".encode())
-        tensors = {self.canonical(name): tensor for name, tensor in self.model.state_dict().items()}
+        model = self.model
+        if self.precision is not Precision.FLOAT32:
+            model, report = _read(self.path, self.kind, dtype=_stored_in(self.path))
+            _drop_missing(model, report["missing_keys"], self.id)
+        tensors = {self.canonical(name): tensor for name, tensor in model.state_dict().items()}
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         digest.update(json.dumps(self._config_facts, sort_keys=True).encode())
@@ -254,10 +272,10 @@ class FrozenBase:
         return "sha256:" + digest.hexdigest()
 
 
-def check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> torch.device:
     """Raises InvalidInput where models cannot run on this device: it is none, or this machine or this torch lacks it."""
     try:
-        torch.empty(0, device=device)
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
         raise InvalidInput(f"models cannot run on device {device!r}: {reason[:200]}.", hint="Use cpu, or install a torch for it.") from error
@@ -344,6 +362,25 @@ def _kind_of(config: PretrainedConfig) -> BaseKind:
         return BaseKind.SEQ2SEQ
     architecture = (config.architectures or [""])[0]
     return BaseKind.CAUSAL if architecture in set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) else BaseKind.ENCODER
+
+
+def _read(path: Path, kind: BaseKind, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a folder, and what transformers reports of its tensors."""
+    auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
+    with RANDOMNESS, BUILDING, without_bars():
+        model, report = auto.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+        )
+    return model, report
+
+
+def _stored_in(path: Path) -> torch.dtype:
+    """The type in which the files' numbers are all exact: float32, or 16 bits where all of them are that."""
+    found: set[str] = set()
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {kind for name in tensors.keys() if "F" in (kind := tensors.get_slice(name).get_dtype())}
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def _prefix_of(model: PreTrainedModel) -> str:

@@ -132,10 +132,11 @@ class Hub:
     Models are loaded when first needed: opening, listing and promoting cost no forward. Safe to share between threads.
     """
 
-    def __init__(self, registry: Registry, *, device: str = "cpu") -> None:
+    def __init__(self, registry: Registry, *, device: str = "cpu", precision: str = "float32") -> None:
         self._registry = registry
         self._closed = False
         self.device = device
+        self.precision = precision    # of the base model
         self._lock = threading.RLock()
         self._base: FrozenBase | None = None
         self._encoder: Encoder | None = None
@@ -156,19 +157,20 @@ class Hub:
         max_tokens: int | None = None,
         database: str | None = None,
         device: str = "cpu",
+        precision: str = "float32",
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
         `base_model` is a hub id or a folder; `encoder` too, or "hash" for one without a model; by default both are `DEFAULT_MODEL`.
-        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise.
-        Raises RegistryExists, ModelNotFound.
+        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `precision` is this hub's, as in `open`: the
+        registry is the same at each. Raises RegistryExists, ModelNotFound, InvalidInput.
         """
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
         from adapter_hub.routing.encoder import load_encoder
 
-        base = FrozenBase.load(_absolute(base_model or DEFAULT_MODEL), max_tokens=max_tokens, device=device)
+        base = FrozenBase.load(_absolute(base_model or DEFAULT_MODEL), max_tokens=max_tokens, device=device, precision=precision)
         router_encoder = load_encoder(_absolute(encoder or DEFAULT_MODEL), device)
         config = RegistryConfig(
             base_model=base.id,
@@ -177,14 +179,21 @@ class Hub:
             encoder_fingerprint=router_encoder.fingerprint,
             max_tokens=base.max_tokens,
         )
-        hub = cls(Registry.create(path, config=config, database=database), device=device)
+        hub = cls(Registry.create(path, config=config, database=database), device=device, precision=precision)
         hub._base, hub._encoder = base, router_encoder
         return hub
 
     @classmethod
-    def open(cls, path: str | Path = "registry", *, artifacts: str | Path | None = None, device: str = "cpu") -> Self:
-        """Open a registry folder, or a database URL whose files lie under `artifacts`. Raises RegistryNotFound."""
-        return cls(Registry.open(path, artifacts=artifacts), device=device)
+    def open(
+        cls, path: str | Path = "registry", *, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "float32"
+    ) -> Self:
+        """Open a registry folder, or a database URL whose files lie under `artifacts`.
+
+        `precision` is how the base model's weights are held: float32, bfloat16, float16 (CUDA), int8, or nf4 (CUDA, by bitsandbytes). The
+        router's encoder stays float32, so that the same adapters are chosen. Raises RegistryNotFound; the base, when it is first needed,
+        InvalidInput where this machine has no such precision.
+        """
+        return cls(Registry.open(path, artifacts=artifacts), device=device, precision=precision)
 
     def close(self) -> None:
         """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
@@ -247,12 +256,14 @@ class Hub:
 
     @property
     def base(self) -> FrozenBase:
-        """The frozen base model. Raises ModelNotFound, ModelChanged if it is not the one this registry was made for."""
+        """The frozen base model. Raises ModelNotFound, InvalidInput, ModelChanged if it is not the one this registry was made for."""
         with self._lock, _IMPORTING:
             if self._base is None:
                 from adapter_hub.base_model import FrozenBase
 
-                base = FrozenBase.load(self.config.base_model, max_tokens=self.config.max_tokens, device=self.device)
+                base = FrozenBase.load(
+                    self.config.base_model, max_tokens=self.config.max_tokens, device=self.device, precision=self.precision
+                )
                 _check_same("base model", base.id, base.fingerprint, self.config.base_fingerprint)
                 self._base = base
             return self._base
@@ -652,6 +663,7 @@ class Hub:
             "encoder": self.config.encoder_fingerprint,
             "max_tokens": self.config.max_tokens,
             "device": self.device.partition(":")[0],
+            "precision": self.precision,
             "router": router.digest,
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself

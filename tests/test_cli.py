@@ -302,6 +302,9 @@ def test_what_is_asked_wrongly_or_without_result_is_said(made: Path, tmp_path: P
     assert code == 2 and "exclude each other" in err
     code, _, err = invoke("--device", "tpu9", "predict", "x", "--adapter", "shades", *registry)
     assert code == 2 and err.startswith("error: models cannot run on device 'tpu9'") and len(err.splitlines()) == 1
+    code, _, err = invoke("--precision", "fp8", "predict", "x", "--adapter", "shades", *registry)
+    assert code == 2 and err.startswith("error: 'fp8' is not a precision. Known are float32, bfloat16") and len(err.splitlines()) == 1
+    assert invoke("--precision", "int8", "predict", "x", "--adapter", "shades", *registry)[0] == 0
     assert "no version matches" in invoke("list", "--base", "some/other", *registry)[1]
     assert "shades@1" in invoke("list", "--task-type", "seq_cls", *registry)[1]
     code, out, _ = invoke("export", "shades", str(tmp_path / "plain"), *registry)
@@ -371,7 +374,7 @@ def test_ctrl_c_says_the_command_that_goes_on_with_every_option(made: Path, tmp_
     code, _, err = invoke("--registry", str(made / "registry"), "--device", "cpu", "run", source, output, *options)
     assert code == 130
     [words] = examples(err.replace("Go on with: ", "\n  "))
-    assert words == ["--registry", str(made / "registry"), "--device", "cpu", "run", source, output, "--resume", *options]
+    assert words == ["--registry", str(made / "registry"), "--device", "cpu", "--precision", "float32", "run", source, output, "--resume", *options]
     monkeypatch.undo()
     code, out, err = invoke(*words)
     assert code == 0 and "300" in out, err

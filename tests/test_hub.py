@@ -935,6 +935,31 @@ def test_a_hub_on_a_cuda_device_answers_learns_and_samples_as_on_the_processor(f
     assert first == again
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_registry_is_one_and_the_same_at_every_precision(filled: Hub, precision: str, tmp_path: Path) -> None:
+    texts, asked = ["paint the gate blue", "the cat sleeps", "anything"], ["colours@1", "animals@1", None]
+    with Hub.open(tmp_path / "registry", precision=precision) as fewer:
+        assert fewer.base.precision == precision and fewer.base.fingerprint == filled.config.base_fingerprint
+        assert [d.to_json() for d in fewer.route(texts)] == [d.to_json() for d in filled.route(texts)]
+        for exact, other in zip(filled.predict(texts, adapters=asked), fewer.predict(texts, adapters=asked), strict=True):
+            mine, theirs = (np.array([*p.scores.values()] or p.vector, dtype=float) for p in (exact, other))
+            assert 0 < np.abs(mine - theirs).max() < 0.02 and exact.label == other.label
+        added = fewer.register("more", make_adapter(fewer.base, tmp_path / "more", seed=8), ["tea"], labels=["a", "b"])
+        assert fewer.verify().ok
+    assert filled.verify().ok and filled.predict(["tea"], adapters=str(added))[0].label in ("a", "b")
+    made = Hub.create(tmp_path / "another", base_model=filled.base.path, encoder="hash", precision=precision)
+    assert made.config.base_fingerprint == filled.config.base_fingerprint
+
+
+def test_a_job_is_not_resumed_at_another_precision(filled: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "the cat sleeps"}\n' * 600)
+    with pytest.raises(KeyboardInterrupt):
+        filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with Hub.open(tmp_path / "registry", precision="bfloat16") as fewer, pytest.raises(InvalidInput, match="had another settings"):
+        fewer.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True)
+    assert filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True).rows == 600
+
+
 def test_a_long_text_is_cut_and_the_prediction_says_so(filled: Hub) -> None:
     long, short = filled.predict(["word " * 20_000, "word"], adapters="colours")
     assert long.truncated and not short.truncated and long.to_json()["truncated"] is True

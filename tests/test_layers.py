@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "adapter_hub"
 ROWS = {
     "errors": 0, "refs": 0, "examples": 0,
-    "base_model": 1, "adapters": 1,
+    "precision": 1, "base_model": 1, "adapters": 1,
     "registry": 2,
     "routing": 3, "training": 3, "engine": 3,
     "continual": 4, "batch": 4, "testing": 4,
@@ -19,7 +19,7 @@ ROWS = {
     "cli": 6, "server": 6,
 }
 # Who may know whom on its own row; everyone else there is a stranger.
-NEIGHBOURS = {("refs", "errors"), ("examples", "errors"), ("adapters", "base_model")}
+NEIGHBOURS = {("refs", "errors"), ("examples", "errors"), ("adapters", "base_model"), ("adapters", "precision"), ("base_model", "precision")}
 HEAVY = {"torch", "transformers", "peft", "faiss", "sentence_transformers", "sqlalchemy", "pyarrow", "sklearn", "numpy"}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE)
 

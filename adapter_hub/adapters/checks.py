@@ -31,6 +31,7 @@ from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
 from adapter_hub.base_model import BUILDING, BaseKind, FrozenBase
 from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
+from adapter_hub.precision import Precision, float_weight
 
 PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
 
@@ -102,10 +103,10 @@ def check_acts(adapter: Adapter, base: FrozenBase) -> float:
         raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
     effect = float((changed - plain).abs().max())
     if effect == 0:
-        raise NoEffect(
-            "the adapter leaves the base's output unchanged on a probe batch.",
-            hint="It was never trained (B is zero), or something went wrong when it was saved.",
-        )
+        hint = "It was never trained (B is zero), or something went wrong when it was saved."
+        if base.precision is not Precision.FLOAT32:
+            hint = f"It was never trained (B is zero), or does less than {base.precision} can show: register it at float32."
+        raise NoEffect("the adapter leaves the base's output unchanged on a probe batch.", hint=hint)
     return effect
 
 
@@ -146,9 +147,8 @@ def _adding(delta: LoraDelta) -> Any:
         update = delta.scaling * (inputs[0] @ delta.a.T @ delta.b.T)
         if delta.magnitude is None:
             return output + update
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
         bias = 0 if module.bias is None else module.bias
-        gain = dora_gain(weight, delta)  # type: ignore[arg-type]
+        gain = dora_gain(float_weight(module).to(delta.a.dtype), delta)
         return output + (gain - 1) * (output - bias) + gain * update  # type: ignore[operator]
 
     return hook

@@ -119,6 +119,9 @@ def _before_the_verb(
     registry: Annotated[str, typer.Option(help="Registry folder, or database URL.", envvar="ADAPTER_HUB_REGISTRY")] = "registry",
     artifacts: Annotated[str, typer.Option(help="Folder of the files, where --registry is a URL.", envvar="ADAPTER_HUB_ARTIFACTS")] = "",
     device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, cuda:1.", envvar="ADAPTER_HUB_DEVICE")] = "cpu",
+    precision: Annotated[
+        str, typer.Option(help="How the base is held: float32, bfloat16, float16, int8, nf4.", envvar="ADAPTER_HUB_PRECISION")
+    ] = "float32",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say on stderr what is being done.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
@@ -127,7 +130,7 @@ def _before_the_verb(
         logging.getLogger("adapter_hub").setLevel(logging.INFO)    # the libraries' own steps are not the verb's
     for variable, value in (QUIET | SLEEPING).items():
         os.environ.setdefault(variable, value)
-    ctx.obj = {"artifacts": artifacts or None, "device": device}
+    ctx.obj = {"artifacts": artifacts or None, "device": device, "precision": precision}
     # A --registry before the verb is the default of the one after it.
     ctx.default_map = {verb: {"registry": registry} for verb in ctx.command.list_commands(ctx)}  # type: ignore[attr-defined]
 
@@ -155,8 +158,8 @@ def init(
     from adapter_hub.hub import Hub
 
     chosen = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
-    device = ctx.find_root().obj["device"]
-    hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, device=device, **chosen)
+    chosen |= {key: ctx.find_root().obj[key] for key in ("device", "precision")}
+    hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, **chosen)
     made = {"registry": path or registry, "base_model": hub.config.base_model, "base_fingerprint": hub.config.base_fingerprint}
     emit(made | {"encoder": hub.config.encoder, "max_tokens": hub.config.max_tokens}, as_json, facts)
 
@@ -463,7 +466,7 @@ def run(
 
 def _resuming(ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str) -> str:
     """The command that goes on with this job, each option that it depends on included."""
-    before = {"--registry": shown_url(registry), "--artifacts": ctx.find_root().obj["artifacts"], "--device": ctx.find_root().obj["device"]}
+    before = {"--registry": shown_url(registry)} | {f"--{key}": value for key, value in ctx.find_root().obj.items()}
     after = {"--max-false-reject": max_false_reject, "--generation": generation or None}
     words: list[Any] = ["adapter-hub", *_options(before), "run", input, output, "--resume", *_options(after)]
     return shlex.join(map(str, words))

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.checks import dora_gain, embedding_scale
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.table import Stack, Update
+from adapter_hub.precision import float_weight
 
 # n rows of the batch, m of them in a part, t tokens, c places of a table
 # i inputs of a module, o outputs, r rank
@@ -94,17 +94,19 @@ class MixedLayers:
         updates = {}
         for name, delta in adapter.deltas.items():
             module = self._base.modules[self._base.canonical(name)]
-            weight = _weight(module)
-            a, b = (part.to(weight.device, torch.float32) for part in (delta.a, delta.b))
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            # An update is in the type of what it is added to: where weights are packed into bits, that is the base's.
+            device, dtype = weight.device, weight.dtype if weight.is_floating_point() else self._base.dtype
+            a, b = (part.to(device, torch.float32) for part in (delta.a, delta.b))
             gain = shift = None
             if delta.magnitude is not None:
                 # In float32 whatever the file holds: PEFT multiplies B and A so, and the norm decides each output's size.
-                exact = replace(delta, a=a, b=b, magnitude=delta.magnitude.to(weight.device, torch.float32))
-                gain = dora_gain(weight.float(), exact)
+                exact = replace(delta, a=a, b=b, magnitude=delta.magnitude.to(device, torch.float32))
+                gain = dora_gain(float_weight(module).float(), exact)
                 bias = module.bias.float() if isinstance(module.bias, Tensor) else torch.zeros_like(gain)
-                gain, shift = gain.to(weight.dtype), ((1 - gain) * bias).to(weight.dtype)
+                gain, shift = gain.to(dtype), ((1 - gain) * bias).to(dtype)
             scaling = delta.scaling * embedding_scale(module) if isinstance(module, nn.Embedding) else delta.scaling
-            updates[module] = Update(a.to(weight.dtype), (scaling * b.T).to(weight.dtype), gain, shift)
+            updates[module] = Update(a.to(dtype), (scaling * b.T).to(dtype), gain, shift)
             self._hook(module)
         return updates
 
@@ -133,9 +135,3 @@ class MixedLayers:
         for part in batch.parts:
             part.add(module, x, y)
         return y.view(output.shape)
-
-
-def _weight(module: nn.Module) -> Tensor:
-    """(o, i)"""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight

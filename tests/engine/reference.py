@@ -71,13 +71,13 @@ def _weighed(base: FrozenBase, model: Any, heads: Sequence[dict[str, torch.Tenso
     for head, weight in zip(heads, weights, strict=True):
         assert not model.base_model.model.load_state_dict(head, strict=False).unexpected_keys
         logits = logits + weight * model(**inputs).logits[0]
-    return torch.softmax(logits, -1).numpy()
+    return torch.softmax(logits.float(), -1).numpy()
 
 
 def _one(base: FrozenBase, model: Any, task: str | None, text: str, generation: dict[str, Any]) -> Any:
     inputs = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=base.max_tokens)
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        return torch.softmax(model(**inputs).logits[0], -1).numpy()
+        return torch.softmax(model(**inputs).logits[0].float(), -1).numpy()
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         inputs.pop("token_type_ids", None)
         config = GenerationConfig(**generation, pad_token_id=base.tokenizer.pad_token_id, eos_token_id=base.tokenizer.eos_token_id)
@@ -87,7 +87,7 @@ def _one(base: FrozenBase, model: Any, task: str | None, text: str, generation: 
     plain = model.base_model.model if isinstance(model, PeftModel) else model
     body = plain.model if hasattr(plain, "lm_head") and hasattr(plain, "model") else getattr(plain, "transformer", plain)
     hidden = body(**inputs).last_hidden_state
-    return base.pool(hidden, inputs["attention_mask"])[0].numpy()
+    return base.pool(hidden, inputs["attention_mask"])[0].float().numpy()
 
 
 def distance(mine: Any, theirs: Any) -> float:
