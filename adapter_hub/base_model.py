@@ -32,6 +32,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StopStringCriteria,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -193,10 +194,32 @@ class FrozenBase:
             found.append(Encoded(ids, tuple(fast.offsets) if fast else (), cut))
         return found
 
-    def decode(self, ids: Tensor) -> list[str]:
-        """Texts of (n, t) ids, without special tokens."""
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> Encoded:
+        """Token ids of (role, content) messages in the tokenizer's own chat template, the answer's beginning included; never cut.
+
+        A control token that a content spells is read as text. Raises InvalidInput where there is no template, or it refuses them.
+        """
+        if not self.tokenizer.chat_template:
+            raise InvalidInput(f"the tokenizer of {self.id!r} has no chat template.", hint="Ask with a text, or use a chat model's folder.")
+        asked = [{"role": role, "content": content} for role, content in messages]
+        try:    # transformers runs templates in a sandbox
+            with self._tokenizing:
+                found: Any = self.tokenizer.apply_chat_template(
+                    asked, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True, truncation=False
+                )
+        except Exception as error:    # Jinja's errors have no root but Exception, nor have those of a template's own code
+            raise InvalidInput(f"the chat template of {self.id!r} does not take this conversation: {str(error)[:200]}.") from error
+        return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, (), False)
+
+    def stopping(self, texts: str | Sequence[str]) -> StopStringCriteria:
+        """What ends a generation at one of these texts. It reads the whole vocabulary the first time."""
+        with self._tokenizing:
+            return StopStringCriteria(self.tokenizer, [texts] if isinstance(texts, str) else list(texts))
+
+    def decode(self, ids: Tensor | Sequence[Tensor]) -> list[str]:
+        """Texts of (n, t) ids, or of n rows of ids, without special tokens."""
         with self._tokenizing:    # while one thread reads a fast tokenizer, another cannot set its limit
-            return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            return self.tokenizer.batch_decode(cast(Any, ids), skip_special_tokens=True)
 
     def copy_tokenizer(self) -> PreTrainedTokenizerBase:
         """One more, for who pads and cuts in a way of its own."""
@@ -275,7 +298,7 @@ def resolve_model(source: str | Path, revision: str | None = None, *, local: boo
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    default, wanted = str(source) == DEFAULT_MODEL and revision is None, ["*.json", "*.safetensors", "*.txt", "*.model"]
+    default, wanted = str(source) == DEFAULT_MODEL and revision is None, ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         cached = Path(snapshot_download(str(source), revision=revision, local_files_only=True, allow_patterns=wanted))
         fault = _unpublished(cached) if default else None if any(cached.glob("*.safetensors")) else "it has no weights"
@@ -429,7 +452,7 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _stamps(folder: Path) -> list[list[Any]]:
     """Path, size and time of every file that a model is read from."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"))
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 

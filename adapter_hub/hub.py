@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
+from adapter_hub.engine.chat import Conversation, asked
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture, Shares
 from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, ModelNotFound, RegistryExists, WrongBase
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.engine.engine import Engine, Output
+    from adapter_hub.engine.stream import Stream
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -51,6 +53,8 @@ log = logging.getLogger("adapter_hub")
 
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
 Answering = AdapterRef | Mixture | None                               # the same, resolved
+Input = str | Sequence[Mapping[str, str]]                             # a text, or a conversation: messages of "role" and "content"
+Generation = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None    # settings for all inputs, or for each
 
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
@@ -60,7 +64,7 @@ EVALUATION_FILE = "evaluation.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One output and the decision behind it. Exactly one of label, text, vector, tokens says the answer.
+    """One output and the decision behind it. Exactly one of label, labels, value, text, vector, tokens says the answer.
 
     An abstained row on an encoder has `label` None and the base's `.vector`.
     """
@@ -74,6 +78,8 @@ class Prediction:
     tokens: tuple[Any, ...] | None = None       # token classification: spans with label, score, start, end
     truncated: bool = False                     # the input was longer than the hub's max_tokens
     mixture: Shares = ()                        # (version, weight), weightiest first, where several answered together
+    labels: tuple[str, ...] | None = None       # of a classifier of several labels: those of probability 0.5 and more
+    value: float | None = None                  # of a regression
 
     def to_json(self) -> dict[str, Any]:
         """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
@@ -90,6 +96,10 @@ class Prediction:
 
     def answer(self) -> dict[str, Any]:
         """The prediction alone: `label` for a classifier and for abstention on an encoder, else `output`."""
+        if self.labels is not None:
+            return {"output": list(self.labels)}
+        if self.value is not None:
+            return {"output": rounded(self.value)}
         if self.text is not None:
             return {"output": self.text}
         if self.tokens is not None:
@@ -97,6 +107,30 @@ class Prediction:
         if self.adapter is not None and self.label is None and self.vector is not None:
             return {"output": [rounded(float(x)) for x in self.vector]}
         return {"label": self.label}
+
+
+class PredictionStream(Iterator[str]):
+    """A text as it is being written, by `Hub.stream`. Joined, the pieces are what `predict` gives."""
+
+    def __init__(self, decision: Decision, answering: Answering, pieces: Stream) -> None:
+        self.adapter = decision.adapter       # as in a Prediction: known before the first piece
+        self.decision = decision
+        self.mixture = _mixture(answering)
+        self.truncated = pieces.truncated
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the generation; returns when what it held is free."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +318,7 @@ class Hub:
             labels=manifest.labels,
             prompt_template=manifest.prompt_template,
             generation=manifest.generation,
+            problem_type=manifest.problem_type,
         )
 
     # ---- add ----------------------------------------------------------------------------------------------------
@@ -306,12 +341,15 @@ class Hub:
         metrics: Mapping[str, float] | None = None,
         parent: AdapterRef | None = None,
         training_data_digest: str | None = None,
+        problem_type: str | None = None,
     ) -> AdapterRef:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
         label) tell the router what belongs to it; without any, the description does, and beside it the labels of a text
-        classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none.
+        classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none. `problem_type` says what the
+        outputs of a SEQ_CLS head mean, in transformers' words: "single_label_classification", "multi_label_classification" or
+        "regression"; by default what a PeftModel's config says, else a regression for one output and a single label for several.
         `evaluation` are further inputs that belong to it: thresholds are measured on them; those among the examples are dropped. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
@@ -326,13 +364,20 @@ class Hub:
         tags = _texts("tags", tags)
         names = _texts("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
-        adapter = adapter_of(found, labels=names or found.labels, prompt_template=prompt_template, generation=generation)
+        adapter = adapter_of(
+            found,
+            labels=names or found.labels,
+            prompt_template=prompt_template,
+            generation=generation,
+            problem_type=problem_type or found.problem_type,
+        )
         self._check_named_base(adapter, assume_base)
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
-        # Tags of tokens name pieces of an input, not what it is about.
-        label_names = (adapter.labels or ()) if adapter.task_type is TaskType.SEQ_CLS else ()
+        # Tags of tokens name pieces of an input, and a number's name says what is measured: not what an input is about.
+        names_topics = adapter.problem_type in (ProblemType.SINGLE, ProblemType.MULTI)
+        label_names = (adapter.labels or ()) if names_topics else ()
         state = build_state(self.encoder, rows, description, held_out, label_names)
         facts = VersionFacts(
             base_model=self.base.id,
@@ -341,6 +386,7 @@ class Hub:
             peft=adapter.settings.raw,
             task_type=str(adapter.settings.task_type) if adapter.settings.task_type else None,
             labels=adapter.labels,
+            problem_type=None if adapter.problem_type in (None, ProblemType.SINGLE) else str(adapter.problem_type),
             prompt_template=prompt_template,
             generation=settings,
             metrics=dict(metrics or {}),
@@ -473,23 +519,29 @@ class Hub:
 
     # ---- route and run ------------------------------------------------------------------------------------------
 
-    def route(self, texts: Sequence[str], k: int = 1, max_false_reject: float | None = None) -> list[Decision]:
+    def route(self, texts: Sequence[Input], k: int = 1, max_false_reject: float | None = None) -> list[Decision]:
         """Where each text belongs: an adapter's production version, or abstention. Aligned with `texts`.
 
+        A conversation (messages of "role" and "content") is routed by its last message.
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._live.snapshot(), _inputs(texts), k, max_false_reject)
+        return self._route(self._live.snapshot(), [asked(text) for text in _inputs(texts)], k, max_false_reject)
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Input],
         adapters: Sequence[Named] | Named = None,
         max_false_reject: float | None = None,
-        generation: Mapping[str, Any] | None = None,
+        generation: Generation = None,
         mix: int = 1,
     ) -> list[Prediction]:
         """Answer each text by the adapter it belongs to, in one mixed batch. Aligned with `texts`.
+
+        Where the base writes, a text may be a conversation, [{"role": "user", "content": "…"}, …], which goes through the tokenizer's
+        own chat template and is routed by its last message. `generation` is one mapping for all or one for each: the names of
+        transformers, and `seed`, and `chat`: True, by which a text is one message of such a conversation, after a `system` text if
+        there is one. What is too long is cut and `truncated`: first the oldest questions with their answers, then the text's end.
 
         `adapters` names them instead of routing: one for all, or one each, where None is the base model and a mapping to weights,
         {"legal": 0.7, "tax": 0.3}, a mixture: the adapters answer together, each as much as its share of the weights.
@@ -498,20 +550,45 @@ class Hub:
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
-        texts = _inputs(texts)
+        found = _inputs(texts)
+        decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
+        return self._run(found, decisions, answering, generation)
+
+    def stream(
+        self,
+        text: Input,
+        adapters: Sequence[Named] | Named = None,
+        max_false_reject: float | None = None,
+        generation: Mapping[str, Any] | None = None,
+        mix: int = 1,
+    ) -> PredictionStream:
+        """The text that `predict` gives this one input, piece by piece as it is written; who writes it, and why, is said at once.
+
+        The arguments are `predict`'s. To close it, or to let go of it, ends the generation.
+        Raises what `predict` raises, and InvalidInput for what has no pieces: beams, labels, vectors.
+        """
+        with _IMPORTING:
+            from adapter_hub.engine.engine import Request
+
+        [found] = _inputs([text])
+        [decision], [answering] = self._chosen([found], adapters, max_false_reject, mix)
+        return PredictionStream(decision, answering, self.engine.stream(Request(found, answering), generation=generation))
+
+    def _chosen(
+        self, texts: Sequence[str | Conversation], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int
+    ) -> tuple[list[Decision], list[Answering]]:
+        """What answers each, and why."""
         if adapters is not None and max_false_reject is not None:
             raise InvalidInput("adapters and max_false_reject exclude each other.", hint="Where the adapters are named, nothing is routed.")
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            decisions = self._route(self._live.snapshot(), texts, mix, max_false_reject)
-            answering = [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
-        elif mix > 1:
+            decisions = self._route(self._live.snapshot(), [asked(text) for text in texts], mix, max_false_reject)
+            return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
+        if mix > 1:
             raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
-        else:
-            answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
-            decisions = [Decision.named(_foremost(adapter)) for adapter in answering]
-        return self._run(texts, decisions, answering, generation)
+        answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
+        return [Decision.named(_foremost(adapter)) for adapter in answering], answering
 
     def _route(self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None) -> list[Decision]:
         from adapter_hub.routing.features import extract
@@ -546,7 +623,7 @@ class Hub:
         return None if named is None else self.registry.resolve(named)
 
     def _run(
-        self, texts: Sequence[str], decisions: Sequence[Decision], answering: Sequence[Answering], generation: Mapping[str, Any] | None
+        self, texts: Sequence[str | Conversation], decisions: Sequence[Decision], answering: Sequence[Answering], generation: Generation
     ) -> list[Prediction]:
         with _IMPORTING:
             from adapter_hub.engine.engine import Request
@@ -608,7 +685,7 @@ class Hub:
 
         rate = self._rate(max_false_reject)
         router = self._live.snapshot()
-        features = extract(self._encoder_of(router), _inputs([text]))
+        features = extract(self._encoder_of(router), [asked(one) for one in _inputs([text])])
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
@@ -655,6 +732,8 @@ class Hub:
             raise InvalidInput("evaluation needs rows, each with a label.", hint='Rows look like {"text": …, "label": …, "adapter": …}.')
         texts, targets = [row.text for row in rows], [row.label for row in rows]
         routed = self.predict(texts, max_false_reject=max_false_reject)
+        if other := next((p.adapter for p in routed if p.labels is not None or p.value is not None), None):
+            raise InvalidInput(f"{other} gives several labels or a number: accuracy is of one label.", hint="Evaluate its predictions yourself.")
         facts: dict[str, Any] = {"rows": len(rows), "accuracy": _share(p.label == t for p, t in zip(routed, targets, strict=True))}
         facts["abstained"] = _share(p.adapter is None for p in routed)
         homes = [row.extra.get("adapter") for row in rows]
@@ -801,12 +880,18 @@ def _prediction(decision: Decision, adapter: Answering, output: Output) -> Predi
         decision=decision,
         label=output.label,
         scores=output.scores or {},
+        labels=output.labels,
+        value=output.value,
         text=output.text,
         vector=output.vector,
         tokens=output.tokens,
         truncated=output.truncated,
-        mixture=adapter.shares if isinstance(adapter, Mixture) and len(adapter.shares) > 1 else (),
+        mixture=_mixture(adapter),
     )
+
+
+def _mixture(adapter: Answering) -> Shares:
+    return adapter.shares if isinstance(adapter, Mixture) and len(adapter.shares) > 1 else ()
 
 
 def rounded(value: float | None) -> float | None:
@@ -835,7 +920,13 @@ def _check_same(what: str, name: str, found: str, recorded: str | None) -> None:
 def _read_version(folder: Path, manifest: Manifest) -> Adapter:
     from adapter_hub.adapters.weights import read_adapter
 
-    return read_adapter(folder, labels=manifest.labels, prompt_template=manifest.prompt_template, generation=manifest.generation)
+    return read_adapter(
+        folder,
+        labels=manifest.labels,
+        prompt_template=manifest.prompt_template,
+        generation=manifest.generation,
+        problem_type=manifest.problem_type,
+    )
 
 
 def _fault(check: Callable[[], None]) -> HubError | None:
@@ -855,7 +946,7 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Ex
     return read_examples(source) if isinstance(source, str | Path) else as_examples(source)
 
 
-def _texts(what: str, texts: Any) -> tuple[str, ...]:
+def _texts(what: str, texts: Any) -> tuple[Any, ...]:
     """Of any iterable but one text. Raises InvalidInput."""
     if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
         hint = f"Give a list: [{texts[:20]!r}]." if isinstance(texts, str) else "Give a list of texts."
@@ -863,13 +954,20 @@ def _texts(what: str, texts: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _inputs(texts: Any) -> tuple[str, ...]:
-    """Of what is to be routed or answered. Raises InvalidInput with the position of the text that cannot be read."""
-    found = _texts("texts", texts)
-    for position, text in enumerate(found, 1):
-        if reason := text_fault(text):
-            raise InvalidInput(f"text {position} of {len(found)} {reason}.", hint="Remove it or write its text.")
-    return found
+def _inputs(texts: Any) -> tuple[str | Conversation, ...]:
+    """Of what is to be routed or answered. Raises InvalidInput with the position of the one that cannot be read."""
+    given = _texts("texts", texts)
+    found: list[str | Conversation] = []
+    for position, text in enumerate(given, 1):
+        if isinstance(text, Mapping):
+            raise InvalidInput(f"text {position} of {len(given)} is one message.", hint="A conversation is a list of messages: [[…]].")
+        if isinstance(text, list | tuple):
+            found.append(Conversation.of(text, f"conversation {position} of {len(given)}"))
+        elif reason := text_fault(text):
+            raise InvalidInput(f"text {position} of {len(given)} {reason}.", hint="Remove it or write its text.")
+        else:
+            found.append(text)
+    return tuple(found)
 
 
 def _aligned(adapters: Any, count: int) -> Sequence[Named]:

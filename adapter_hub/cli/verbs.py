@@ -174,6 +174,7 @@ def register(
     license: Annotated[str | None, typer.Option(help="SPDX id or text.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help='Text with {text} in it, put around each input.')] = None,
     generation: Generation = "",
+    problem_type: Annotated[str | None, typer.Option(help="Of a text classifier's head: multi_label_classification, regression, …")] = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Check an adapter, then store it as the next version of NAME."""
@@ -184,6 +185,7 @@ def register(
     ref = hub.register(
         name, source, known, description, labels=label_names(labels), tags=tag or (), promote=promote, assume_base=assume_base,
         evaluation=held_out, license=license, prompt_template=prompt_template, generation=settings,
+        problem_type=problem_type,
     )
     live = hub.registry.aliases(ref.name).get("production") == ref.version
     said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")

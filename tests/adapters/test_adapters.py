@@ -379,9 +379,30 @@ def test_labels_must_name_each_output_once(bert: FrozenBase, tmp_path: Path, lab
         read_adapter(folder, labels=labels)
 
 
-def test_a_head_of_one_output_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedOption, match="a head of one output is a regression"):
-        read_adapter(make_adapter(bert, tmp_path / "a", outputs=1), labels=("score",))
+@pytest.mark.parametrize(
+    ("task_type", "outputs", "problem_type", "error", "fact"),
+    [
+        ("SEQ_CLS", 2, "multi", InvalidInput, "problem_type='multi' is not known. There are: single_label_classification, multi_label"),
+        ("SEQ_CLS", 3, "regression", DoesNotFit, "a regression gives one number, and the adapter's head has 3 outputs"),
+        ("SEQ_CLS", 1, "single_label_classification", DoesNotFit, "one label among one is no choice"),
+        ("TOKEN_CLS", 1, None, UnsupportedOption, "a head of one output gives every token the same label"),
+        ("TOKEN_CLS", 2, "regression", InvalidInput, "an adapter of task type TOKEN_CLS has none"),
+        (None, 2, "regression", InvalidInput, "an adapter of task type None has none"),
+    ],
+)
+def test_a_problem_type_that_the_head_cannot_have_is_refused(
+    bert: FrozenBase, tmp_path: Path, task_type: str | None, outputs: int, problem_type: str | None, error: type[Exception], fact: str
+) -> None:
+    labels = tuple("abc"[:outputs]) if task_type else None
+    with pytest.raises(error) as caught:
+        read_adapter(make_adapter(bert, tmp_path / "a", task_type=task_type, outputs=outputs), labels=labels, problem_type=problem_type)
+    assert fact in str(caught.value)
+
+
+def test_one_output_without_a_problem_type_is_a_regression_as_in_transformers(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a", outputs=1)
+    assert read_adapter(folder).problem_type == read_adapter(folder, labels=("stars",)).problem_type == "regression"
+    assert read_adapter(folder, labels=("spam",), problem_type="multi_label_classification").problem_type == "multi_label_classification"
 
 
 def test_labels_without_a_head_are_refused(bert: FrozenBase, tmp_path: Path) -> None:
