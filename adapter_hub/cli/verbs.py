@@ -44,6 +44,7 @@ from adapter_hub.cli.console import (
     facts,
     in_full,
     line,
+    piece,
     predictions,
     progress_bar,
     verified,
@@ -396,12 +397,20 @@ def predict(
     adapter: Annotated[str, typer.Option(metavar="REF", help="Answer with this one; do not route.", autocompletion=complete_ref)] = "",
     mix: Annotated[int, typer.Option("--mix", metavar="K", help="Let the K best candidates answer together, where they can.", min=1)] = 1,
     generation: Generation = "",
+    stream: Annotated[bool, typer.Option("--stream", help="Write the text of one input as it comes, and nothing else.")] = False,
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Answer each input with the adapter it belongs to."""
     inputs, settings = read_texts(texts, file), json_object("--generation", generation)
+    if stream and (as_json or len(inputs) != 1):
+        raise InvalidInput("--stream writes the text of one input as it comes.", hint="Give one input, and no --json.")
     hub = _open(ctx, registry)
+    if stream:
+        for text in hub.stream(inputs[0], adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix):
+            piece(text)
+        piece("\n")
+        return
     found = hub.predict(inputs, adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix)
     emit(_beside(inputs, found), as_json, predictions)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, RepetitionPenaltyLogitsProcessor
+from transformers import GenerationConfig, PreTrainedModel
 
 from adapter_hub.adapters.config import HEADED, ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter
@@ -346,24 +346,17 @@ class Engine:
         inputs.pop("token_type_ids", None)
         settings = for_model(rows[0]) | {"max_new_tokens": max(row["max_new_tokens"] for row in rows)}
         seeds = [row.get("seed") for row in rows]
-        limits, beams = None, settings["num_beams"]
-        criteria: list[Any] = []
-        if beams > 1:
+        limits, criteria = None, list[Any]()
+        if settings["num_beams"] > 1:
             stop, _ = settings.pop("stop_strings", None), settings.pop("seed", None)
             criteria += [self.base.stopping(stop)] if stop else []
         else:
             limits = Limits(self.base, rows, step)
             criteria.append(limits)
         config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(self.base.model, tokenizer))
-        processors = []
-        if "repetition_penalty" in settings and self.base.kind is BaseKind.CAUSAL:
-            # Padding is no repetition, though it may be written as the end token.
-            padding = (inputs["attention_mask"] == 0).sum(dim=1).repeat_interleave(beams)
-            processors.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"], prompt_ignore_length=padding))
         draws = Draws(seeds, self.base.device) if settings["do_sample"] else nullcontext()
-        more = {"stopping_criteria": criteria, "logits_processor": processors}
         with self._adapted(batch, held, asked, steps=True) as model, draws:
-            written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, **more)
+            written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, stopping_criteria=criteria)
         if limits is not None:
             new: Tensor | list[Tensor] = limits.cut(written)
         else:

@@ -428,6 +428,44 @@ def test_a_bottomless_config_is_refused(bert: FrozenBase, tmp_path: Path) -> Non
         read_adapter(folder, labels=("x", "y"))
 
 
+# ---- the vocabulary is the base's -----------------------------------------------------------------------------------
+
+
+def trained(model: Any, folder: Path, *, lora: dict[str, Any], **save: Any) -> Path:
+    """PEFT's own folder of this config, as it writes it after training."""
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj"], **lora}))
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft.save_pretrained(str(folder), **save)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lora", "tokens", "save", "error", "fact"),
+    [
+        ({"trainable_token_indices": [5, 9]}, 384, {}, UnsupportedOption, "trainable_token_indices=[5, 9]: it replaces vectors of the base"),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, 384, {}, UnsupportedOption, "trainable_token_indices={'embed_tokens': [5]}"),
+        ({}, 390, {}, DoesNotFit, "of the adapter has 390 tokens, the base has 384: it was trained with a resized vocabulary"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, 390, {}, DoesNotFit, "has 390 tokens, the base has 384"),
+        ({"target_modules": ["embed_tokens"]}, 390, {"save_embedding_layers": False}, DoesNotFit, "has 390 tokens, the base has 384"),
+        ({"target_modules": ["lm_head"]}, 390, {"save_embedding_layers": False}, DoesNotFit, "'lm_head' of the adapter has 390 tokens"),
+        ({"target_modules": ["embed_tokens"]}, 384, {}, DoesNotFit, "is the base's own: PEFT saves it too where the output layer or an embedding"),
+        ({}, 384, {"save_embedding_layers": True}, DoesNotFit, "'model.embed_tokens.weight' is the base's own, saved by PEFT's save_emb"),
+        ({"modules_to_save": ["embed_tokens"]}, 384, {}, UnsupportedOption, "it replaces weights of the frozen base; only heads are saved whole"),
+    ],
+)
+def test_what_peft_writes_for_other_tokens_is_refused_with_the_option_and_the_next_step(
+    llama: FrozenBase, tmp_path: Path, lora: dict[str, Any], tokens: int, save: dict[str, Any], error: type[Exception], fact: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.path)
+    model.resize_token_embeddings(tokens)
+    folder = trained(model, tmp_path / "a", lora=lora, **save)
+    with pytest.raises(error) as caught:
+        check_fits(read_adapter(folder), llama)
+    assert type(caught.value) is error and fact in str(caught.value) and caught.value.hint    # type: ignore[attr-defined]
+
+
 # ---- where it comes from --------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,15 +14,18 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
+from typer.testing import CliRunner
 
 from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.cli import app
 from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.engine.generation import DEFAULTS, RIDE_MAX, Settings, kinds
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.engine.stream import Stream
 from adapter_hub.errors import InvalidInput
+from adapter_hub.hub import Hub
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import SHAPES, load_peft, make_adapter, task_model, tiny_model
 
@@ -147,16 +151,16 @@ def test_a_long_prompt_beside_a_long_answer_stays_within_the_models_positions(wo
 @pytest.mark.parametrize("world", ["gpt2", "llama"], indirect=True)
 @pytest.mark.parametrize("beams", [1, 2])
 def test_padding_is_no_repetition_where_it_is_written_as_the_end_token(world: World, beams: int) -> None:
-    """Previously a short row beside a long one was punished for ending, where the tokenizer pads with its end token."""
+    """Else a short row beside a long one would be punished for ending."""
     tokenizer = world.base.tokenizer
     padding, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
 
     def lean_to_the_end(_: Any, __: Any, output: Any) -> None:
-        output.logits[..., tokenizer.eos_token_id] = output.logits.amax(-1).clamp(min=1) * 1.2
+        output.logits[..., tokenizer.eos_token_id] = output.logits.amax(-1).clamp(min=1) * 1.02
 
     handle = world.base.model.register_forward_hook(lean_to_the_end)
     try:
-        settings = {"max_new_tokens": 10, "min_new_tokens": 3, "repetition_penalty": 1.5, "num_beams": beams}
+        settings = {"max_new_tokens": 10, "min_new_tokens": 3, "repetition_penalty": 3.0, "num_beams": beams}
         asked = [Request(text, None) for text in TEXTS]
         together = [output.text for output in world.engine.predict(asked, generation=settings)]
         assert together == [world.engine.predict([row], generation=settings)[0].text for row in asked]
@@ -233,7 +237,7 @@ def test_an_adapters_own_template_stands_within_the_users_message(tmp_path: Path
     ref = next(iter(world.folders))
     [output] = world.engine.predict([Request("hello", ref)])
     assert output.text == world.alone(ref, templated(world, [{"role": "user", "content": "Say hello again"}]), max_new_tokens=5)
-    with pytest.raises(InvalidInput, match="the adapter's prompt template 'Say {text} again' takes a text, not a conversation"):
+    with pytest.raises(InvalidInput, match="takes a text, not a conversation"):
         world.engine.predict([Request(Conversation.of([{"role": "user", "content": "x"}]), ref)])
 
 
@@ -286,6 +290,8 @@ def test_chats_that_cannot_be_are_refused_with_the_reason(llama: World, world: W
     hello = Conversation.of([{"role": "user", "content": "hello"}])
     with pytest.raises(InvalidInput, match="has no chat template"):
         world.engine.predict([Request(hello, None)])
+    with pytest.raises(InvalidInput, match="has no chat template"):    # when it is registered, not when it is asked
+        world.engine.check(read_adapter(next(iter(world.folders.values())), generation={"chat": True}))
     with pytest.raises(InvalidInput, match="the setting `system` is for a chat"):
         llama.engine.predict([Request("hello", None)], generation={"system": "be brief"})
     with pytest.raises(InvalidInput, match="the chat template, with the system text, leaves no room for a text in"):
@@ -416,3 +422,72 @@ def test_a_character_of_several_tokens_and_spaces_that_go_come_whole() -> None:
 
     assert list(Stream(run(["a", "a\ufffd", "a\ufffd\ufffd", "a🙂", "a🙂\ufffd"]))) == ["a", "🙂", "\ufffd"]
     assert list(Stream(run(["do", "do n", "do n'", "don't", "don't."]), unsure=3)) == ["d", "o", "n", "'t."]
+
+
+# ---- through the hub ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub(llama: World, tmp_path_factory: pytest.TempPathFactory) -> Hub:
+    hub = Hub.create(tmp_path_factory.mktemp("hub") / "registry", base_model=llama.base.path, encoder="hash")
+    for ref, topic in zip(llama.folders, ("balance", "weather", "dinner"), strict=True):
+        own = {"chat": True, "system": "be brief"} if topic == "weather" else None
+        hub.register(topic, llama.folders[ref], [f"what is the {topic}", f"the {topic} today", f"tell me the {topic}"], generation=own)
+    return hub
+
+
+def test_a_conversation_is_routed_by_its_last_message_and_answered_with_all_of_it(hub: Hub) -> None:
+    before = [{"role": "user", "content": "the weather today"}, {"role": "assistant", "content": "rain"}]
+    asked = [[*before, {"role": "user", "content": "what is the balance"}], "what is the balance"]
+    first, second = hub.predict(asked, max_false_reject=0, generation=[{"max_new_tokens": 8}, None])
+    assert str(first.adapter) == str(second.adapter) == "balance@1" and first.decision.score == second.decision.score
+    assert hub.route(asked) == hub.route([asked[1]] * 2) and hub.explain(asked[0]).decision == hub.explain(asked[1]).decision
+    assert first.text == hub.predict([asked[0]], adapters="balance", generation={"max_new_tokens": 8})[0].text
+    assert first.text != hub.predict([asked[1]], adapters="balance", generation={"max_new_tokens": 8})[0].text
+
+
+def test_an_adapter_that_is_registered_for_chats_gets_texts_as_messages_in_a_job_too(hub: Hub, tmp_path: Path) -> None:
+    assert hub.show("weather").generation == {"chat": True, "system": "be brief"}
+    conversation = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the weather today"}]
+    [wanted] = hub.predict([conversation], adapters="weather", generation={"max_new_tokens": 9})
+    (tmp_path / "in.jsonl").write_text('{"text": "the weather today"}\n')
+    hub.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_false_reject=0, generation={"max_new_tokens": 9})
+    assert json.loads((tmp_path / "out.jsonl").read_text())["output"] == wanted.text
+
+
+@pytest.mark.parametrize(
+    ("texts", "fact"),
+    [
+        ([{"role": "user", "content": "x"}], "text 1 of 1 is one message. A conversation is a list of messages"),
+        (["x", [{"role": "bot", "content": "x"}]], "message 1 of conversation 2 of 2 has the role 'bot'"),
+        (["x", []], "conversation 2 of 2 does not end with a user's message"),
+    ],
+)
+def test_a_conversation_that_cannot_be_read_is_named_by_its_position(hub: Hub, texts: Any, fact: str) -> None:
+    for verb in (hub.predict, hub.route):
+        with pytest.raises(InvalidInput) as caught:
+            verb(texts)
+        assert fact in str(caught.value)
+
+
+def test_a_stream_of_the_hub_says_who_writes_and_gives_what_predict_gives(hub: Hub) -> None:
+    own = {"max_new_tokens": 12}
+    for more in ({"max_false_reject": 0}, {"adapters": "dinner"}, {"adapters": [None]}, {"adapters": {"balance": 1, "dinner": 3}}, {"mix": 2}):
+        [wanted] = hub.predict(["what is the balance"], generation=own, **more)    # type: ignore[arg-type]
+        stream = hub.stream("what is the balance", generation=own, **more)    # type: ignore[arg-type]
+        assert (stream.adapter, stream.decision, stream.mixture, stream.truncated) == (wanted.adapter, wanted.decision, wanted.mixture, False)
+        assert "".join(stream) == wanted.text
+    with hub.stream("word " * 900, adapters="dinner", generation=own) as long:
+        assert long.truncated and next(long)
+    assert held(hub.engine) == 0
+
+
+def test_the_command_line_writes_a_stream_as_it_comes(hub: Hub) -> None:
+    root, own = str(hub.registry.layout.root), {"max_new_tokens": 12}
+    args = ["predict", "hello", "--adapter", "dinner", "--generation", json.dumps(own), "--registry", root]
+    streamed, [wanted] = CliRunner().invoke(app, [*args, "--stream"]), hub.predict(["hello"], adapters="dinner", generation=own)
+    shown = "".join(char for char in wanted.text or "" if char.isprintable() or char in "\n\t")
+    assert (streamed.exit_code, streamed.stdout) == (0, shown + "\n")
+    for more in (["--json"], ["hello again"]):
+        refused = CliRunner().invoke(app, [*args, "--stream", *more])
+        assert refused.exit_code == 2 and "--stream writes the text of one input as it comes" in refused.stderr
