@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
-from adapter_hub.engine.chat import Conversation, asked
+from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture, Shares
 from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, ModelNotFound, RegistryExists, WrongBase
@@ -526,7 +526,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._live.snapshot(), [asked(text) for text in _inputs(texts)], k, max_false_reject)
+        return self._route(self._live.snapshot(), [question_of(text) for text in _inputs(texts)], k, max_false_reject)
 
     def predict(
         self,
@@ -583,7 +583,7 @@ class Hub:
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            decisions = self._route(self._live.snapshot(), [asked(text) for text in texts], mix, max_false_reject)
+            decisions = self._route(self._live.snapshot(), [question_of(text) for text in texts], mix, max_false_reject)
             return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
         if mix > 1:
             raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
@@ -685,7 +685,7 @@ class Hub:
 
         rate = self._rate(max_false_reject)
         router = self._live.snapshot()
-        features = extract(self._encoder_of(router), [asked(one) for one in _inputs([text])])
+        features = extract(self._encoder_of(router), [question_of(one) for one in _inputs([text])])
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}

@@ -39,9 +39,14 @@ class Conversation:
         return cls(tuple((message["role"], message["content"]) for message in messages))
 
     @property
-    def asked(self) -> str:
+    def question(self) -> str:
         """The last message: what is to be answered, and what the router goes by."""
         return self.messages[-1][1]
+
+    @property
+    def questions(self) -> tuple[int, ...]:
+        """Where each user's message stands."""
+        return tuple(at for at, (role, _) in enumerate(self.messages) if role == "user")
 
     def asking(self, text: str) -> Conversation:
         """With another last message."""
@@ -51,14 +56,12 @@ class Conversation:
         """With this system text, where there is one and the conversation brings none itself."""
         return self if system is None or self.messages[0][0] == "system" else Conversation((("system", system), *self.messages))
 
-    def without_oldest(self) -> Conversation | None:
-        """Without the oldest question and its answer; None where only the last question is left. The system text stays."""
+    def since(self, at: int) -> Conversation:
+        """Without what stands before this message, but for the system text."""
         system = self.messages[:1] if self.messages[0][0] == "system" else ()
-        turns = self.messages[len(system) :]
-        later = [at for at, (role, _) in enumerate(turns) if role == "user" and at > 0]
-        return Conversation((*system, *turns[later[0] :])) if later else None
+        return Conversation((*system, *self.messages[at:]))
 
 
-def asked(text: str | Conversation) -> str:
+def question_of(text: str | Conversation) -> str:
     """What a text or a conversation asks."""
-    return text.asked if isinstance(text, Conversation) else text
+    return text.question if isinstance(text, Conversation) else text

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from adapter_hub.adapters.config import HEADED, ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
-from adapter_hub.engine.chat import Conversation, asked
+from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.generation import Settings, check_generation, for_model, kinds, merged
 from adapter_hub.engine.heads import Head, probabilities, summed
@@ -148,7 +148,7 @@ class Engine:
         """Raises InvalidInput."""
         calls = _calls(generation, len(requests))
         for position, request in enumerate(requests, 1):
-            if fault := text_fault(asked(request.text)):
+            if fault := text_fault(question_of(request.text)):
                 raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
         shares = [canonical(request.adapter) for request in requests]
         facts = [self._facts(row) for row in shares]
@@ -230,7 +230,7 @@ class Engine:
             if (conversation := _conversation(text, facts[i], row)) is not None:
                 found[i] = self._in_chat(conversation, facts[i], limit)
             else:
-                plain.setdefault(limit, []).append((i, asked(text)))
+                plain.setdefault(limit, []).append((i, question_of(text)))
         for limit, rows in plain.items():
             encoded = self.base.encode([_prompt(facts[i], text) for i, text in rows], max_tokens=limit)
             for (i, text), ids in zip(rows, encoded, strict=True):
@@ -251,17 +251,22 @@ class Engine:
     def _in_chat(self, conversation: Conversation, facts: Facts, limit: int) -> Encoded:
         """Where it is too long, without its oldest questions and answers, and in the end with less of the last question."""
 
-        def encoded(text: str) -> Encoded:
-            return self.base.encode_chat(conversation.asking(_prompt(facts, text)).messages)
+        def encoded(some: Conversation) -> Encoded:
+            return self.base.encode_chat(some.asking(_prompt(facts, some.question)).messages)
 
-        text, truncated = conversation.asked, False
-        while len(encoded(text)) > limit and (shorter := conversation.without_oldest()):
-            conversation, truncated = shorter, True
-        if len(encoded(text)) > limit:
+        ids = encoded(conversation)
+        if len(ids) <= limit:
+            return ids
+        *older, last = conversation.questions
+        kept = bisect.bisect_left(older, True, key=lambda at: len(encoded(conversation.since(at))) <= limit)
+        conversation = conversation.since([*older, last][kept])
+        ids = encoded(conversation)
+        if len(ids) > limit:
+            text = conversation.question
             what = "the chat template, with the system text," if conversation.messages[0][0] == "system" else "the chat template"
-            kept = _fitting(what, lambda characters: len(encoded(text[:characters])) > limit, len(text), limit)
-            text, truncated = text[:kept], True
-        return replace(encoded(text), truncated=truncated)
+            characters = _fitting(what, lambda count: len(encoded(conversation.asking(text[:count]))) > limit, len(text), limit)
+            ids = encoded(conversation.asking(text[:characters]))
+        return replace(ids, truncated=True)
 
     def _prompt_limit(self, new: int) -> int:
         """Longest prompt when `new` tokens are to be written. Raises InvalidInput."""
@@ -279,22 +284,22 @@ class Engine:
         return limit
 
     @contextmanager
-    def _adapted(self, batch: Batch, held: Sequence[Resident], asked: _Asked, *, steps: bool = False) -> Iterator[PreTrainedModel]:
+    def _adapted(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], *, steps: bool = False) -> Iterator[PreTrainedModel]:
         """The model to run these rows on, adapted while the context is open."""
         if batch.merged:
             yield self.slots.merged(batch.adapters[0], held[0])
         else:
-            with self._open(batch, held, asked, steps=steps):
+            with self._open(batch, held, shares, steps=steps):
                 yield self.base.model
 
-    def _open(self, batch: Batch, held: Sequence[Resident], asked: _Asked, *, steps: bool = False) -> Any:
+    def _open(self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], *, steps: bool = False) -> Any:
         """The base adapted for these rows; with `steps` for several forwards of them."""
         residents = dict(zip(batch.adapters, held, strict=True))
         found: dict[tuple[int, bool, Table], list[tuple[int, int, float]]] = {}    # (row, place, weight) of each part
         for row, i in enumerate(batch.rows):
-            for nth, (ref, weight) in enumerate(asked.shares[i]):
+            for nth, (ref, weight) in enumerate(shares[i]):
                 adapter = residents[ref]
-                found.setdefault((nth, len(asked.shares[i]) > 1, adapter.table), []).append((row, adapter.place, weight))
+                found.setdefault((nth, len(shares[i]) > 1, adapter.table), []).append((row, adapter.place, weight))
         parts = [self._part(rows, table, weighted, steps) for (_, weighted, table), rows in found.items()]
         return self._layers.open(len(batch.rows), parts)
 
@@ -315,7 +320,7 @@ class Engine:
 
     def _hidden(self, batch: Batch, held: Sequence[Resident], asked: _Asked) -> dict[int, Output]:
         inputs = self.base.pad([asked.encoded[i] for i in batch.rows])
-        with self._adapted(batch, held, asked) as model:
+        with self._adapted(batch, held, asked.shares) as model:
             body = self.base.body_of(model)(**inputs)
         residents = dict(zip(batch.adapters, held, strict=True))
         outputs: dict[int, Output] = {}
@@ -355,7 +360,7 @@ class Engine:
             criteria.append(limits)
         config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(self.base.model, tokenizer))
         draws = Draws(seeds, self.base.device) if settings["do_sample"] else nullcontext()
-        with self._adapted(batch, held, asked, steps=True) as model, draws:
+        with self._adapted(batch, held, asked.shares, steps=True) as model, draws:
             written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, stopping_criteria=criteria)
         if limits is not None:
             new: Tensor | list[Tensor] = limits.cut(written)
