@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -43,6 +44,7 @@ log = logging.getLogger("adapter_hub")
 
 # n texts, t tokens, d hidden width
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_TIDIED = 3    # characters at a text's end that a tokenizer which tidies spaces may still change: " n't" becomes "n't"
 MAX_TOKENS_FALLBACK = 512    # for tokenizers that name no limit
 
 # sha256 of each file of the default model that is read, as its package carries them. The weights' is the upstream file's own.
@@ -216,10 +218,24 @@ class FrozenBase:
         with self._tokenizing:
             return StopStringCriteria(self.tokenizer, [texts] if isinstance(texts, str) else list(texts))
 
-    def decode(self, ids: Tensor | Sequence[Tensor]) -> list[str]:
+    def decode(self, ids: Tensor | Sequence[Tensor | list[int]]) -> list[str]:
         """Texts of (n, t) ids, or of n rows of ids, without special tokens."""
         with self._tokenizing:    # while one thread reads a fast tokenizer, another cannot set its limit
             return self.tokenizer.batch_decode(cast(Any, ids), skip_special_tokens=True)
+
+    def settled(self, ids: Tensor) -> str:
+        """The beginning of the text of (t,) ids that stays as it is whatever is written after them."""
+        kept = ids.tolist()
+        while kept and kept[-1] in self._unfinished:
+            kept.pop()
+        text = self.decode([kept])[0].rstrip("\ufffd")    # of a character whose bytes are in several tokens, before it is whole
+        return text[:-_TIDIED] if self.tokenizer.clean_up_tokenization_spaces else text
+
+    @cached_property
+    def _unfinished(self) -> frozenset[int]:
+        """Tokens whose text depends on the next one: single bytes, and special tokens, which are left out between them."""
+        found = {self.tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)} - {None, self.tokenizer.unk_token_id}
+        return frozenset(cast(set[int], found) | set(self.tokenizer.all_special_ids))
 
     def copy_tokenizer(self) -> PreTrainedTokenizerBase:
         """One more, for who pads and cuts in a way of its own."""

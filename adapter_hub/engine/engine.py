@@ -44,7 +44,6 @@ log = logging.getLogger("adapter_hub")
 SLOTS_MAX, BYTES_MAX = 64, 2**31
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
 LIKELY = 0.5         # from this probability on a label of several is given
-CLEANED = 3          # characters at a text's end that a tokenizer which tidies spaces may still change
 _BASE = Facts(None, None, None)
 
 
@@ -138,11 +137,10 @@ class Engine:
         [batch] = self._plan(asked).batches
 
         def run(tell: Tell) -> str:
-            [output] = self._ran(batch, asked, (), lambda ids: tell(self.base.decode([ids])[0])).values()
+            [output] = self._ran(batch, asked, (), lambda ids: tell(self.base.settled(ids))).values()
             return output.text or ""
 
-        unsure = CLEANED if self.base.tokenizer.clean_up_tokenization_spaces else 0
-        return Stream(run, truncated=asked.encoded[0].truncated, unsure=unsure)
+        return Stream(run, truncated=asked.encoded[0].truncated)
 
     def _asked(self, requests: Sequence[Request], generation: Settings | Sequence[Settings | None] | None) -> _Asked:
         """Raises InvalidInput."""

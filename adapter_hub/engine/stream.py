@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from queue import SimpleQueue
 from typing import Self
 
-Tell = Callable[[str], bool]    # takes the text so far; True: nobody listens any more
+Tell = Callable[[str], bool]    # takes the text's beginning, as far as it stands; True: nobody listens any more
 
 
 class Stream(Iterator[str]):
@@ -16,13 +16,10 @@ class Stream(Iterator[str]):
     `close`, leaving a `with`, or letting go of it ends the generation and waits until what it held is free.
     """
 
-    def __init__(self, run: Callable[[Tell], str], *, truncated: bool = False, unsure: int = 0) -> None:
-        """`run` writes the text and returns all of it; meanwhile it tells the text so far. What it raises, the iterator raises.
-
-        The last `unsure` characters of what is told may still become others.
-        """
+    def __init__(self, run: Callable[[Tell], str], *, truncated: bool) -> None:
+        """`run` writes the text and returns all of it; meanwhile it tells how it begins. What it raises, the iterator raises."""
         self.truncated = truncated    # the input was longer than the base's max_tokens
-        self._pieces = _pieces(run, unsure)
+        self._pieces = _pieces(run)
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -37,7 +34,7 @@ class Stream(Iterator[str]):
         self.close()
 
 
-def _pieces(run: Callable[[Tell], str], unsure: int) -> Generator[str, None, None]:
+def _pieces(run: Callable[[Tell], str]) -> Generator[str, None, None]:
     told: SimpleQueue[tuple[str, bool] | BaseException] = SimpleQueue()
     closed = threading.Event()
 
@@ -60,11 +57,9 @@ def _pieces(run: Callable[[Tell], str], unsure: int) -> Generator[str, None, Non
             if isinstance(news, BaseException):
                 raise news
             text, last = news
-            # The bytes of one character may come in several tokens: until it is whole it shows as U+FFFD.
-            ready = len(text) if last else len(text.rstrip("\ufffd")) - unsure
-            if ready > given:
-                yield text[given:ready]
-                given = ready
+            if len(text) > given:
+                yield text[given:]
+                given = len(text)
     finally:
         closed.set()
         thread.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -416,12 +417,36 @@ def test_what_has_no_pieces_is_refused_before_anything_runs(llama: World, tmp_pa
         Engine(bert, llama.load).stream(Request("hello", None))
 
 
-def test_a_character_of_several_tokens_and_spaces_that_go_come_whole() -> None:
-    def run(told: list[str]) -> Callable[[Callable[[str], bool]], str]:
-        return lambda tell: [tell(text) for text in told] and told[-1]
+byte_texts = st.lists(st.one_of(st.integers(3, 511), st.integers(3, 258), st.integers(0, 2)), min_size=1, max_size=24)
 
-    assert list(Stream(run(["a", "a\ufffd", "a\ufffd\ufffd", "a🙂", "a🙂\ufffd"]))) == ["a", "🙂", "\ufffd"]
-    assert list(Stream(run(["do", "do n", "do n'", "don't", "don't."]), unsure=3)) == ["d", "o", "n", "'t."]
+
+@given(st.lists(st.integers(0, 383), min_size=1, max_size=24))
+def test_what_is_settled_of_a_text_stays_as_more_is_written(llama: World, ids: list[int]) -> None:
+    whole = llama.base.decode([ids])[0]
+    assert all(whole.startswith(llama.base.settled(torch.tensor(ids[:t]))) for t in range(len(ids) + 1))
+
+
+@pytest.mark.skipif("ADAPTER_HUB_TEST_LM" not in os.environ, reason="ADAPTER_HUB_TEST_LM names no folder with a small language model")
+def test_bytes_that_a_later_one_spoils_are_not_settled() -> None:
+    """A tokenizer of single bytes reads a run of them as one text or as none: <0x41> is an A until <0xE4> follows it."""
+    base = FrozenBase.load(os.environ["ADAPTER_HUB_TEST_LM"])
+
+    @given(byte_texts)
+    def check(ids: list[int]) -> None:
+        whole = base.decode([ids])[0]
+        assert all(whole.startswith(base.settled(torch.tensor(ids[:t]))) for t in range(len(ids) + 1))
+
+    check()
+
+
+def test_spaces_that_a_tokenizer_tidies_later_are_not_settled(llama: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = llama.base.tokenizer
+    monkeypatch.setattr(tokenizer, "clean_up_tokenization_spaces", True)
+    monkeypatch.setattr(tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True)
+    ids = tokenizer("so do n't , I 've said ; it 's ' fine ' .")["input_ids"]
+    whole = llama.base.decode([ids])[0]
+    assert whole == "so don't, I've said ; it's'fine '."
+    assert all(whole.startswith(llama.base.settled(torch.tensor(ids[:t]))) for t in range(len(ids) + 1))
 
 
 # ---- through the hub ------------------------------------------------------------------------------------------------
