@@ -170,6 +170,18 @@ def test_padding_is_no_repetition_where_it_is_written_as_the_end_token(world: Wo
         tokenizer.pad_token = padding
 
 
+def test_rows_of_a_model_without_an_end_token_end_where_they_end_alone(tmp_path: Path) -> None:
+    """transformers pads rows that are done only where there is an end token."""
+    world = World(tmp_path, "gpt2")
+    world.base.model.generation_config.eos_token_id = world.base.tokenizer.eos_token = None
+    for model in world.peft.values():
+        model.generation_config.eos_token_id = None
+    settings = [{"max_new_tokens": 2}, {"max_new_tokens": 12, "stop_strings": ["e", "a"]}, {"max_new_tokens": 15}, {"max_new_tokens": 9}]
+    asked = [Request(text, world.answering[i % 3]) for i, text in enumerate(TEXTS)]
+    for output, row, own in zip(world.engine.predict(asked, generation=settings), asked, settings, strict=True):
+        assert output.text == world.alone(row.adapter, world.asked(str(row.text)), **own)    # type: ignore[arg-type]
+
+
 def test_beams_of_rows_with_different_settings_are_what_each_is_alone(llama: World) -> None:
     settings = [{"num_beams": 2, "max_new_tokens": most, "stop_strings": stop} for most, stop in ((3, "e"), (9, "th"), (9, "th"), (6, "e"))]
     outputs = llama.engine.predict([Request(text, ref) for text, ref in zip(TEXTS, llama.answering, strict=True)], generation=settings)
