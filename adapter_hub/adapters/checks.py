@@ -97,7 +97,7 @@ def _check_vocabulary(adapter: Adapter, base: FrozenBase) -> None:
     sizes = {name: cast(Tensor, module.weight).shape[0] for name, module in base.modules.items() if module in layers}    # tokens, by module
     found = {name.removesuffix(".weight"): tensor.shape[0] for name, tensor in adapter.head.items() if name.endswith(".weight")}
     adapted = {name: delta.a.shape[1] if delta.embedding else delta.b.shape[0] for name, delta in adapter.deltas.items()}
-    for name, tokens in (found | adapted).items():
+    for name, tokens in sorted((found | adapted).items()):    # a file has no order
         size = sizes.get(base.canonical(name))
         if size is None:
             continue

@@ -446,12 +446,12 @@ def trained(model: Any, folder: Path, *, lora: dict[str, Any], **save: Any) -> P
     [
         ({"trainable_token_indices": [5, 9]}, 384, {}, UnsupportedOption, "trainable_token_indices=[5, 9]: it replaces vectors of the base"),
         ({"trainable_token_indices": {"embed_tokens": [5]}}, 384, {}, UnsupportedOption, "trainable_token_indices={'embed_tokens': [5]}"),
-        ({}, 390, {}, DoesNotFit, "of the adapter has 390 tokens, the base has 384: it was trained with a resized vocabulary"),
+        ({}, 390, {}, DoesNotFit, "'lm_head' of the adapter has 390 tokens, the base has 384: it was trained with a resized vocabulary"),
         ({"modules_to_save": ["embed_tokens", "lm_head"]}, 390, {}, DoesNotFit, "has 390 tokens, the base has 384"),
         ({"target_modules": ["embed_tokens"]}, 390, {"save_embedding_layers": False}, DoesNotFit, "has 390 tokens, the base has 384"),
         ({"target_modules": ["lm_head"]}, 390, {"save_embedding_layers": False}, DoesNotFit, "'lm_head' of the adapter has 390 tokens"),
         ({"target_modules": ["embed_tokens"]}, 384, {}, DoesNotFit, "is the base's own: PEFT saves it too where the output layer or an embedding"),
-        ({}, 384, {"save_embedding_layers": True}, DoesNotFit, "'model.embed_tokens.weight' is the base's own, saved by PEFT's save_emb"),
+        ({}, 384, {"save_embedding_layers": True}, DoesNotFit, "tensor 'lm_head.weight' is the base's own, saved by PEFT's save_embedding"),
         ({"modules_to_save": ["embed_tokens"]}, 384, {}, UnsupportedOption, "it replaces weights of the frozen base; only heads are saved whole"),
     ],
 )
