@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -32,6 +33,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StopStringCriteria,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -43,6 +45,7 @@ log = logging.getLogger("adapter_hub")
 
 # n texts, t tokens, d hidden width
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+_TIDIED = 3    # characters at a text's end that a tokenizer which tidies spaces may still change: " n't" becomes "n't"
 MAX_TOKENS_FALLBACK = 512    # for tokenizers that name no limit
 
 # sha256 of each file of the default model that is read, as its package carries them. The weights' is the upstream file's own.
@@ -205,10 +208,46 @@ class FrozenBase:
             found.append(Encoded(ids, tuple(fast.offsets) if fast else (), cut))
         return found
 
-    def decode(self, ids: Tensor) -> list[str]:
-        """Texts of (n, t) ids, without special tokens."""
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> Encoded:
+        """Token ids of (role, content) messages in the tokenizer's own chat template, the answer's beginning included; never cut.
+
+        A control token that a content spells is read as text. Raises InvalidInput where there is no template, or it refuses them.
+        """
+        if not self.tokenizer.chat_template:
+            raise InvalidInput(f"the tokenizer of {self.id!r} has no chat template.", hint="Ask with a text, or use a chat model's folder.")
+        asked = [{"role": role, "content": content} for role, content in messages]
+        try:    # transformers runs templates in a sandbox
+            with self._tokenizing:
+                found: Any = self.tokenizer.apply_chat_template(
+                    asked, add_generation_prompt=True, return_dict=True, sanitize_control_tokens=True, truncation=False
+                )
+        except Exception as error:    # Jinja's errors have no root but Exception, nor have those of a template's own code
+            raise InvalidInput(f"the chat template of {self.id!r} does not take this conversation: {str(error)[:200]}.") from error
+        return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, (), False)
+
+    def stopping(self, texts: str | Sequence[str]) -> StopStringCriteria:
+        """What ends a generation at one of these texts. It reads the whole vocabulary the first time."""
+        with self._tokenizing:
+            return StopStringCriteria(self.tokenizer, [texts] if isinstance(texts, str) else list(texts))
+
+    def decode(self, ids: Tensor | Sequence[Tensor | list[int]]) -> list[str]:
+        """Texts of (n, t) ids, or of n rows of ids, without special tokens."""
         with self._tokenizing:    # while one thread reads a fast tokenizer, another cannot set its limit
-            return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            return self.tokenizer.batch_decode(cast(Any, ids), skip_special_tokens=True)
+
+    def settled(self, ids: Tensor) -> str:
+        """The beginning of the text of (t,) ids that stays as it is whatever is written after them."""
+        kept = ids.tolist()
+        while kept and kept[-1] in self._unfinished:
+            kept.pop()
+        text = self.decode([kept])[0].rstrip("\ufffd")    # of a character whose bytes are in several tokens, before it is whole
+        return text[:-_TIDIED] if self.tokenizer.clean_up_tokenization_spaces else text
+
+    @cached_property
+    def _unfinished(self) -> frozenset[int]:
+        """Tokens whose text depends on the next one: single bytes, and special tokens, which are left out between them."""
+        found = {self.tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)} - {None, self.tokenizer.unk_token_id}
+        return frozenset(cast(set[int], found) | set(self.tokenizer.all_special_ids))
 
     def copy_tokenizer(self) -> PreTrainedTokenizerBase:
         """One more, for who pads and cuts in a way of its own."""
@@ -293,7 +332,7 @@ def resolve_model(source: str | Path, revision: str | None = None, *, local: boo
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    default, wanted = str(source) == DEFAULT_MODEL and revision is None, ["*.json", "*.safetensors", "*.txt", "*.model"]
+    default, wanted = str(source) == DEFAULT_MODEL and revision is None, ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     try:
         cached = Path(snapshot_download(str(source), revision=revision, local_files_only=True, allow_patterns=wanted))
         fault = _unpublished(cached) if default else None if any(cached.glob("*.safetensors")) else "it has no weights"
@@ -466,7 +505,7 @@ def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def _stamps(folder: Path) -> list[list[Any]]:
     """Path, size and time of every file that a model is read from."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model"))
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".txt", ".model", ".jinja"))
     return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 

@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
+from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture, Shares
 from adapter_hub.errors import (
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
+    from adapter_hub.engine.stream import Stream
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -67,6 +69,8 @@ log = logging.getLogger("adapter_hub")
 
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
 Answering = AdapterRef | Mixture | None                               # the same, resolved
+Input = str | Sequence[Mapping[str, str]]                             # a text, or a conversation: messages of "role" and "content"
+Generation = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None    # settings for all inputs, or for each
 
 LABELS_SHOWN = 6    # in one warning
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
@@ -74,7 +78,7 @@ _IMPORTING = threading.RLock()    # transformers cannot be imported by two threa
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One output and the decision behind it. Exactly one of label, text, vector, tokens says the answer.
+    """One output and the decision behind it. Exactly one of label, labels, value, text, vector, tokens says the answer.
 
     An abstained row on an encoder has `label` None and the base's `.vector`.
     """
@@ -88,6 +92,8 @@ class Prediction:
     tokens: tuple[Any, ...] | None = None       # token classification: spans with label, score, start, end
     truncated: bool = False                     # the input was longer than the hub's max_tokens
     mixture: Shares = ()                        # (version, weight), weightiest first, where several answered together
+    labels: tuple[str, ...] | None = None       # of a classifier of several labels: those of probability 0.5 and more
+    value: float | None = None                  # of a regression
 
     def to_json(self) -> dict[str, Any]:
         """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
@@ -104,6 +110,10 @@ class Prediction:
 
     def answer(self) -> dict[str, Any]:
         """The prediction alone: `label` for a classifier and for abstention on an encoder, else `output`."""
+        if self.labels is not None:
+            return {"output": list(self.labels)}
+        if self.value is not None:
+            return {"output": rounded(self.value)}
         if self.text is not None:
             return {"output": self.text}
         if self.tokens is not None:
@@ -111,6 +121,30 @@ class Prediction:
         if self.adapter is not None and self.label is None and self.vector is not None:
             return {"output": [rounded(float(x)) for x in self.vector]}
         return {"label": self.label}
+
+
+class PredictionStream(Iterator[str]):
+    """A text as it is being written, by `Hub.stream`. Joined, the pieces are what `predict` gives."""
+
+    def __init__(self, decision: Decision, answering: Answering, pieces: Stream) -> None:
+        self.adapter = decision.adapter       # as in a Prediction: known before the first piece
+        self.decision = decision
+        self.mixture = _mixture(answering)
+        self.truncated = pieces.truncated
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Ends the generation; returns when what it held is free."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +374,7 @@ class Hub:
             labels=manifest.labels,
             prompt_template=manifest.prompt_template,
             generation=manifest.generation,
+            problem_type=manifest.problem_type,
         )
 
     # ---- add ----------------------------------------------------------------------------------------------------
@@ -362,12 +397,15 @@ class Hub:
         metrics: Mapping[str, float] | None = None,
         parent: AdapterRef | None = None,
         training_data_digest: str | None = None,
+        problem_type: str | None = None,
     ) -> AdapterRef:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
         `source` is a PEFT folder, a hub id "org/name@revision" or a PeftModel. `examples` (texts, or rows with text and
         label) tell the router what belongs to it; without any, the description does, and beside it the labels of a text
-        classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none.
+        classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none. `problem_type` says what the
+        outputs of a SEQ_CLS head mean, in transformers' words: "single_label_classification", "multi_label_classification" or
+        "regression"; by default what a PeftModel's config says, else a regression for one output and a single label for several.
         `evaluation` are further inputs that belong to it: thresholds are measured on them; those among the examples are dropped. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
@@ -382,13 +420,20 @@ class Hub:
         tags = _texts("tags", tags)
         names = _texts("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
-        adapter = adapter_of(found, labels=names or found.labels, prompt_template=prompt_template, generation=generation)
+        adapter = adapter_of(
+            found,
+            labels=names or found.labels,
+            prompt_template=prompt_template,
+            generation=generation,
+            problem_type=problem_type or found.problem_type,
+        )
         self._check_named_base(adapter, assume_base)
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
-        # Tags of tokens name pieces of an input, not what it is about.
-        label_names = (adapter.labels or ()) if adapter.task_type is TaskType.SEQ_CLS else ()
+        # Tags of tokens name pieces of an input, and a number's name says what is measured: not what an input is about.
+        names_topics = adapter.problem_type in (ProblemType.SINGLE, ProblemType.MULTI)
+        label_names = (adapter.labels or ()) if names_topics else ()
         state = build_state(self.encoder, rows, description, held_out, label_names)
         facts = VersionFacts(
             base_model=self.base.id,
@@ -397,6 +442,7 @@ class Hub:
             peft=adapter.settings.raw,
             task_type=str(adapter.settings.task_type) if adapter.settings.task_type else None,
             labels=adapter.labels,
+            problem_type=None if adapter.problem_type in (None, ProblemType.SINGLE) else str(adapter.problem_type),
             prompt_template=prompt_template,
             generation=settings,
             metrics=dict(metrics or {}),
@@ -536,23 +582,29 @@ class Hub:
 
     # ---- route and run ------------------------------------------------------------------------------------------
 
-    def route(self, texts: Sequence[str], k: int = 1, max_false_reject: float | None = None) -> list[Decision]:
+    def route(self, texts: Sequence[Input], k: int = 1, max_false_reject: float | None = None) -> list[Decision]:
         """Where each text belongs: an adapter's production version, or abstention. Aligned with `texts`.
 
+        A conversation (messages of "role" and "content") is routed by its last message.
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._live.snapshot(), _inputs(texts), k, max_false_reject)
+        return self._route(self._live.snapshot(), [question_of(text) for text in _inputs(texts)], k, max_false_reject)
 
     def predict(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Input],
         adapters: Sequence[Named] | Named = None,
         max_false_reject: float | None = None,
-        generation: Mapping[str, Any] | None = None,
+        generation: Generation = None,
         mix: int = 1,
     ) -> list[Prediction]:
         """Answer each text by the adapter it belongs to, in one mixed batch. Aligned with `texts`.
+
+        Where the base writes, a text may be a conversation, [{"role": "user", "content": "…"}, …], which goes through the tokenizer's
+        own chat template and is routed by its last message. `generation` is one mapping for all or one for each: the names of
+        transformers, and `seed`, and `chat`: True, by which a text is one message of such a conversation, after a `system` text if
+        there is one. What is too long is cut and `truncated`: first the oldest questions with their answers, then the text's end.
 
         `adapters` names them instead of routing: one for all, or one each, where None is the base model and a mapping to weights,
         {"legal": 0.7, "tax": 0.3}, a mixture: the adapters answer together, each as much as its share of the weights.
@@ -561,14 +613,32 @@ class Hub:
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
-        texts = _inputs(texts)
-        decisions, answering = self._decided(texts, adapters, max_false_reject, mix)
-        outputs = self.engine.predict(_requests(texts, answering), generation=generation)
+        found = _inputs(texts)
+        decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
+        outputs = self.engine.predict(_requests(found, answering), generation=generation)
         return [_prediction(*row) for row in zip(decisions, answering, outputs, strict=True)]
+
+    def stream(
+        self,
+        text: Input,
+        adapters: Sequence[Named] | Named = None,
+        max_false_reject: float | None = None,
+        generation: Mapping[str, Any] | None = None,
+        mix: int = 1,
+    ) -> PredictionStream:
+        """The text that `predict` gives this one input, piece by piece as it is written; who writes it, and why, is said at once.
+
+        The arguments are `predict`'s. To close it, or to let go of it, ends the generation.
+        Raises what `predict` raises, and InvalidInput for what has no pieces: beams, labels, vectors.
+        """
+        found = _inputs([text])
+        [decision], [answering] = self._chosen(found, adapters, max_false_reject, mix)
+        [request] = _requests(found, [answering])
+        return PredictionStream(decision, answering, self.engine.stream(request, generation=generation))
 
     def submit(
         self,
-        text: str,
+        text: Input,
         adapter: Named = None,
         max_false_reject: float | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -583,27 +653,25 @@ class Hub:
         Raises QueueFull, and as `predict`.
         """
         texts = _inputs([text])
-        [decision], [answering] = self._decided(texts, adapter, max_false_reject)
+        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, 1)
         [request] = _requests(texts, [answering])
         return self.queue.submit(request, generation, timeout=timeout, then=partial(_prediction, decision, answering))
 
-    def _decided(
-        self, texts: Sequence[str], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int = 1
-    ) -> tuple[Sequence[Decision], Sequence[Answering]]:
-        """What answers each text, and why: routed where no adapters are named."""
+    def _chosen(
+        self, texts: Sequence[str | Conversation], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int
+    ) -> tuple[list[Decision], list[Answering]]:
+        """What answers each, and why."""
         if adapters is not None and max_false_reject is not None:
             raise InvalidInput("adapters and max_false_reject exclude each other.", hint="Where the adapters are named, nothing is routed.")
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            decisions = self._route(self._live.snapshot(), texts, mix, max_false_reject)
-            answering = [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
-        elif mix > 1:
+            decisions = self._route(self._live.snapshot(), [question_of(text) for text in texts], mix, max_false_reject)
+            return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
+        if mix > 1:
             raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
-        else:
-            answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
-            decisions = [Decision.named(_foremost(adapter)) for adapter in answering]
-        return decisions, answering
+        answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
+        return [Decision.named(_foremost(adapter)) for adapter in answering], answering
 
     def _route(
         self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
@@ -697,7 +765,7 @@ class Hub:
 
         rate = self._rate(max_false_reject)
         router = self._live.snapshot()
-        features = extract(self._encoder_of(router), _inputs([text]))
+        features = extract(self._encoder_of(router), [question_of(one) for one in _inputs([text])])
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         states = {ref: self._live.state(ref) for ref in refs}
@@ -751,6 +819,8 @@ class Hub:
             raise InvalidInput("evaluation needs rows, each with a label.", hint='Rows look like {"text": …, "label": …, "adapter": …}.')
         texts, targets = [row.text for row in rows], [row.label for row in rows]
         routed = self.predict(texts, max_false_reject=max_false_reject)
+        if other := next((p.adapter for p in routed if p.labels is not None or p.value is not None), None):
+            raise InvalidInput(f"{other} gives several labels or a number: accuracy is of one label.", hint="Evaluate its predictions yourself.")
         facts: dict[str, Any] = {"rows": len(rows), "accuracy": _share(p.label == t for p, t in zip(routed, targets, strict=True))}
         facts["abstained"] = _share(p.adapter is None for p in routed)
         homes = [row.extra.get("adapter") for row in rows]
@@ -931,7 +1001,7 @@ def _foremost(adapter: Answering) -> AdapterRef | None:
     return adapter.shares[0][0] if isinstance(adapter, Mixture) else adapter
 
 
-def _requests(texts: Sequence[str], answering: Sequence[Answering]) -> list[Request]:
+def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering]) -> list[Request]:
     with _IMPORTING:
         from adapter_hub.engine.engine import Request
 
@@ -944,12 +1014,18 @@ def _prediction(decision: Decision, adapter: Answering, output: Output) -> Predi
         decision=decision,
         label=output.label,
         scores=output.scores or {},
+        labels=output.labels,
+        value=output.value,
         text=output.text,
         vector=output.vector,
         tokens=output.tokens,
         truncated=output.truncated,
-        mixture=adapter.shares if isinstance(adapter, Mixture) and len(adapter.shares) > 1 else (),
+        mixture=_mixture(adapter),
     )
+
+
+def _mixture(adapter: Answering) -> Shares:
+    return adapter.shares if isinstance(adapter, Mixture) and len(adapter.shares) > 1 else ()
 
 
 def rounded(value: float | None) -> float | None:
@@ -978,7 +1054,13 @@ def _check_same(what: str, name: str, found: str, recorded: str | None, otherwis
 def _read_version(folder: Path, manifest: Manifest) -> Adapter:
     from adapter_hub.adapters.weights import read_adapter
 
-    return read_adapter(folder, labels=manifest.labels, prompt_template=manifest.prompt_template, generation=manifest.generation)
+    return read_adapter(
+        folder,
+        labels=manifest.labels,
+        prompt_template=manifest.prompt_template,
+        generation=manifest.generation,
+        problem_type=manifest.problem_type,
+    )
 
 
 def _fault(check: Callable[[], None]) -> HubError | None:
@@ -1010,7 +1092,7 @@ def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Ex
     return read_examples(source) if isinstance(source, str | Path) else as_examples(source)
 
 
-def _texts(what: str, texts: Any) -> tuple[str, ...]:
+def _texts(what: str, texts: Any) -> tuple[Any, ...]:
     """Of any iterable but one text. Raises InvalidInput."""
     if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
         hint = f"Give a list: [{texts[:20]!r}]." if isinstance(texts, str) else "Give a list of texts."
@@ -1018,13 +1100,20 @@ def _texts(what: str, texts: Any) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _inputs(texts: Any) -> tuple[str, ...]:
-    """Of what is to be routed or answered. Raises InvalidInput with the position of the text that cannot be read."""
-    found = _texts("texts", texts)
-    for position, text in enumerate(found, 1):
-        if reason := text_fault(text):
-            raise InvalidInput(f"text {position} of {len(found)} {reason}.", hint="Remove it or write its text.")
-    return found
+def _inputs(texts: Any) -> tuple[str | Conversation, ...]:
+    """Of what is to be routed or answered. Raises InvalidInput with the position of the one that cannot be read."""
+    given = _texts("texts", texts)
+    found: list[str | Conversation] = []
+    for position, text in enumerate(given, 1):
+        if isinstance(text, Mapping):
+            raise InvalidInput(f"text {position} of {len(given)} is one message.", hint="A conversation is a list of messages: [[…]].")
+        if isinstance(text, list | tuple):
+            found.append(Conversation.of(text, f"conversation {position} of {len(given)}"))
+        elif reason := text_fault(text):
+            raise InvalidInput(f"text {position} of {len(given)} {reason}.", hint="Remove it or write its text.")
+        else:
+            found.append(text)
+    return tuple(found)
 
 
 def _aligned(adapters: Any, count: int) -> Sequence[Named]:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.patterns import matches_end
 from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
 from adapter_hub.base_model import BUILDING, BaseKind, FrozenBase
 from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
@@ -71,6 +72,7 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
 
     Raises DoesNotFit naming the first difference, WrongBase, UnsupportedOption.
     """
+    _check_vocabulary(adapter, base)
     outputs = outputs_of(adapter.head) if adapter.head else 2
     found = {_canonical(base, key): tensor for key, tensor in adapter.tensors.items()}
     inside = {base.canonical(name) for name in base.model.state_dict()}
@@ -87,6 +89,28 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
             raise UnsupportedOption("target_modules", name, f"a {type(module).__name__} cannot be adapted, only linear modules and embeddings")
         if delta.embedding and delta.magnitude is not None:
             raise UnsupportedOption("use_dora", True, f"{name} is an embedding, and only linear modules are run as DoRA")
+
+
+def _check_vocabulary(adapter: Adapter, base: FrozenBase) -> None:
+    """All adapters share the base's tokens, and their vectors. Raises DoesNotFit, naming the tensor."""
+    model = cast(Any, base.model)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes = {name: cast(Tensor, module.weight).shape[0] for name, module in base.modules.items() if module in layers}    # tokens, by module
+    found = {name.removesuffix(".weight"): tensor.shape[0] for name, tensor in adapter.head.items() if name.endswith(".weight")}
+    adapted = {name: delta.a.shape[1] if delta.embedding else delta.b.shape[0] for name, delta in adapter.deltas.items()}
+    for name, tokens in sorted((found | adapted).items()):    # a file has no order
+        size = sizes.get(base.canonical(name))
+        if size is None:
+            continue
+        if tokens != size:
+            fact = f"{name!r} of the adapter has {tokens} tokens, the base has {size}: it was trained with a resized vocabulary"
+            raise DoesNotFit(f"{fact}.", hint="Save the resized base as a model of its own, and register the adapter with a registry for that.")
+        saved = any(matches_end(module, name) for module in adapter.settings.modules_to_save)
+        if name in found and not saved:
+            raise DoesNotFit(
+                f"tensor '{name}.weight' is the base's own, saved by PEFT's save_embedding_layers.",
+                hint="Save it with save_pretrained(folder, save_embedding_layers=False).",
+            )
 
 
 def check_acts(adapter: Adapter, base: FrozenBase) -> float:

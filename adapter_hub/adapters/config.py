@@ -25,6 +25,14 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class ProblemType(StrEnum):
+    """transformers' names for what the outputs of a SEQ_CLS head mean."""
+
+    SINGLE = "single_label_classification"    # one of the labels
+    MULTI = "multi_label_classification"      # any of the labels, each by itself
+    REGRESSION = "regression"                 # a number
+
+
 HEADED = frozenset({TaskType.SEQ_CLS, TaskType.TOKEN_CLS})
 
 # Options that only matter while training, and facts about the file itself.
@@ -38,6 +46,10 @@ _EXECUTED = frozenset(
 )
 # Initialisations that leave the base's own weights as they are.
 _HARMLESS_INITS = frozenset({"gaussian", "orthogonal", "eva"})
+_REASONS = {
+    "trainable_token_indices": "it replaces vectors of the base's vocabulary, and all adapters of a batch share one; LoRA on the embedding "
+    "(`embed_tokens` in target_modules) is run",
+}
 _OFF: tuple[object, ...] = (None, False, 0, "", "none", [], {})
 
 
@@ -75,7 +87,7 @@ def parse_config(config: Mapping[str, Any], source: object = "adapter_config.jso
         raise UnsupportedOption("peft_type", kind, "only LORA adapters are executed")
     for key, value in config.items():
         if key not in _EXECUTED and key not in _INERT and not _is_default(key, value):
-            raise UnsupportedOption(key, value)
+            raise UnsupportedOption(key, value, *([_REASONS[key]] if key in _REASONS else []))
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and not (isinstance(init, str) and init in _HARMLESS_INITS):
         raise UnsupportedOption(

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapter_hub.adapters.config import HEADED
-from adapter_hub.errors import AdapterRejected, CorruptAdapter, InvalidInput
+from adapter_hub.adapters.config import HEADED, TaskType
+from adapter_hub.errors import CorruptAdapter, InvalidInput
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,14 +31,14 @@ class AdapterFiles:
     repository: str | None = None     # of a hub id
     revision: str | None = None       # the commit that the hub gave
     labels: tuple[str, ...] | None = None    # of a model in memory whose config names its outputs
+    problem_type: str | None = None          # of a model in memory whose config says it
 
 
 def fetch_adapter(source: str | Path | PeftModel) -> AdapterFiles:
     """PEFT's two files of a folder, a hub repository or a model in memory.
 
     An existing folder wins over a hub id of the same spelling. Only the two files are ever fetched from a hub:
-    pickled weights and code stay where they are. Raises CorruptAdapter, InvalidInput, AdapterRejected for a model in memory whose
-    head is no choice of one label.
+    pickled weights and code stay where they are. Raises CorruptAdapter, InvalidInput.
     """
     if isinstance(source, str | Path):
         path = os.path.expanduser(source)
@@ -48,26 +48,24 @@ def fetch_adapter(source: str | Path | PeftModel) -> AdapterFiles:
             f"the source of an adapter cannot be {type(source).__name__}.",
             hint="Give a PEFT folder, a hub id 'org/name@revision', or a PeftModel.",
         )
-    labels = _labels_of(source)
+    labels, problem_type = _labels_of(source)
     with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
         name = source.active_adapter
         source.save_pretrained(folder, safe_serialization=True, selected_adapters=[name])
         # PEFT writes any adapter but "default" into a folder of its own.
-        return replace(read_files(Path(folder) if name == "default" else Path(folder) / name), labels=labels)
+        return replace(read_files(Path(folder) if name == "default" else Path(folder) / name), labels=labels, problem_type=problem_type)
 
 
-def _labels_of(model: PeftModel) -> tuple[str, ...] | None:
-    """The names that a model gives its outputs; None for those that transformers makes up. Raises AdapterRejected."""
-    if model.peft_config[model.active_adapter].task_type not in HEADED:
-        return None
+def _labels_of(model: PeftModel) -> tuple[tuple[str, ...] | None, str | None]:
+    """The names that a model gives its outputs, None for those that transformers makes up, and its problem type where it says one."""
+    task_type = model.peft_config[model.active_adapter].task_type
+    if task_type not in HEADED:
+        return None, None
     config: Any = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    if problem not in (None, "single_label_classification"):
-        hint = "Make an adapter for each label."
-        raise AdapterRejected(f"the model's problem_type is {problem!r}: a head is run as a choice of one label.", hint=hint)
     names = getattr(config, "id2label", None) or {}
     labels = tuple(str(names[number]) for number in sorted(names))
-    return None if all(label == f"LABEL_{number}" for number, label in enumerate(labels)) else labels
+    made_up = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
+    return None if made_up else labels, getattr(config, "problem_type", None) if task_type == TaskType.SEQ_CLS else None
 
 
 def read_files(folder: str | Path) -> AdapterFiles:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from adapter_hub.adapters.config import HEADED, LoraSettings, TaskType, parse_config
+from adapter_hub.adapters.config import HEADED, LoraSettings, ProblemType, TaskType, parse_config
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, read_files
 from adapter_hub.errors import CorruptAdapter, DoesNotFit, InvalidInput, LabelsRequired, NonFinite, UnsupportedOption
 
@@ -45,6 +45,7 @@ class Adapter:
     deltas: Mapping[str, LoraDelta]                # module name -> pair
     head: Mapping[str, Tensor]                     # tensor name in the task's model -> tensor; empty without a head
     labels: tuple[str, ...] | None                 # names of the head's outputs
+    problem_type: ProblemType | None = None        # SEQ_CLS: what they mean
     prompt_template: str | None = None             # with one {text}
     generation: Mapping[str, Any] = field(default_factory=dict)   # defaults for `generate`
 
@@ -75,8 +76,11 @@ def adapter_of(
     labels: tuple[str, ...] | None = None,
     prompt_template: str | None = None,
     generation: Mapping[str, Any] | None = None,
+    problem_type: str | None = None,
 ) -> Adapter:
-    """Parse PEFT's two files. Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired, InvalidInput."""
+    """Parse PEFT's two files, which do not say the problem type: one output is a regression, several are one label among them.
+
+    Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired, InvalidInput."""
     settings = parse_config(_json_of(files), files.origin)
     try:
         tensors = load(files.weights)
@@ -88,8 +92,9 @@ def adapter_of(
         if not torch.isfinite(tensor).all():
             raise NonFinite(f"tensor {key!r} holds NaN or infinity.", hint="Training diverged: lower the learning rate and train again.")
     deltas, head = _paired(settings, tensors)
-    _check_labels(settings, head, labels)
-    return Adapter(settings, deltas, head, labels, _checked_template(prompt_template), dict(generation or {}))
+    problem = _checked_problem(settings, head, problem_type)
+    _check_labels(settings, head, labels, problem)
+    return Adapter(settings, deltas, head, labels, problem, _checked_template(prompt_template), dict(generation or {}))
 
 
 def outputs_of(head: Mapping[str, Tensor]) -> int:
@@ -153,7 +158,28 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
     return deltas, head
 
 
-def _check_labels(settings: LoraSettings, head: Mapping[str, Tensor], labels: tuple[str, ...] | None) -> None:
+def _checked_problem(settings: LoraSettings, head: Mapping[str, Tensor], problem_type: str | None) -> ProblemType | None:
+    """What a SEQ_CLS head's outputs mean, as transformers has it; None for other tasks. Raises InvalidInput, DoesNotFit."""
+    if settings.task_type is not TaskType.SEQ_CLS:
+        if problem_type is not None:
+            fact = f"problem_type={problem_type!r} was given, but an adapter of task type {settings.task_type} has none"
+            raise InvalidInput(f"{fact}.", hint="Leave it out.")
+        return None
+    if problem_type is not None and problem_type not in list(ProblemType):
+        raise InvalidInput(f"problem_type={problem_type!r} is not known.", hint=f"There are: {', '.join(ProblemType)}.")
+    outputs = outputs_of(head) if head else 0
+    found = ProblemType(problem_type or (ProblemType.REGRESSION if outputs == 1 else ProblemType.SINGLE))
+    if found is ProblemType.REGRESSION and outputs > 1:
+        raise DoesNotFit(f"a regression gives one number, and the adapter's head has {outputs} outputs.", hint="Train one adapter for each.")
+    if found is ProblemType.SINGLE and outputs == 1:
+        hint = "Leave problem_type out for a regression, or say multi_label_classification for one label's yes or no."
+        raise DoesNotFit("one label among one is no choice: the adapter's head has one output.", hint=hint)
+    return found
+
+
+def _check_labels(
+    settings: LoraSettings, head: Mapping[str, Tensor], labels: tuple[str, ...] | None, problem_type: ProblemType | None
+) -> None:
     if settings.task_type not in HEADED:
         if labels:
             raise LabelsRequired(f"labels were given, but an adapter of task type {settings.task_type} has no head.", hint="Leave labels out.")
@@ -161,8 +187,10 @@ def _check_labels(settings: LoraSettings, head: Mapping[str, Tensor], labels: tu
     if not head:
         raise DoesNotFit(f"a {settings.task_type} adapter needs its head, and the file has none.", hint="Train with modules_to_save naming the head.")
     outputs = outputs_of(head)
-    if outputs == 1:
-        raise UnsupportedOption("num_labels", 1, "a head of one output is a regression, and only classification heads are executed")
+    if problem_type is ProblemType.REGRESSION and labels is None:
+        return
+    if settings.task_type is TaskType.TOKEN_CLS and outputs == 1:
+        raise UnsupportedOption("num_labels", 1, "a head of one output gives every token the same label")
     if not labels:
         raise LabelsRequired(f"the adapter's head has {outputs} outputs without names.", hint="Pass labels=[…], one for each output, in order.")
     if len(labels) != outputs:

@@ -55,6 +55,11 @@ def line(text: str) -> None:
     print(shown(text, chars_max=10_000))
 
 
+def piece(text: str) -> None:
+    """A part of a text as it comes, without bytes that a terminal would obey."""
+    print("".join(char for char in text if char.isprintable() or char in "\n\t"), end="", flush=True)
+
+
 def facts(document: Mapping[str, JSON]) -> None:
     """One field a line, nested fields indented."""
     width = max((len(key) for key in document), default=0)

@@ -45,6 +45,7 @@ from adapter_hub.cli.console import (
     facts,
     in_full,
     line,
+    piece,
     predictions,
     progress_bar,
     reembedded,
@@ -179,6 +180,7 @@ def register(
     license: Annotated[str | None, typer.Option(help="SPDX id or text.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help='Text with {text} in it, put around each input.')] = None,
     generation: Generation = "",
+    problem_type: Annotated[str | None, typer.Option(help="Of a text classifier's head: multi_label_classification, regression, …")] = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Check an adapter, then store it as the next version of NAME."""
@@ -189,6 +191,7 @@ def register(
     ref = hub.register(
         name, source, known, description, labels=label_names(labels), tags=tag or (), promote=promote, assume_base=assume_base,
         evaluation=held_out, license=license, prompt_template=prompt_template, generation=settings,
+        problem_type=problem_type,
     )
     live = hub.registry.aliases(ref.name).get("production") == ref.version
     said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")
@@ -421,12 +424,20 @@ def predict(
     adapter: Annotated[str, typer.Option(metavar="REF", help="Answer with this one; do not route.", autocompletion=complete_ref)] = "",
     mix: Annotated[int, typer.Option("--mix", metavar="K", help="Let the K best candidates answer together, where they can.", min=1)] = 1,
     generation: Generation = "",
+    stream: Annotated[bool, typer.Option("--stream", help="Write the text of one input as it comes, and nothing else.")] = False,
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Answer each input with the adapter it belongs to."""
     inputs, settings = read_texts(texts, file), json_object("--generation", generation)
+    if stream and (as_json or len(inputs) != 1):
+        raise InvalidInput("--stream writes the text of one input as it comes.", hint="Give one input, and no --json.")
     hub = _open(ctx, registry)
+    if stream:
+        for text in hub.stream(inputs[0], adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix):
+            piece(text)
+        piece("\n")
+        return
     found = hub.predict(inputs, adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix)
     emit(_beside(inputs, found), as_json, predictions)
 

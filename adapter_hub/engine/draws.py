@@ -7,6 +7,7 @@ thread's calls are answered row by row instead, and the process's state is neith
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ SEED_BITS = 63
 
 
 class Draws(TorchFunctionMode):
-    """`seed` makes every row's draws the same each time; without one, each row's come from the system's randomness."""
+    """A row's seed makes its draws the same each time; without one they come from the system's randomness."""
 
-    def __init__(self, rows: int, seed: int | None, device: torch.device) -> None:
+    def __init__(self, seeds: Sequence[int | None], device: torch.device) -> None:
         super().__init__()
-        self._generators = [torch.Generator(device).manual_seed(secrets.randbits(SEED_BITS) if seed is None else seed) for _ in range(rows)]
+        self._generators = [torch.Generator(device).manual_seed(secrets.randbits(SEED_BITS) if seed is None else seed) for seed in seeds]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.multinomial:

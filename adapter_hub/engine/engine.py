@@ -21,16 +21,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from adapter_hub.adapters.config import HEADED, TaskType
+from adapter_hub.adapters.config import HEADED, ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
+from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.draws import Draws
-from adapter_hub.engine.generation import check_generation, merged
+from adapter_hub.engine.generation import Settings, check_generation, for_model, kinds, merged
 from adapter_hub.engine.heads import Head, probabilities, summed
+from adapter_hub.engine.limits import Limits, Step
 from adapter_hub.engine.lora_layers import MixedLayers, Part
 from adapter_hub.engine.mixtures import Mixture, Shares, canonical, obstacle
 from adapter_hub.engine.plan import Batch, BatchPlan, Row, forecast, halves, plan_batches
 from adapter_hub.engine.slots import Facts, Mean, Resident, Slots
+from adapter_hub.engine.stream import Stream, Tell
 from adapter_hub.engine.table import Table
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.examples import text_fault
@@ -41,6 +44,7 @@ log = logging.getLogger("adapter_hub")
 # n rows, t tokens, d hidden width, c labels, k adapters of a row, at most
 SLOTS_MAX, BYTES_MAX = 64, 2**31
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
+LIKELY = 0.5         # from this probability on a label of several is given
 _BASE = Facts(None, None, None)
 
 
@@ -48,7 +52,7 @@ _BASE = Facts(None, None, None)
 class Request:
     """One input and what answers it: a version, several together, or None for the base model."""
 
-    text: str
+    text: str | Conversation                # a conversation where the row generates
     adapter: AdapterRef | Mixture | None    # resolved
 
 
@@ -70,11 +74,23 @@ class Output:
     """What one row got. Which fields are filled follows from the adapter's task type."""
 
     label: str | None = None                       # SEQ_CLS: the most probable label
-    scores: Mapping[str, float] = field(default_factory=dict)    # SEQ_CLS: label -> probability
+    scores: Mapping[str, float] = field(default_factory=dict)    # SEQ_CLS: label -> probability, of several labels each by itself
+    labels: tuple[str, ...] | None = None          # SEQ_CLS of several labels: the likely ones, in the order of the head
+    value: float | None = None                     # SEQ_CLS, regression
     tokens: tuple[TokenLabel, ...] | None = None   # TOKEN_CLS
     vector: NDArray[np.float32] | None = None      # embeddings, and the base's rows on an encoder: (d,)
     text: str | None = None                        # generation: what was added to the prompt
     truncated: bool = False                        # the input was longer than the base's max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The rows of a request, aligned."""
+
+    shares: Sequence[Shares]
+    facts: Sequence[Facts]
+    settings: Sequence[Settings | None]    # None: hidden states are enough
+    encoded: Sequence[Encoded]
 
 
 class Engine:
@@ -90,8 +106,10 @@ class Engine:
     def evict(self, ref: AdapterRef) -> None:
         self.slots.evict(ref)
 
-    def predict(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output]:
-        """One output for each request, in order. `generation` overrides the adapters' own settings.
+    def predict(
+        self, requests: Sequence[Request], *, generation: Settings | Sequence[Settings | None] | None = None
+    ) -> list[Output]:
+        """One output for each request, in order. `generation` overrides the adapters' own settings, for all rows or one mapping a row.
 
         A row's result depends on its neighbours by no more than rounding (1e-5); the same request gives the same bytes. What is
         sampled depends on the row and its `seed` alone, so rows of one text and seed get one answer; without a seed each draws anew.
@@ -100,22 +118,45 @@ class Engine:
         Raises InvalidInput for an empty text (with its position), an unknown generation setting or adapters that do not mix,
         and what `load` raises. Where the adapters do not fit into the slots together, a warning says what loading them again costs.
         """
-        call = check_generation(generation or {})
-        for position, request in enumerate(requests, 1):
-            if fault := text_fault(request.text):
-                raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
-        shares = [canonical(request.adapter) for request in requests]
-        facts = [self._facts(row) for row in shares]
-        kinds = [self._kind(fact, call) for fact in facts]
-        encoded = self._encode([request.text for request in requests], facts, kinds)
+        asked = self._asked(requests, generation)
         outputs: dict[int, Output] = {}
-        batches = self._plan(shares, facts, kinds, encoded).batches
+        batches = self._plan(asked).batches
         try:
             for batch, after in zip_longest(batches, batches[1:]):
-                outputs |= self._ran(batch, shares, facts, encoded, after.adapters if after else ())
+                outputs |= self._ran(batch, asked, after.adapters if after else ())
         finally:
             self.slots.release({ref for batch in batches for ref in batch.adapters})
         return [outputs[i] for i in range(len(requests))]
+
+    def stream(self, request: Request, *, generation: Settings | None = None) -> Stream:
+        """The text that `predict` gives this request alone, piece by piece as it is written.
+
+        Raises InvalidInput as `predict` does, and for what has no pieces: beams, labels, vectors. What comes up later, its iterator raises.
+        """
+        asked = self._asked([request], generation)
+        settings = asked.settings[0]
+        if settings is None:
+            raise InvalidInput("this row gets labels, a number or a vector: there is no text to stream.", hint="Use predict.")
+        if settings["num_beams"] > 1:
+            raise InvalidInput(f"num_beams={settings['num_beams']} cannot be streamed: beams agree on a text at its end.", hint="Use predict.")
+        [batch] = self._plan(asked).batches
+
+        def run(tell: Tell) -> str:
+            [output] = self._ran(batch, asked, (), lambda ids: tell(self.base.settled(ids))).values()
+            return output.text or ""
+
+        return Stream(run, truncated=asked.encoded[0].truncated)
+
+    def _asked(self, requests: Sequence[Request], generation: Settings | Sequence[Settings | None] | None) -> _Asked:
+        """Raises InvalidInput."""
+        calls = _calls(generation, len(requests))
+        for position, request in enumerate(requests, 1):
+            if fault := text_fault(question_of(request.text)):
+                raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
+        shares = [canonical(request.adapter) for request in requests]
+        facts = [self._facts(row) for row in shares]
+        settings = [self._settings(fact, call) for fact, call in zip(facts, calls, strict=True)]
+        return _Asked(shares, facts, settings, self._encode([request.text for request in requests], facts, settings))
 
     def answers(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output | HubError]:
         """As `predict`, but a row that cannot be answered has the reason in its place, and the others are answered.
@@ -145,16 +186,13 @@ class Engine:
             return error
         return None
 
-    def _ran(
-        self, batch: Batch, shares: Sequence[Shares], facts: Sequence[Facts], encoded: Sequence[Encoded], then: Sequence[AdapterRef]
-    ) -> dict[int, Output]:
+    def _ran(self, batch: Batch, asked: _Asked, then: Sequence[AdapterRef], step: Step | None = None) -> dict[int, Output]:
         """The outputs of one batch, in halves where memory is short. The files of the adapters that come `then` are read meanwhile."""
-        run = self._hidden if batch.kind == HIDDEN else self._generate
         try:
             with self.slots.hold(batch.adapters) as held, torch.inference_mode():
                 self.slots.read_ahead(then)
                 started = time.perf_counter()
-                outputs = run(batch, held, shares, facts, encoded)
+                outputs = self._hidden(batch, held, asked) if batch.kind == HIDDEN else self._generate(batch, held, asked, step)
                 self.row_ms.add(1000 * (time.perf_counter() - started), len(outputs))
                 return outputs
         except (MemoryError, RuntimeError) as error:
@@ -162,14 +200,21 @@ class Engine:
                 raise
             log.warning("a batch of %d rows needs more memory than there is: it is run in halves.", len(batch.rows))
         # After the exception and what its frames hold are gone.
-        return {i: output for half in halves(batch) for i, output in self._ran(half, shares, facts, encoded, ()).items()}
+        return {i: output for half in halves(batch) for i, output in self._ran(half, asked, ()).items()}
 
-    def _plan(self, shares: Sequence[Shares], facts: Sequence[Facts], kinds: Sequence[Hashable], encoded: Sequence[Encoded]) -> BatchPlan:
+    def _plan(self, asked: _Asked) -> BatchPlan:
+        tokens = list(map(len, asked.encoded))
+        kind: list[Hashable] = [HIDDEN] * len(tokens)
+        writing = [(i, settings) for i, settings in enumerate(asked.settings) if settings is not None]
+        limit = self.base.tokens_limit if self.base.kind is BaseKind.CAUSAL else None
+        found = kinds([settings for _, settings in writing], [tokens[i] for i, _ in writing], limit)
+        for (i, settings), one in zip(writing, found, strict=True):
+            kind[i], tokens[i] = one, tokens[i] + int(settings["max_new_tokens"])
         rows = [
-            Row(tuple(ref for ref, _ in row), kind, len(ids), fact.form or () if len(row) == 1 else ())
-            for row, fact, kind, ids in zip(shares, facts, kinds, encoded, strict=True)
+            Row(tuple(ref for ref, _ in row), one, count, fact.form or () if len(row) == 1 else ())
+            for row, fact, one, count in zip(asked.shares, asked.facts, kind, tokens, strict=True)
         ]
-        known = {ref: self.slots.facts(ref) for ref in {ref for row in shares for ref, _ in row}}
+        known = {ref: self.slots.facts(ref) for ref in {ref for row in asked.shares for ref, _ in row}}
         sizes, mergeable = {ref: fact.bytes for ref, fact in known.items()}, {ref for ref, fact in known.items() if fact.mergeable}
         places = {"slots_max": self.slots.slots_max, "bytes_max": self.slots.bytes_max}
         plan = plan_batches(rows, sizes=sizes, mergeable=mergeable, **places)
@@ -208,50 +253,64 @@ class Engine:
         """
         settings = check_generation(adapter.generation)
         facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, settings)
-        self._encode(["text"], [facts], [self._kind(facts, {})])
+        self._encode(["text"], [facts], [self._settings(facts, {})])
         return settings
 
-    def _kind(self, facts: Facts, call: Mapping[str, Any]) -> Hashable:
-        """HIDDEN, or the generation settings of this row."""
+    def _settings(self, facts: Facts, call: Settings) -> Settings | None:
+        """How this row generates; None where hidden states are enough."""
         generates = facts.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
         if facts is _BASE:
             generates = self.base.kind is not BaseKind.ENCODER
-        return merged(facts.generation, call) if generates else HIDDEN
+        return dict(merged(facts.generation, call)) if generates else None
 
-    def _encode(self, texts: Sequence[str], facts: Sequence[Facts], kinds: Sequence[Hashable]) -> list[Encoded]:
+    def _encode(
+        self, texts: Sequence[str | Conversation], facts: Sequence[Facts], settings: Sequence[Settings | None]
+    ) -> list[Encoded]:
         """Cut to what the model can take, with room for what a causal model will write. What is cut is the text, never its template."""
         found: list[Encoded | None] = [None] * len(texts)
-        for kind in dict.fromkeys(kinds):
-            rows = [i for i, other in enumerate(kinds) if other == kind]
-            limit = self.base.max_tokens
-            if kind != HIDDEN:
-                limit = self._prompt_limit(int(dict(cast(Any, kind))["max_new_tokens"]))
-            for i, ids in zip(rows, self.base.encode([_prompt(facts[i], texts[i]) for i in rows], max_tokens=limit), strict=True):
-                found[i] = ids if facts[i].prompt_template is None else self._in_template(facts[i], texts[i], ids, limit)
+        plain: dict[int, list[tuple[int, str]]] = {}    # by limit: many texts are read at once
+        for i, (text, row) in enumerate(zip(texts, settings, strict=True)):
+            limit = self.base.max_tokens if row is None else self._prompt_limit(int(row["max_new_tokens"]))
+            if (conversation := _conversation(text, facts[i], row)) is not None:
+                found[i] = self._in_chat(conversation, facts[i], limit)
+            else:
+                plain.setdefault(limit, []).append((i, question_of(text)))
+        for limit, rows in plain.items():
+            encoded = self.base.encode([_prompt(facts[i], text) for i, text in rows], max_tokens=limit)
+            for (i, text), ids in zip(rows, encoded, strict=True):
+                found[i] = ids if facts[i].prompt_template is None else self._in_template(facts[i], text, ids, limit)
         return cast(list[Encoded], found)
 
     def _in_template(self, facts: Facts, text: str, ids: Encoded, limit: int) -> Encoded:
         """With offsets that count in the text, not in the prompt made of it; where the prompt was cut, with less of the text instead."""
         if ids.truncated:
-            kept = self._fitting(facts, text, limit)
-            text = text[:kept]
+
+            def cut(characters: int) -> bool:
+                return self.base.encode([_prompt(facts, text[:characters])], max_tokens=limit)[0].truncated
+
+            text = text[: _fitting(f"the prompt template {(facts.prompt_template or '')[:60]!r}", cut, len(text), limit)]
             ids = replace(self.base.encode([_prompt(facts, text)], max_tokens=limit)[0], truncated=True)
         return _of_text(facts, text, ids)
 
-    def _fitting(self, facts: Facts, text: str, limit: int) -> int:
-        """How many characters of the text the template leaves room for. Raises InvalidInput for none."""
+    def _in_chat(self, conversation: Conversation, facts: Facts, limit: int) -> Encoded:
+        """Where it is too long, without its oldest questions and answers, and in the end with less of the last question."""
 
-        def cut(characters: int) -> bool:
-            return self.base.encode([_prompt(facts, text[:characters])], max_tokens=limit)[0].truncated
+        def encoded(some: Conversation) -> Encoded:
+            return self.base.encode_chat(some.asking(_prompt(facts, some.question)).messages)
 
-        most = limit    # doubled until it is too many: the search takes no longer for a longer text
-        while most < len(text) and not cut(most):
-            most *= 2
-        kept = bisect.bisect_left(range(min(most, len(text))), True, key=cut) - 1
-        if kept < 1:
-            shown = repr((facts.prompt_template or "")[:60])
-            raise InvalidInput(f"the prompt template {shown} leaves no room for a text in {limit} tokens.", hint="Shorten the template.")
-        return kept
+        ids = encoded(conversation)
+        if len(ids) <= limit:
+            return ids
+        *older, last = conversation.questions
+        kept = bisect.bisect_left(older, True, key=lambda at: len(encoded(conversation.since(at))) <= limit)
+        conversation = conversation.since([*older, last][kept])
+        ids = encoded(conversation)
+        if len(ids) > limit:
+            text = conversation.question
+            what = "the chat template, with the system text," if conversation.messages[0][0] == "system" else "the chat template"
+            characters = _fitting(what, lambda count: len(encoded(conversation.asking(text[:count]))) > limit, len(text), limit)
+            ids = encoded(conversation.asking(text[:characters]))
+        return replace(ids, truncated=True)
 
     def _prompt_limit(self, new: int) -> int:
         """Longest prompt when `new` tokens are to be written. Raises InvalidInput."""
@@ -303,11 +362,9 @@ class Engine:
 
     # ---- classification and embeddings --------------------------------------------------------------------------
 
-    def _hidden(
-        self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], facts: Sequence[Facts], encoded: Sequence[Encoded]
-    ) -> dict[int, Output]:
-        inputs = self.base.pad([encoded[i] for i in batch.rows])
-        with self._adapted(batch, held, shares) as model:
+    def _hidden(self, batch: Batch, held: Sequence[Resident], asked: _Asked) -> dict[int, Output]:
+        inputs = self.base.pad([asked.encoded[i] for i in batch.rows])
+        with self._adapted(batch, held, asked.shares) as model:
             body = self.base.body_of(model)(**inputs)
         residents = dict(zip(batch.adapters, held, strict=True))
         outputs: dict[int, Output] = {}
@@ -315,15 +372,13 @@ class Engine:
         for segment in batch.segments:
             places = torch.arange(start, start + len(segment.rows), device=self.base.device)
             start += len(segment.rows)
-            fact, ids = facts[segment.rows[0]], [encoded[i] for i in segment.rows]
+            fact, ids = asked.facts[segment.rows[0]], [asked.encoded[i] for i in segment.rows]
             if fact.task_type in HEADED:
-                assert fact.labels is not None
                 heads = [cast(Head, residents[ref].head) for ref in segment.adapters]
-                weights = [[weight for _, weight in shares[i]] for i in segment.rows]
+                weights = [[weight for _, weight in asked.shares[i]] for i in segment.rows]
                 logits = summed([head.logits(body, inputs, places) for head in heads], weights)
-                scores = probabilities(logits).cpu().numpy()
-                classify = _token_labels if fact.task_type is TaskType.TOKEN_CLS else _label
-                made = [classify(fact.labels, row, one) for row, one in zip(scores, ids, strict=True)]
+                scores = probabilities(logits, fact.problem_type).cpu().numpy()
+                made = [_classified(fact, row, one) for row, one in zip(scores, ids, strict=True)]
             else:
                 pooled = self.base.pool(body.last_hidden_state[places], inputs["attention_mask"][places]).float().cpu().numpy()
                 made = [Output(vector=vector, truncated=one.truncated) for vector, one in zip(pooled, ids, strict=True)]
@@ -332,30 +387,73 @@ class Engine:
 
     # ---- generation ---------------------------------------------------------------------------------------------
 
-    def _generate(
-        self, batch: Batch, held: Sequence[Resident], shares: Sequence[Shares], _: Sequence[Facts], encoded: Sequence[Encoded]
-    ) -> dict[int, Output]:
-        settings = dict(cast(Any, batch.kind))
-        seed = settings.pop("seed", None)
-        stop = settings.pop("stop_strings", None)
+    def _generate(self, batch: Batch, held: Sequence[Resident], asked: _Asked, step: Step | None) -> dict[int, Output]:
+        rows = [cast(Settings, asked.settings[i]) for i in batch.rows]
+        encoded = [asked.encoded[i] for i in batch.rows]
         tokenizer = self.base.tokenizer
-        inputs = self.base.pad([encoded[i] for i in batch.rows], generation=True)
+        inputs = self.base.pad(encoded, generation=True)
         inputs.pop("token_type_ids", None)
+        settings = for_model(rows[0]) | {"max_new_tokens": max(row["max_new_tokens"] for row in rows)}
+        seeds = [row.get("seed") for row in rows]
+        limits, criteria = None, list[Any]()
+        if settings["num_beams"] > 1:
+            stop, _ = settings.pop("stop_strings", None), settings.pop("seed", None)
+            criteria += [self.base.stopping(stop)] if stop else []
+        else:
+            limits = Limits(self.base, rows, step)
+            criteria.append(limits)
         config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(self.base.model, tokenizer))
-        if stop:
-            config.stop_strings = [stop] if isinstance(stop, str) else list(stop)
-        draws = Draws(len(batch.rows), seed, self.base.device) if settings["do_sample"] else nullcontext()
-        with self._adapted(batch, held, shares, steps=True) as model, draws:
-            written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, tokenizer=tokenizer if stop else None)
-        if self.base.kind is BaseKind.CAUSAL:
-            written = written[:, inputs["input_ids"].shape[1] :]
-        texts = self.base.decode(written)
-        return {i: Output(text=text, truncated=encoded[i].truncated) for i, text in zip(batch.rows, texts, strict=True)}
+        draws = Draws(seeds, self.base.device) if settings["do_sample"] else nullcontext()
+        with self._adapted(batch, held, asked.shares, steps=True) as model, draws:
+            written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, stopping_criteria=criteria)
+        if limits is not None:
+            new: Tensor | list[Tensor] = limits.cut(written)
+        else:
+            new = written[:, inputs["input_ids"].shape[1] :] if self.base.kind is BaseKind.CAUSAL else written
+        texts = self.base.decode(new)
+        return {i: Output(text=text, truncated=one.truncated) for i, text, one in zip(batch.rows, texts, encoded, strict=True)}
 
 
 def _out_of_memory(error: Exception) -> bool:
     """torch says it of a device by its own class, of the CPU in words alone."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _calls(generation: Settings | Sequence[Settings | None] | None, count: int) -> list[Settings]:
+    """The settings of each row of a call, checked. Raises InvalidInput."""
+    if isinstance(generation, str) or not isinstance(generation, Sequence):
+        return [check_generation({} if generation is None else generation)] * count
+    if len(generation) != count:
+        fact = f"{len(generation)} generation settings were given for {count} texts"
+        raise InvalidInput(f"{fact}.", hint="Give one mapping for each text, or one for all.")
+    return [check_generation(row or {}, f"generation {position}") for position, row in enumerate(generation, 1)]
+
+
+def _conversation(text: str | Conversation, facts: Facts, settings: Settings | None) -> Conversation | None:
+    """What goes into the chat template; None for a text that goes without. Raises InvalidInput."""
+    if isinstance(text, Conversation):
+        if settings is None:
+            raise InvalidInput("a conversation is for a model that writes; this row gets labels, a number or a vector.", hint="Give its text.")
+        if facts.prompt_template is not None:
+            shown = repr(facts.prompt_template[:60])
+            raise InvalidInput(f"the adapter's prompt template {shown} takes a text, not a conversation.", hint="Give its text.")
+        return text.under(settings.get("system"))
+    if settings is None or not settings.get("chat"):
+        if settings is not None and "system" in settings:
+            raise InvalidInput("the setting `system` is for a chat.", hint='Give {"chat": true} as well, or ask with a conversation.')
+        return None
+    return Conversation((("user", text),)).under(settings.get("system"))
+
+
+def _fitting(what: str, cut: Callable[[int], bool], length: int, limit: int) -> int:
+    """How many characters of a text there is room for; `cut` says whether so many are too many. Raises InvalidInput for none."""
+    most = limit    # doubled until it is too many: the search takes no longer for a longer text
+    while most < length and not cut(most):
+        most *= 2
+    kept = bisect.bisect_left(range(min(most, length)), True, key=cut) - 1
+    if kept < 1:
+        raise InvalidInput(f"{what} leaves no room for a text in {limit} tokens.", hint="Shorten it, or ask for fewer new tokens.")
+    return kept
 
 
 def _prompt(facts: Facts, text: str) -> str:
@@ -369,9 +467,17 @@ def _of_text(facts: Facts, text: str, ids: Encoded) -> Encoded:
     return replace(ids, offsets=tuple((start, end) if start < end else (0, 0) for start, end in moved))
 
 
-def _label(labels: tuple[str, ...], scores: NDArray[np.float32], ids: Encoded) -> Output:
-    found = {label: float(score) for label, score in zip(labels, scores, strict=True)}
-    return Output(label=labels[int(scores.argmax())], scores=found, truncated=ids.truncated)
+def _classified(facts: Facts, scores: NDArray[np.float32], ids: Encoded) -> Output:
+    """Of a head's probabilities (c,), or (t, c) for tokens; of a regression its number (1,)."""
+    if facts.problem_type is ProblemType.REGRESSION:
+        return Output(value=float(scores[0]), truncated=ids.truncated)
+    assert facts.labels is not None
+    if facts.task_type is TaskType.TOKEN_CLS:
+        return _token_labels(facts.labels, scores, ids)
+    found = {label: float(score) for label, score in zip(facts.labels, scores, strict=True)}
+    if facts.problem_type is ProblemType.MULTI:
+        return Output(labels=tuple(label for label, score in found.items() if score >= LIKELY), scores=found, truncated=ids.truncated)
+    return Output(label=facts.labels[int(scores.argmax())], scores=found, truncated=ids.truncated)
 
 
 def _token_labels(labels: tuple[str, ...], scores: NDArray[np.float32], ids: Encoded) -> Output:

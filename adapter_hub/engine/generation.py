@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from adapter_hub.errors import InvalidInput
@@ -27,7 +27,14 @@ _ALLOWED: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "no_repeat_ngram_size": (int, "a whole number"),
     "stop_strings": ((list, tuple, str), "texts that are not empty"),
     "seed": (int, "a whole number, for do_sample"),    # of every row's own draws
+    "chat": (bool, "true or false"),                   # a text is one user's message in the tokenizer's chat template
+    "system": (str, "a text that is not empty"),       # before a conversation that brings none itself
 }
+# What a row has for itself, whoever stands beside it in a batch. Beams of a batch end together, so they share all but the chat.
+_CHAT = ("chat", "system")
+_PER_ROW = ("max_new_tokens", "stop_strings", "seed", *_CHAT)
+# A row that is done is run along until the last one is: at most so many times longer than it asked for.
+RIDE_MAX = 8
 _AT_LEAST_ONE = ("max_new_tokens", "num_beams")
 _ABOVE_ZERO = ("temperature", "top_p", "repetition_penalty")
 _AT_MOST_ONE = ("top_p", "min_p")
@@ -58,7 +65,39 @@ def _in_range(key: str, value: Any) -> bool:
     return math.isfinite(value) and low <= value <= high and not (key in _ABOVE_ZERO and value <= 0)
 
 
+Settings = Mapping[str, Any]
+
+
+def for_model(settings: Settings) -> dict[str, Any]:
+    """Those that a whole batch shares, by transformers' names: what rows that share a forward must agree in."""
+    own = _CHAT if settings["num_beams"] > 1 else _PER_ROW
+    return {key: value for key, value in settings.items() if key not in own}
+
+
+def kinds(rows: Sequence[Settings], tokens: Sequence[int], tokens_limit: int | None) -> list[Hashable]:
+    """What rows of one kind have in common, so that they can share a forward; `tokens` is each prompt's length.
+
+    Greedy and sampled rows differ freely in limits of like size, stop strings and seeds. Where a model takes only `tokens_limit`
+    tokens in all, a prompt too long for its neighbours' limit keeps to rows of its own.
+    """
+    shared = [tuple(sorted(for_model(row).items())) for row in rows]
+    limits = {(own, int(row["max_new_tokens"])) for own, row in zip(shared, rows, strict=True)}
+    leaders: dict[tuple[Any, int], int] = {}
+    leader: dict[Any, int] = {}
+    for own, new in sorted(limits, key=lambda pair: -pair[1]):
+        if own not in leader or leader[own] > RIDE_MAX * new:
+            leader[own] = new
+        leaders[own, new] = leader[own]
+    found: list[Hashable] = []
+    for own, row, prompt in zip(shared, rows, tokens, strict=True):
+        new = int(row["max_new_tokens"])
+        most = leaders[own, new]
+        fits = tokens_limit is None or prompt + most <= tokens_limit
+        found.append((own, most if fits else ("full", new)))
+    return found
+
+
 def merged(adapter: Mapping[str, Any], call: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    """Defaults, then the adapter's own, then the call's; as sorted pairs, so that equal settings can share a batch."""
+    """Defaults, then the adapter's own, then the call's; as sorted pairs, so that they can be compared."""
     settings = {**DEFAULTS, **adapter, **(call or {})}
     return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items()))

@@ -17,7 +17,7 @@ from transformers import BatchEncoding, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from adapter_hub.adapters.checks import skeletons
-from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter, outputs_of
 from adapter_hub.base_model import FrozenBase
 
@@ -82,6 +82,8 @@ def summed(logits: Sequence[Tensor], weights: Sequence[Sequence[float]]) -> Tens
     return torch.einsum("kn...,nk->n...", torch.stack(list(logits)).float(), shares)
 
 
-def probabilities(logits: Tensor) -> Tensor:
-    """Softmax over labels, in float32."""
-    return torch.softmax(logits.float(), dim=-1)
+def probabilities(logits: Tensor, problem_type: ProblemType | None = None) -> Tensor:
+    """Over the labels, in float32: of several labels each by itself (sigmoid), else of one among them (softmax). Regression: the numbers."""
+    if problem_type is ProblemType.REGRESSION:
+        return logits.float()
+    return torch.sigmoid(logits.float()) if problem_type is ProblemType.MULTI else torch.softmax(logits.float(), dim=-1)

@@ -64,6 +64,8 @@ def obstacle(first: tuple[AdapterRef, Facts], other: tuple[AdapterRef, Facts]) -
     tasks = [facts.task_type or TaskType.FEATURE_EXTRACTION for facts in (ours, theirs)]
     if tasks[0] != tasks[1]:
         return f"the task of {a} is {tasks[0]}, that of {b} is {tasks[1]}"
+    if ours.problem_type != theirs.problem_type:
+        return f"the problem type of {a} is {ours.problem_type}, that of {b} is {theirs.problem_type}"
     if ours.labels != theirs.labels:
         return _other_labels(a, ours.labels or (), b, theirs.labels or ())
     if ours.prompt_template != theirs.prompt_template:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.generation import check_generation
@@ -49,6 +49,7 @@ class Facts:
     form: Form | None = None    # None: the base model
     bytes: int = 0              # that it takes while it is resident
     mergeable: bool = False     # into a copy of the base
+    problem_type: ProblemType | None = None    # SEQ_CLS
 
 
 class Mean:
@@ -200,7 +201,7 @@ class Slots:
         form, updates = Form.of(adapter), self._layers.bind(adapter)
         size = sum(update.bytes(form.rank) for update in updates.values())
         whole = mergeable(self._base, updates, self.bytes_max)
-        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, whole)
+        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, whole, adapter.problem_type)
         return facts, updates, self._heads.of(adapter) if adapter.head else None
 
     def merged(self, ref: AdapterRef, held: Resident) -> PreTrainedModel:

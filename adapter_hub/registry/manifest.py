@@ -29,6 +29,7 @@ class VersionFacts:
     encoder_fingerprint: str | None = None
     task_type: str | None = None                    # PEFT's word, e.g. SEQ_CLS
     labels: tuple[str, ...] | None = None           # names of the head's outputs, in their order
+    problem_type: str | None = None                 # of SEQ_CLS, transformers' word; None: one label among them
     prompt_template: str | None = None              # text with {text} in it
     generation: Mapping[str, JSON] = field(default_factory=dict)
     metrics: Mapping[str, JSON] = field(default_factory=dict)
@@ -43,7 +44,8 @@ class VersionFacts:
     def __post_init__(self) -> None:
         for key in ("base_model", "base_fingerprint", "description"):
             _check(isinstance(getattr(self, key), str), key, getattr(self, key), "text")
-        for key in ("encoder_fingerprint", "task_type", "prompt_template", "training_data_digest", "parent", "license", "source", "revision"):
+        optional = ("encoder_fingerprint", "task_type", "problem_type", "prompt_template", "training_data_digest", "parent", "license")
+        for key in (*optional, "source", "revision"):
             _check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, getattr(self, key), "text or None")
         texts = [value for item in fields(VersionFacts) if isinstance(value := getattr(self, item.name), str)]
         _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
@@ -121,7 +123,7 @@ class Manifest(VersionFacts):
         row = {"schema": MANIFEST_SCHEMA, "name": self.name, "version": self.version, "digest": self.digest} | asdict(self)
         row["labels"] = None if self.labels is None else list(self.labels)
         row["tags"] = list(self.tags)
-        for key in ("purged_at", "source", "revision"):    # what most versions lack is not in their manifest
+        for key in ("purged_at", "source", "revision", "problem_type"):    # what most versions lack is not in their manifest
             if row[key] is None:
                 del row[key]
         return row
@@ -203,6 +205,7 @@ def model_card(manifest: Manifest) -> str:
         ("base model", f"`{_cell(manifest.base_model)}`"),
         ("base fingerprint", manifest.base_fingerprint and f"`{manifest.base_fingerprint}`"),
         ("task", _cell(manifest.task_type or "features")),
+        ("problem", _cell((manifest.problem_type or "").replace("_", " "))),
         ("labels", _cell(", ".join(manifest.labels or ()))),
         ("metrics", _cell(", ".join(f"{key} {_figure(value)}" for key, value in manifest.metrics.items()))),
         ("made from", _cell(manifest.parent or "")),
@@ -246,7 +249,10 @@ def _auto_class(manifest: Manifest) -> str:
 
 
 def _head_size(manifest: Manifest) -> str:
-    return f", num_labels={len(manifest.labels)}" if manifest.labels and manifest.task_type in ("SEQ_CLS", "TOKEN_CLS") else ""
+    if manifest.problem_type == "regression":
+        return ", num_labels=1"
+    more = f', problem_type="{manifest.problem_type}"' if manifest.problem_type else ""
+    return f", num_labels={len(manifest.labels)}{more}" if manifest.labels and manifest.task_type in ("SEQ_CLS", "TOKEN_CLS") else ""
 
 
 def _cell(text: str) -> str:

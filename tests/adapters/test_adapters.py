@@ -379,9 +379,30 @@ def test_labels_must_name_each_output_once(bert: FrozenBase, tmp_path: Path, lab
         read_adapter(folder, labels=labels)
 
 
-def test_a_head_of_one_output_is_refused(bert: FrozenBase, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedOption, match="a head of one output is a regression"):
-        read_adapter(make_adapter(bert, tmp_path / "a", outputs=1), labels=("score",))
+@pytest.mark.parametrize(
+    ("task_type", "outputs", "problem_type", "error", "fact"),
+    [
+        ("SEQ_CLS", 2, "multi", InvalidInput, "problem_type='multi' is not known. There are: single_label_classification, multi_label"),
+        ("SEQ_CLS", 3, "regression", DoesNotFit, "a regression gives one number, and the adapter's head has 3 outputs"),
+        ("SEQ_CLS", 1, "single_label_classification", DoesNotFit, "one label among one is no choice"),
+        ("TOKEN_CLS", 1, None, UnsupportedOption, "a head of one output gives every token the same label"),
+        ("TOKEN_CLS", 2, "regression", InvalidInput, "an adapter of task type TOKEN_CLS has none"),
+        (None, 2, "regression", InvalidInput, "an adapter of task type None has none"),
+    ],
+)
+def test_a_problem_type_that_the_head_cannot_have_is_refused(
+    bert: FrozenBase, tmp_path: Path, task_type: str | None, outputs: int, problem_type: str | None, error: type[Exception], fact: str
+) -> None:
+    labels = tuple("abc"[:outputs]) if task_type else None
+    with pytest.raises(error) as caught:
+        read_adapter(make_adapter(bert, tmp_path / "a", task_type=task_type, outputs=outputs), labels=labels, problem_type=problem_type)
+    assert fact in str(caught.value)
+
+
+def test_one_output_without_a_problem_type_is_a_regression_as_in_transformers(bert: FrozenBase, tmp_path: Path) -> None:
+    folder = make_adapter(bert, tmp_path / "a", outputs=1)
+    assert read_adapter(folder).problem_type == read_adapter(folder, labels=("stars",)).problem_type == "regression"
+    assert read_adapter(folder, labels=("spam",), problem_type="multi_label_classification").problem_type == "multi_label_classification"
 
 
 def test_labels_without_a_head_are_refused(bert: FrozenBase, tmp_path: Path) -> None:
@@ -405,6 +426,44 @@ def test_a_bottomless_config_is_refused(bert: FrozenBase, tmp_path: Path) -> Non
     (folder / "adapter_config.json").write_text("[" * 200_000)
     with pytest.raises(CorruptAdapter, match=r"adapter_config\.json is not JSON"):
         read_adapter(folder, labels=("x", "y"))
+
+
+# ---- the vocabulary is the base's -----------------------------------------------------------------------------------
+
+
+def trained(model: Any, folder: Path, *, lora: dict[str, Any], **save: Any) -> Path:
+    """PEFT's own folder of this config, as it writes it after training."""
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **{"target_modules": ["q_proj"], **lora}))
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    peft.save_pretrained(str(folder), **save)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("lora", "tokens", "save", "error", "fact"),
+    [
+        ({"trainable_token_indices": [5, 9]}, 384, {}, UnsupportedOption, "trainable_token_indices=[5, 9]: it replaces vectors of the base"),
+        ({"trainable_token_indices": {"embed_tokens": [5]}}, 384, {}, UnsupportedOption, "trainable_token_indices={'embed_tokens': [5]}"),
+        ({}, 390, {}, DoesNotFit, "'lm_head' of the adapter has 390 tokens, the base has 384: it was trained with a resized vocabulary"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, 390, {}, DoesNotFit, "has 390 tokens, the base has 384"),
+        ({"target_modules": ["embed_tokens"]}, 390, {"save_embedding_layers": False}, DoesNotFit, "has 390 tokens, the base has 384"),
+        ({"target_modules": ["lm_head"]}, 390, {"save_embedding_layers": False}, DoesNotFit, "'lm_head' of the adapter has 390 tokens"),
+        ({"target_modules": ["embed_tokens"]}, 384, {}, DoesNotFit, "is the base's own: PEFT saves it too where the output layer or an embedding"),
+        ({}, 384, {"save_embedding_layers": True}, DoesNotFit, "tensor 'lm_head.weight' is the base's own, saved by PEFT's save_embedding"),
+        ({"modules_to_save": ["embed_tokens"]}, 384, {}, UnsupportedOption, "it replaces weights of the frozen base; only heads are saved whole"),
+    ],
+)
+def test_what_peft_writes_for_other_tokens_is_refused_with_the_option_and_the_next_step(
+    llama: FrozenBase, tmp_path: Path, lora: dict[str, Any], tokens: int, save: dict[str, Any], error: type[Exception], fact: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama.path)
+    model.resize_token_embeddings(tokens)
+    folder = trained(model, tmp_path / "a", lora=lora, **save)
+    with pytest.raises(error) as caught:
+        check_fits(read_adapter(folder), llama)
+    assert type(caught.value) is error and fact in str(caught.value) and caught.value.hint    # type: ignore[attr-defined]
 
 
 # ---- where it comes from --------------------------------------------------------------------------------------------

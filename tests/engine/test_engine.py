@@ -470,11 +470,11 @@ def test_a_text_too_long_for_its_template_is_cut_and_the_template_stays_whole(tm
     engine = Engine(base, shelf.load)
     facts = engine.slots.facts(ref)
     for text in ("word " * 400, "nospaces" * 4000, "\U0001f642 " * 90):
-        [ids] = engine._encode([text], [facts], [engine._kind(facts, {"max_new_tokens": 8})])
+        [ids] = engine._encode([text], [facts], [engine._settings(facts, {"max_new_tokens": 8})])
         prompt = base.tokenizer.decode(ids.ids["input_ids"], skip_special_tokens=True)
         assert prompt.startswith("Q: " + text[:4]) and prompt.endswith("\nAnswer:") and ids.truncated
         assert 44 <= len(ids) <= 48 and max(end for _, end in ids.offsets) <= len(text)
-    [ids] = engine._encode([fits], [facts], [engine._kind(facts, {"max_new_tokens": 8})])
+    [ids] = engine._encode([fits], [facts], [engine._settings(facts, {"max_new_tokens": 8})])
     assert not ids.truncated
     assert engine.predict([Request("word " * 400, ref)], generation={"max_new_tokens": 4})[0].truncated
 
@@ -490,7 +490,7 @@ def test_a_template_without_room_for_a_text_and_settings_that_cannot_run_are_ref
     ):
         with pytest.raises(InvalidInput, match=fact):
             engine.check(read_adapter(folder, **read))
-    with pytest.raises(InvalidInput, match="list holds no settings"):
+    with pytest.raises(InvalidInput, match="generation 1: int holds no settings"):
         engine.predict([Request("x", None)], generation=[1])    # type: ignore[arg-type]
     assert engine.check(read_adapter(folder, generation={"temperature": 2})) == {"temperature": 2.0}
 
@@ -530,7 +530,7 @@ def test_sampling_without_a_seed_draws_anew_and_moves_no_generator_of_the_proces
 def test_draws_are_by_the_weights_that_were_given() -> None:
     """Held to the shares themselves."""
     weights = torch.tensor([0.5, 0.3, 0.2, 0.0])
-    with Draws(1, 3, torch.device("cpu")):
+    with Draws([3], torch.device("cpu")):
         drawn = torch.cat([torch.multinomial(weights[None], num_samples=1)[0] for _ in range(4000)])
     shares = torch.bincount(drawn, minlength=4) / len(drawn)
     assert (shares - weights).abs().max() < 0.03 and shares[3] == 0

@@ -1,0 +1,67 @@
+"""Conversations as inputs: their form, which part is the question, and what goes first where one is too long. No model here.
+
+How a conversation becomes tokens is the base's own chat template, which `FrozenBase.encode_chat` applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import text_fault
+
+ROLES = ("system", "user", "assistant")
+_HINT = 'A conversation is [{"role": "user", "content": "…"}, …], and ends with a user.'
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that end with a user's. Made by `Conversation.of`."""
+
+    messages: tuple[tuple[str, str], ...]    # (role, content); system first if at all, then user and assistant
+
+    @classmethod
+    def of(cls, messages: Any, name: str = "the conversation") -> Self:
+        """Raises InvalidInput with the name and the position of the message that cannot be read."""
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise InvalidInput(f"{name} is {type(messages).__name__}, not a list of messages.", hint=_HINT)
+        for position, message in enumerate(messages, 1):
+            if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+                raise InvalidInput(f"message {position} of {name} is not a role and a content.", hint=_HINT)
+            if message["role"] not in ROLES or (message["role"] == "system" and position > 1):
+                raise InvalidInput(f"message {position} of {name} has the role {message['role']!r}.", hint="user, assistant, or at the start system.")
+            if fault := text_fault(message["content"]):
+                raise InvalidInput(f"message {position} of {name} {fault}.", hint="Remove it or write its text.")
+        if not messages or messages[-1]["role"] != "user":
+            raise InvalidInput(f"{name} does not end with a user's message.", hint=_HINT)
+        return cls(tuple((message["role"], message["content"]) for message in messages))
+
+    @property
+    def question(self) -> str:
+        """The last message: what is to be answered, and what the router goes by."""
+        return self.messages[-1][1]
+
+    @property
+    def questions(self) -> tuple[int, ...]:
+        """Where each user's message stands."""
+        return tuple(at for at, (role, _) in enumerate(self.messages) if role == "user")
+
+    def asking(self, text: str) -> Conversation:
+        """With another last message."""
+        return Conversation((*self.messages[:-1], ("user", text)))
+
+    def under(self, system: str | None) -> Conversation:
+        """With this system text, where there is one and the conversation brings none itself."""
+        return self if system is None or self.messages[0][0] == "system" else Conversation((("system", system), *self.messages))
+
+    def since(self, at: int) -> Conversation:
+        """Without what stands before this message, but for the system text."""
+        system = self.messages[:1] if self.messages[0][0] == "system" else ()
+        return Conversation((*system, *self.messages[at:]))
+
+
+def question_of(text: str | Conversation) -> str:
+    """What a text or a conversation asks."""
+    return text.question if isinstance(text, Conversation) else text
