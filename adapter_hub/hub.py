@@ -40,7 +40,7 @@ from adapter_hub.errors import (
 from adapter_hub.examples import Example, as_examples, digest_of, read_examples, text_fault
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
-from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, Layout
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NEGATIVES_FILE, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
@@ -391,6 +391,7 @@ class Hub:
         promote: bool = True,
         assume_base: bool = False,
         evaluation: Iterable[str | Mapping[str, Any] | Example] = (),
+        negatives: Iterable[str | Mapping[str, Any] | Example] = (),
         license: str | None = None,
         prompt_template: str | None = None,
         generation: Mapping[str, Any] | None = None,
@@ -406,7 +407,8 @@ class Hub:
         classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none. `problem_type` says what the
         outputs of a SEQ_CLS head mean, in transformers' words: "single_label_classification", "multi_label_classification" or
         "regression"; by default what a PeftModel's config says, else a regression for one output and a single label for several.
-        `evaluation` are further inputs that belong to it: thresholds are measured on them; those among the examples are dropped. With
+        `evaluation` are further inputs that belong to it: thresholds are measured on them. `negatives` are inputs that do not, whoever
+        else they may belong to: they take off this adapter's scores alone. Those of both among the examples are dropped. With
         `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
@@ -416,7 +418,7 @@ class Hub:
             from adapter_hub.routing.statistics import build_state
 
         check_name(name)
-        rows, held_out = as_examples(examples), as_examples(evaluation)
+        rows, held_out, refused = as_examples(examples), as_examples(evaluation), as_examples(negatives)
         tags = _texts("tags", tags)
         names = _texts("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
@@ -434,7 +436,7 @@ class Hub:
         # Tags of tokens name pieces of an input, and a number's name says what is measured: not what an input is about.
         names_topics = adapter.problem_type in (ProblemType.SINGLE, ProblemType.MULTI)
         label_names = (adapter.labels or ()) if names_topics else ()
-        state = build_state(self.encoder, rows, description, held_out, label_names)
+        state = build_state(self.encoder, rows, description, held_out, label_names, refused)
         facts = VersionFacts(
             base_model=self.base.id,
             base_fingerprint=self.base.fingerprint,
@@ -455,18 +457,20 @@ class Hub:
             revision=found.revision,
         )
         _warn_of_labels(name, rows, label_names)
-        dropped = len(held_out) - len(state.evaluation)
-        if dropped:
-            log.warning("%d of the %d evaluation inputs of %s are among its examples, and dropped.", dropped, len(held_out), name)
+        for what, given, kept in (("evaluation inputs", held_out, state.evaluation), ("negatives", refused, state.negatives)):
+            if dropped := len(given) - len(kept):
+                log.warning("%d of the %d %s of %s are among its examples, and dropped.", dropped, len(given), what, name)
         if not state.count:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
-        return self._added(name, facts, files | self._routing_files(state, rows, held_out), state, promote=promote)
+        return self._added(name, facts, files | self._routing_files(state, rows, held_out, refused), state, promote=promote)
 
     def _added(
         self, name: str, facts: VersionFacts, files: Mapping[str, Path | bytes], state: RoutingState, *, promote: bool, reason: str = ""
     ) -> AdapterRef:
         """Stored, and promoted if that is wanted and takes no more from the others than hub.toml allows: decided first, then one act."""
+        for other, count in self._live.twins(name, state).items():
+            log.warning("%d of the examples of %s are those of %s too, and go to either: an example should belong to one.", count, name, other)
         worst = self._loses_too_much(name, state) if promote else None
         ref = self.registry.add(name, facts, files, promote=promote and worst is None, reason=reason)
         if worst is not None:
@@ -486,12 +490,15 @@ class Hub:
         allowed = f"hub.toml allows {100 * self.config.max_taken:.1f} %"
         return f"it would take {100 * worst.taken:.1f} % of the inputs of {worst.adapter}, {allowed}"
 
-    def _routing_files(self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example] = ()) -> dict[str, Path | bytes]:
+    def _routing_files(
+        self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example], refused: Sequence[Example]
+    ) -> dict[str, Path | bytes]:
         from adapter_hub.routing.live import ROUTING_FILE
 
         files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
         if self.config.keep == "text":
-            files |= {file: _jsonl(given) for file, given in ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out)) if given}
+            texts = ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out), (NEGATIVES_FILE, refused))
+            files |= {file: _jsonl(given) for file, given in texts if given}
         return files
 
     def _check_named_base(self, adapter: Adapter, assume_base: bool) -> None:
@@ -560,25 +567,35 @@ class Hub:
         return accuracy >= current, f"validation accuracy {accuracy:.3f}, version in production {current:.3f}"
 
     def teach(
-        self, ref: str | AdapterRef, texts: Iterable[str | Mapping[str, Any] | Example], *, promote: bool | None = None
+        self,
+        ref: str | AdapterRef,
+        texts: Iterable[str | Mapping[str, Any] | Example] = (),
+        *,
+        negatives: Iterable[str | Mapping[str, Any] | Example] = (),
+        promote: bool | None = None,
     ) -> AdapterRef:
-        """A new version with the same weights (stored once) whose routing state also knows `texts`.
+        """A new version with the same weights (stored once) whose routing state also knows `texts`, and what does not belong to it.
 
-        By default it takes over `production` where the version that was taught has it, and nowhere else.
+        What is given now holds against what was given before: an example among the `negatives` is one no more, and the other way round.
+        By default it takes over `production` where the version that was taught has it, and nowhere else. Raises InvalidInput.
         """
         old = self.registry.resolve(ref)
-        manifest, rows = self.registry.manifest(old), as_examples(texts)
-        if not rows:
+        manifest, rows, refused = self.registry.manifest(old), as_examples(texts), as_examples(negatives)
+        if not rows and not refused:
             raise InvalidInput("there is nothing to teach: no texts were given.")
         _warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
-        state = self._live.state(old).extended(self.encoder, rows)
+        before = self._live.state(old)
+        state = before.extended(self.encoder, rows, refused)
         folder = self.registry.open_version(old)
         files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-        kept, held_out = (read_examples(folder / f) if f in manifest.files else [] for f in (EXEMPLARS_FILE, EVALUATION_FILE))
-        files |= self._routing_files(state, [*kept, *rows], held_out)
+        texts_of = {f: read_examples(folder / f) if f in manifest.files else [] for f in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE)}
+        kept = texts_of[EXEMPLARS_FILE]
+        kept = [kept[row] for row in before.exemplars.rows_without(state.negatives)] if len(kept) == before.count else kept
+        files |= self._routing_files(state, [*kept, *rows], texts_of[EVALUATION_FILE], [*texts_of[NEGATIVES_FILE], *refused])
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
-        return self._added(old.name, manifest.facts(parent=str(old)), files, state, promote=promote, reason=f"taught {len(rows)} texts")
+        reason = f"taught {len(rows)} texts" + (f", and {len(refused)} that are none of its" if refused else "")
+        return self._added(old.name, manifest.facts(parent=str(old)), files, state, promote=promote, reason=reason)
 
     # ---- route and run ------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from adapter_hub.errors import (
     RegistryNotFound,
     WrongBase,
 )
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, read_examples
 from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import QUANTILES
@@ -235,6 +235,42 @@ def test_teaching_makes_a_version_with_the_same_weights_stored_once(filled: Hub)
     assert filled.show(ref).parent == "colours@1"
     assert str(filled.route(text, max_false_reject=0)[0].adapter) == "colours@2"
     assert str(filled.rollback("colours")) == "colours@1"
+
+
+def test_an_input_that_went_to_the_wrong_adapter_is_taught_as_none_of_its(filled: Hub) -> None:
+    """What was given to be an example is one no more; nobody else's scores move."""
+    text = ["paint the dog a picture"]
+    before = {ref.name: score for ref, score in filled.route(text, k=3, max_false_reject=0)[0].candidates}
+    ref = filled.teach("colours", negatives=[*text, COLOURS[0]["text"]])
+    after = {ref.name: score for ref, score in filled.route(text, k=3, max_false_reject=0)[0].candidates}
+    assert after["colours"] < before["colours"] - 0.2 and after["vectors"] == before["vectors"]
+    state = filled.state(ref)
+    assert (state.count, len(state.negatives)) == (len(COLOURS) - 1, 2)
+    assert filled.history("colours")[-1].reason == "taught 0 texts, and 2 that are none of its"
+    with pytest.raises(InvalidInput, match="every example of this version is among the negatives"):
+        filled.teach(ref, negatives=COLOURS)
+
+
+def test_negatives_are_kept_as_text_where_the_policy_says_so(hub: Hub, tmp_path: Path) -> None:
+    toml = hub.registry.layout.config
+    toml.write_text(toml.read_text().replace('keep = "vectors"', 'keep = "text"'))
+    with Hub.open(toml.parent) as keeping:
+        source = make_adapter(keeping.base, tmp_path / "c", seed=1)
+        keeping.register("colours", source, COLOURS, labels=["red", "blue"], negatives=["paint a face", COLOURS[0]["text"]])
+        ref = keeping.teach("colours", negatives=[COLOURS[1]["text"]])
+        folder = keeping.registry.folder(ref)
+        assert [row.text for row in read_examples(folder / "negatives.jsonl")][-1] == COLOURS[1]["text"]
+        assert COLOURS[1]["text"] not in [row.text for row in read_examples(folder / "exemplars.jsonl")]
+        assert COLOURS[1]["text"] not in [n.text for n in keeping.explain(COLOURS[1]["text"], max_false_reject=0).neighbours]
+
+
+def test_registering_what_another_adapter_has_too_is_said(filled: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_adapter(filled.base, tmp_path / "p", seed=9)
+    filled.register("paints", source, [*COLOURS[:2], "varnish it"], labels=["red", "blue"])
+    assert "2 of the examples of paints are those of colours@1 too" in caplog.text
+    caplog.clear()
+    filled.register("colours", source, COLOURS, labels=["red", "blue"], promote=False)
+    assert "of the examples of colours are those of colours" not in caplog.text
 
 
 def test_learning_trains_registers_and_promotes_without_touching_the_base(hub: Hub) -> None:
@@ -550,7 +586,7 @@ def test_examples_with_labels_that_the_head_lacks_are_counted_and_named(hub: Hub
     adapter, tagger = make_adapter(hub.base, tmp_path / "a"), make_adapter(hub.base, tmp_path / "t", task_type="TOKEN_CLS")
     hub.register("colours", adapter, COLOURS, labels=["red", "blue"])
     hub.register("tags", tagger, COLOURS, labels=["B", "O"])    # its labels are of pieces
-    assert not caplog.records
+    assert "does not know" not in caplog.text
     hub.register("colours", adapter, COLOURS, labels=["red", "green"])
     assert "4 of the 8 examples of colours have a label that its head does not know, and are classes for the router alone: 'blue' (4)." in caplog.text
     caplog.clear()

@@ -173,6 +173,7 @@ def register(
     examples: Annotated[str, typer.Option(help="Rows with `text` (and `label`) that tell the router what belongs to it.")] = "",
     description: Annotated[str, typer.Option(help="What the adapter is for; with the labels it routes where there are no examples.")] = "",
     evaluation: Annotated[str, typer.Option(help="Ten or more further rows that belong to it: thresholds are measured on them.")] = "",
+    negatives: Annotated[str, typer.Option(help="Rows that do not belong to it: they take off its scores, and nobody else's.")] = "",
     labels: Annotated[str, typer.Option(help="The head's outputs in order: a,b,c, or a file (JSON list, or one a line).")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
     promote: Annotated[bool, typer.Option(help="Route to it at once, or keep it as a candidate.")] = True,
@@ -186,11 +187,11 @@ def register(
     """Check an adapter, then store it as the next version of NAME."""
     from adapter_hub.examples import read_examples
 
-    known, held_out = (read_examples(Path(rows)) if rows else [] for rows in (examples, evaluation))
+    known, held_out, refused = (read_examples(Path(rows)) if rows else [] for rows in (examples, evaluation, negatives))
     settings, hub = json_object("--generation", generation), _open(ctx, registry)
     ref = hub.register(
         name, source, known, description, labels=label_names(labels), tags=tag or (), promote=promote, assume_base=assume_base,
-        evaluation=held_out, license=license, prompt_template=prompt_template, generation=settings,
+        evaluation=held_out, negatives=refused, license=license, prompt_template=prompt_template, generation=settings,
         problem_type=problem_type,
     )
     live = hub.registry.aliases(ref.name).get("production") == ref.version
@@ -241,18 +242,20 @@ def _train_config(text: str) -> TrainConfig | None:
 def teach(
     ctx: typer.Context,
     ref: Ref,
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Rows with `text` (and `label`) that belong to it.")],
+    file: Annotated[str, typer.Argument(metavar="[FILE]", help="Rows with `text` (and `label`) that belong to it.")] = "",
+    negatives: Annotated[str, typer.Option(help="Rows that do not belong to it; an example among them is forgotten.")] = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
-    """Show the router more inputs that belong to REF.
+    """Show the router more inputs that belong to REF, or do not.
 
     The result is a new version with the same weights, in production where REF is.
     """
     from adapter_hub.examples import read_examples
 
-    known = read_examples(Path(file))
-    taught = _open(ctx, registry).teach(ref, known)
-    emit({"ref": taught, "examples": len(known)}, as_json, lambda _: line(f"{taught} knows {len(known)} more inputs"))
+    known, refused = (read_examples(Path(rows)) if rows else [] for rows in (file, negatives))
+    taught = _open(ctx, registry).teach(ref, known, negatives=refused)
+    said = f"{taught} knows {len(known)} more inputs" + (f", and {len(refused)} that are none of its" if refused else "")
+    emit({"ref": taught, "examples": len(known), "negatives": len(refused)}, as_json, lambda _: line(said))
 
 
 # ---- verbs: look ----------------------------------------------------------------------------------------------------

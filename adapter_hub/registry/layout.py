@@ -15,6 +15,7 @@ HISTORY = "history.jsonl"
 PEFT_CONFIG = "adapter_config.json"
 EXEMPLARS_FILE = "exemplars.jsonl"      # texts that were given to the router; where the policy keeps them
 EVALUATION_FILE = "evaluation.jsonl"
+NEGATIVES_FILE = "negatives.jsonl"
 DATA_FILES = ("adapter_model.safetensors", "routing.safetensors")    # what a version learned: its weights, its exemplars' vectors
 IGNORED = ("catalog.sqlite", "catalog.sqlite-*", ".catalogue", "index/", ".staging/")    # derived, or of this machine
 

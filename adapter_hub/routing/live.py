@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from adapter_hub.routing.statistics import Exemplars, RoutingState
 log = logging.getLogger("adapter_hub")
 
 ROUTING_FILE = "routing.safetensors"
+TWINS_MAX = 1000    # versions in production whose exemplars are compared with a newcomer's; with more, `effect` and `calibrate` tell
 YOUNG = 0.5         # share of the versions in production that a calibration should know
 
 
@@ -46,6 +48,7 @@ class LiveRouter:
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
         self._failed: str | None = None             # digest of what could not be solved in the background: not tried again for each input
+        self._keys: dict[AdapterRef, frozenset[int]] = {}    # hashes of exemplars
         self._warned: int | None = -1
         self._begun: int | None = -1                # number of the newest calibration when the router began
 
@@ -87,6 +90,20 @@ class LiveRouter:
         state = RoutingState.from_bytes(data, source=f"{ref}/{ROUTING_FILE}")
         self._check(state)
         return state
+
+    def twins(self, name: str, state: RoutingState) -> dict[AdapterRef, int]:
+        """Who in production has how many of these exemplars too; empty where there are more than TWINS_MAX to look at."""
+        with self._lock:
+            others = [ref for ref in self._registry.production() if ref.name != name]
+            if len(others) > TWINS_MAX or not state.count or state.from_description:
+                return {}
+            for ref in others:
+                if ref not in self._keys:
+                    with suppress(HubError):    # whoever routes will say so
+                        one = self.state(ref)
+                        self._keys[ref] = frozenset(map(hash, () if one.from_description else one.exemplars.keys))
+            own = set(map(hash, state.exemplars.keys))
+            return {ref: count for ref in others if (count := len(own & self._keys.get(ref, frozenset())))}
 
     # ---- follow -----------------------------------------------------------------------------------------------------
 
@@ -332,6 +349,7 @@ class LiveRouter:
         with self._lock:
             self._router, self._event, self._solved, self._failed = None, -1, None, None
             self._left_out.clear()
+            self._keys.clear()
             self._forgets += 1
 
 

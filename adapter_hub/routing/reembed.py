@@ -14,7 +14,7 @@ from typing import Any
 from adapter_hub.errors import AdapterNotFound, NotRoutable, RegistryError
 from adapter_hub.examples import Example, read_examples
 from adapter_hub.refs import PRODUCTION, AdapterRef
-from adapter_hub.registry.layout import CARD, DATA_FILES, EVALUATION_FILE, EXEMPLARS_FILE
+from adapter_hub.registry.layout import CARD, DATA_FILES, EVALUATION_FILE, EXEMPLARS_FILE, NEGATIVES_FILE
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.schema import VersionState
@@ -25,7 +25,7 @@ from adapter_hub.routing.statistics import RoutingState, build_state
 log = logging.getLogger("adapter_hub")
 
 WEIGHTS_FILE = DATA_FILES[0]
-TEXT_FILES = (EXEMPLARS_FILE, EVALUATION_FILE)
+TEXT_FILES = (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE)
 NAMES_MAX = 20    # said in one message
 
 
@@ -49,6 +49,7 @@ class _Source:
 
     examples: list[Example]
     evaluation: list[Example]
+    negatives: list[Example]
     description: str = ""                # only where it stands for the examples
     label_names: tuple[str, ...] = ()    # beside it
 
@@ -106,15 +107,16 @@ def _fingerprint(registry: Registry, manifest: Manifest) -> str:
 
 
 def _source(registry: Registry, ref: AdapterRef) -> _Source | None:
-    """None where texts are missing: of an exemplar, of an evaluation input, or the description."""
+    """None where texts are missing: of an exemplar, of an evaluation input, of a negative, or the description."""
     manifest, folder, state = registry.manifest(ref), registry.open_version(ref), _state(registry, ref)
-    examples, evaluation = (read_examples(folder / file) if file in manifest.files else [] for file in TEXT_FILES)
-    if len(evaluation) < len(state.evaluation):    # there may be more: those that are exemplars too are dropped
+    examples, evaluation, negatives = (read_examples(folder / file) if file in manifest.files else [] for file in TEXT_FILES)
+    # There may be more of these: those that are exemplars too are dropped.
+    if len(evaluation) < len(state.evaluation) or len(negatives) < len(state.negatives):
         return None
     if state.from_description:
         names = tuple(label for label in manifest.labels or () if label in state.class_names)
-        return _Source([], evaluation, manifest.description, names) if manifest.description.strip() else None
-    return _Source(examples, evaluation) if len(examples) == state.count else None
+        return _Source([], evaluation, negatives, manifest.description, names) if manifest.description.strip() else None
+    return _Source(examples, evaluation, negatives) if len(examples) == state.count else None
 
 
 def _made(registry: Registry, old: AdapterRef, fingerprint: str) -> AdapterRef | None:
@@ -135,7 +137,7 @@ def _make(registry: Registry, old: AdapterRef, encoder: Encoder, reason: str) ->
     source = _source(registry, old)
     assert source is not None
     manifest, folder = registry.manifest(old), registry.open_version(old)
-    state = build_state(encoder, source.examples, source.description, source.evaluation, source.label_names)
+    state = build_state(encoder, source.examples, source.description, source.evaluation, source.label_names, source.negatives)
     kept = [file for file in manifest.files if file not in (CARD, ROUTING_FILE) and (file not in TEXT_FILES or registry.config.keep == "text")]
     files: dict[str, Path | bytes] = {file: folder / file for file in kept}
     facts = manifest.facts(parent=str(old), encoder_fingerprint=encoder.fingerprint)

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from adapter_hub.batch import files as files_module
 from adapter_hub.batch.files import JobFiles, finish, line_of
 from adapter_hub.batch.job import run_job
-from adapter_hub.examples import BadRow, read_rows
+from adapter_hub.examples import BadRow, read_rows, text_fault
 
 FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(lambda text: not text_fault(text))
 
 
 def answer(texts: Sequence[str]) -> list[dict[str, Any]]:
