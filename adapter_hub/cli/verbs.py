@@ -238,7 +238,7 @@ def _train_config(text: str) -> TrainConfig | None:
         raise InvalidInput(f"{text} is not TOML: {error}.") from error
 
 
-@_verb("teach", "adapter-hub teach banking more.jsonl")
+@_verb("teach", "adapter-hub teach banking more.jsonl --negatives wrong.jsonl")
 def teach(
     ctx: typer.Context,
     ref: Ref,
