@@ -121,7 +121,8 @@ class Hub:
     Models are loaded when first needed: opening, listing and promoting cost no forward. Safe to share between threads.
     """
 
-    def __init__(self, registry: Registry, *, device: str = "cpu") -> None:
+    def __init__(self, registry: Registry, *, device: str = "cpu", slots_max: int | None = None, bytes_max: int | None = None) -> None:
+        self._limits = _limits(slots_max=slots_max, bytes_max=bytes_max)
         self._registry = registry
         self._closed = False
         self.device = device
@@ -144,13 +145,16 @@ class Hub:
         max_tokens: int | None = None,
         database: str | None = None,
         device: str = "cpu",
+        slots_max: int | None = None,
+        bytes_max: int | None = None,
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
         `base_model` is a hub id or a folder; `encoder` too, or "hash" for one without a model; by default both are `DEFAULT_MODEL`.
-        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise.
-        Raises RegistryExists, ModelNotFound.
+        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `slots_max` and `bytes_max` are for this
+        hub, as `open` says. Raises RegistryExists, ModelNotFound, InvalidInput.
         """
+        _limits(slots_max=slots_max, bytes_max=bytes_max)    # before anything is written
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
@@ -165,14 +169,26 @@ class Hub:
             encoder_fingerprint=router_encoder.fingerprint,
             max_tokens=base.max_tokens,
         )
-        hub = cls(Registry.create(path, config=config, database=database), device=device)
+        hub = cls(Registry.create(path, config=config, database=database), device=device, slots_max=slots_max, bytes_max=bytes_max)
         hub._base, hub._encoder = base, router_encoder
         return hub
 
     @classmethod
-    def open(cls, path: str | Path = "registry", *, artifacts: str | Path | None = None, device: str = "cpu") -> Self:
-        """Open a registry folder, or a database URL whose files lie under `artifacts`. Raises RegistryNotFound."""
-        return cls(Registry.open(path, artifacts=artifacts), device=device)
+    def open(
+        cls,
+        path: str | Path = "registry",
+        *,
+        artifacts: str | Path | None = None,
+        device: str = "cpu",
+        slots_max: int | None = None,
+        bytes_max: int | None = None,
+    ) -> Self:
+        """Open a registry folder, or a database URL whose files lie under `artifacts`.
+
+        At most `slots_max` adapters (64 by default) of `bytes_max` bytes together (2 GiB) stay loaded; of more, the least recently
+        used are loaded again when they are asked for. Raises RegistryNotFound, InvalidInput.
+        """
+        return cls(Registry.open(path, artifacts=artifacts), device=device, slots_max=slots_max, bytes_max=bytes_max)
 
     def close(self) -> None:
         """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
@@ -264,7 +280,7 @@ class Hub:
             if self._engine is None:
                 from adapter_hub.engine.engine import Engine
 
-                self._engine = Engine(self.base, self._load)
+                self._engine = Engine(self.base, self._load, **self._limits)
             return self._engine
 
     @property
@@ -869,6 +885,14 @@ def _share(hits: Iterable[object]) -> float:
 def _absolute(source: str | Path) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if path.is_dir() else str(source)
+
+
+def _limits(**given: int | None) -> dict[str, int]:
+    """Of the engine, those that were given. Raises InvalidInput."""
+    for name, limit in given.items():
+        if limit is not None and limit < 1:
+            raise InvalidInput(f"{name}={limit} leaves no room for an adapter.", hint="Give at least 1, or leave it out.")
+    return {name: limit for name, limit in given.items() if limit is not None}
 
 
 def _check_same(what: str, name: str, found: str, recorded: str | None) -> None:
