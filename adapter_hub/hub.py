@@ -129,6 +129,7 @@ class Hub:
         self._lock = threading.RLock()
         self._base: FrozenBase | None = None
         self._encoder: Encoder | None = None
+        self._gathering: Encoder | None = None
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
@@ -272,6 +273,16 @@ class Hub:
                 _check_same("encoder", encoder.id, encoder.fingerprint, self.config.encoder_fingerprint)
                 self._encoder = encoder
             return self._encoder
+
+    @property
+    def _gathered(self) -> Encoder:
+        """The same encoder, for `submit`: what threads ask at once is encoded together."""
+        with self._lock, _IMPORTING:
+            if self._gathering is None:
+                from adapter_hub.routing.encoder import GatheringEncoder
+
+                self._gathering = GatheringEncoder(self.encoder)
+            return self._gathering
 
     @property
     def engine(self) -> Engine:
@@ -546,19 +557,19 @@ class Hub:
     ) -> Future[Prediction]:
         """The future of what `predict([text], …)` answers: for many small requests from many threads, which share batches.
 
-        It is routed at once, by the caller's thread, unless `adapter` is named. Then it waits some milliseconds for others in this
-        hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who shares the batch depends on
-        timing, so numbers agree with those of `predict` within 1e-5, not byte for byte. An adapter that is damaged or purged by
-        the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
+        It is routed at once, together with what other threads submit meanwhile, unless `adapter` is named. Then it waits some
+        milliseconds for others in this hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who
+        shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5, not byte for byte. An adapter that is
+        damaged or purged by the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
         Raises QueueFull, and as `predict`.
         """
         texts = _inputs([text])
-        [decision], [answering] = self._decided(texts, adapter, max_false_reject)
+        [decision], [answering] = self._decided(texts, adapter, max_false_reject, gathered=True)
         [request] = _requests(texts, [answering])
         return self.queue.submit(request, generation, timeout=timeout, then=partial(_prediction, decision, answering))
 
     def _decided(
-        self, texts: Sequence[str], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int = 1
+        self, texts: Sequence[str], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int = 1, *, gathered: bool = False
     ) -> tuple[Sequence[Decision], Sequence[Answering]]:
         """What answers each text, and why: routed where no adapters are named."""
         if adapters is not None and max_false_reject is not None:
@@ -566,7 +577,7 @@ class Hub:
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            decisions = self._route(self._live.snapshot(), texts, mix, max_false_reject)
+            decisions = self._route(self._live.snapshot(), texts, mix, max_false_reject, gathered=gathered)
             answering = [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
         elif mix > 1:
             raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
@@ -575,13 +586,17 @@ class Hub:
             decisions = [Decision.named(_foremost(adapter)) for adapter in answering]
         return decisions, answering
 
-    def _route(self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None) -> list[Decision]:
+    def _route(
+        self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, *, gathered: bool = False
+    ) -> list[Decision]:
         from adapter_hub.routing.features import extract
 
         rate = self._rate(max_false_reject)
         if not isinstance(k, int) or k < 1:
             raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
-        return router.route_features(extract(self._encoder_of(router), texts), k=k, max_false_reject=rate) if texts else []
+        encoder = self._encoder_of(router)
+        features = extract(self._gathered if gathered else encoder, texts)
+        return router.route_features(features, k=k, max_false_reject=rate) if texts else []
 
     def _encoder_of(self, router: Router) -> Encoder:
         """The registry's encoder. Raises ModelChanged where hub.toml has come to name another than this router's exemplars had."""

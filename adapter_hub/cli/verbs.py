@@ -152,7 +152,7 @@ def init(
     """Make a registry for one base model and one encoder."""
     from adapter_hub.hub import Hub
 
-    chosen = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
+    chosen: dict[str, Any] = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
     device = ctx.find_root().obj["device"]
     hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, device=device, **chosen)
     made = {"registry": path or registry, "base_model": hub.config.base_model, "base_fingerprint": hub.config.base_fingerprint}
