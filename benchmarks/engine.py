@@ -1,6 +1,6 @@
 """The engine beside the base alone and beside PEFT: one forward for many adapters, generation, loading, memory, threads, whole jobs.
 
-    python benchmarks/engine.py [--data DIR] [--only forward,decode] [--rounds 15] [--quick] [--device cuda] [--seven-b] [--out FILE]
+    python benchmarks/engine.py [--data DIR] [--only forward,decode] [--rows 8,64] [--rounds 15] [--quick] [--device cuda] [--seven-b] [--out FILE]
 
 Every ratio is to the base's own forward of the same batch in the same round; rounds are interleaved, and medians with quartiles are
 shown, because absolute times on a shared machine are noise. `--only` measures some parts: with `--out` the file keeps what others
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import sys
@@ -86,6 +87,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=None, metavar="NAMES", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", default=None, metavar="N,…", help="some of 1,8,64: sizes of a batch, where a part has several")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run?")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seven-b", action="store_true", help=f"{', '.join(CAUSAL)} of a 7B-shaped model in bfloat16; others are left out")
@@ -95,9 +97,11 @@ def main() -> int:
     names = given.only.split(",") if given.only else [*(CAUSAL if given.seven_b else PARTS)]
     if unknown := sorted(set(names) - set(CAUSAL if given.seven_b else PARTS)):
         parser.error(f"--only: there is no {', '.join(unknown)}{' with --seven-b' if given.seven_b else ''}")
-    settings = Settings(2 if given.quick else given.rounds, given.quick, given.device, given.seven_b, given.data)
+    logging.getLogger("adapter_hub").setLevel(logging.ERROR)    # adapters that take turns are what `slots` measures
+    rows = tuple(map(int, given.rows.split(","))) if given.rows else (8,) if given.quick else (1, 8, 64)
+    settings = Settings(2 if given.quick else given.rounds, rows, given.quick, given.device, given.seven_b, given.data)
     out: Path | None = given.out
-    if out is None and given.only is None and not given.quick:
+    if out is None and not (given.only or given.rows or given.quick):
         out = RESULTS / ("engine.json" if given.device == "cpu" else "engine_cuda.json")
     report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {"benchmark": "engine", "parts": {}}
     figures: Figures = {}
@@ -107,7 +111,7 @@ def main() -> int:
         figures |= found
         report |= {key: rounded(value) for key, value in found.items()}
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {given.device}"
-        report["parts"][name + (" 7B" if given.seven_b else "")] = part | {"machine": machine}
+        report["parts"][name + (" 7B" if given.seven_b else "") + (f", rows {given.rows}" if given.rows else "")] = part | {"machine": machine}
         report["bars_missed"] = [key for key, value in report.items() if key in BARS | AT_LEAST and missed(key, value)]
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

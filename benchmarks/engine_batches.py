@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from engine_rounds import ROWS, Act, Figures, Settings, Shelf, against_base, batch_of, counted, mixed, seconds, traffic
+from engine_rounds import Act, Figures, Settings, Shelf, against_base, batch_of, counted, mixed, seconds, traffic
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +29,7 @@ TOKENS, OUTPUTS = 32, 15
 DISTINCT = (1, 2, 4, 8, 16, 32, 64)
 ENDS = (1, 8, 64)    # where all is measured, of a model whose forward takes seconds
 NEW_TOKENS = 16
+STEPS = 8
 GENERATION_ROWS, GENERATION_DISTINCT = 16, (1, 4, 16)
 SHAPE_135M = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
 SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -44,7 +46,7 @@ def grid(kind: str, shelf: Shelf, peft: PeftModel, act: Act, settings: Settings,
     with slots.hold(shelf.refs) as held:
         merged = partial(slots.merged, shelf.refs[0], held[0])
         figures[f"{kind}, making a merged copy, ms"] = 1e3 * seconds(merged)
-        for rows in (8,) if settings.quick else (1, 8, ROWS):
+        for rows in settings.rows:
             ids = torch.tensor(rng.integers(3, 300, (rows, TOKENS)), device=base.device)
 
             def engine(refs: Sequence[AdapterRef | None], ids: torch.Tensor = ids) -> Act:
@@ -172,11 +174,11 @@ def generation(settings: Settings, root: Path) -> Figures:
 def prefill(settings: Settings, root: Path) -> Figures:
     """Prompts of 32 tokens, to the first new token's logits."""
     shelf, peft = llama(settings, root, _count(settings))
-    return grid("prefill", shelf, peft, partial(plain, use_cache=True, logits_to_keep=1), settings, fully=_fully(settings))
+    return grid("prefill", shelf, peft, partial(plain, use_cache=True, logits_to_keep=1), **_affordable(settings))
 
 
 def decode(settings: Settings, root: Path) -> Figures:
-    """16 steps of one token each, after a prompt of 32."""
+    """8 steps of one token each, after a prompt of 32."""
     shelf, peft = llama(settings, root, _count(settings))
 
     @cache
@@ -187,12 +189,15 @@ def decode(settings: Settings, root: Path) -> Figures:
     def steps(model: Any, ids: torch.Tensor, **more: Any) -> None:
         kept = prompts(len(ids))
         with torch.inference_mode():
-            for _ in range(NEW_TOKENS):
+            for _ in range(STEPS):
                 model(input_ids=ids[:, :1], past_key_values=kept, use_cache=True, **more)
-        kept.crop(-NEW_TOKENS)
+        kept.crop(-STEPS)
 
-    return grid("decode", shelf, peft, steps, settings, fully=_fully(settings))
+    return grid("decode", shelf, peft, steps, **_affordable(settings))
 
 
-def _fully(settings: Settings) -> Collection[int]:
-    return ENDS if settings.device == "cpu" else DISTINCT
+def _affordable(settings: Settings) -> dict[str, Any]:
+    """A round takes minutes on a CPU: there are a third as many, and fewer cells."""
+    if settings.device != "cpu":
+        return {"settings": settings}
+    return {"settings": replace(settings, rounds=max(2, settings.rounds // 3)), "fully": ENDS}

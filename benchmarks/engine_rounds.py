@@ -31,6 +31,7 @@ Act = Callable[..., Any]
 @dataclass(frozen=True)
 class Settings:
     rounds: int
+    rows: tuple[int, ...]    # of the batches
     quick: bool
     device: str
     seven_b: bool
@@ -74,7 +75,7 @@ def spread(values: Sequence[float]) -> list[float]:
     """[lower quartile, median, upper quartile]"""
     if len(values) < 2:
         return [values[0]] * 3
-    low, middle, high = statistics.quantiles(values, n=4)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return [low, middle, high]
 
 

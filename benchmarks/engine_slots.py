@@ -67,7 +67,7 @@ def slots(settings: Settings, root: Path) -> Figures:
     shelf = Shelf(base, root, int(SLOTS * max(WORKING_SETS)), task_type="FEATURE_EXTRACTION")
     rng = np.random.default_rng(0)
     figures: Figures = {}
-    for over in WORKING_SETS:
+    for over in WORKING_SETS[::3] if settings.quick else WORKING_SETS:
         count = int(SLOTS * over)
         chosen = traffic("skewed", count, 128 if settings.quick else 512, rng)
         rng.shuffle(chosen)
@@ -79,7 +79,7 @@ def slots(settings: Settings, root: Path) -> Figures:
                 engine.predict(asked[at : at + ROWS])
 
         for name, ask in (("", lambda engine, asked=asked: engine.predict(asked)), (", 64 rows at a time", by_64)):
-            found = against_base(partial(ask, many), {"few": partial(ask, few)}, max(3, settings.rounds // 3))
+            found = against_base(partial(ask, many), {"few": partial(ask, few)}, max(2, settings.rounds // 3))
             figures[f"seconds{name} at a working set of {over:g} × the slots, over all resident"] = found["few"]
     return figures
 

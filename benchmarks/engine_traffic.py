@@ -65,7 +65,7 @@ def jobs(settings: Settings, root: Path) -> Figures:
     base = FrozenBase.load(DEFAULT_MODEL, device=device)
     encoder = SentenceTransformer(str(base.path), device=device)
     figures: Figures = {}
-    for count in (10, 64):
+    for count in (10,) if quick else (10, 64):
         home = {intent: i * count // len(intents) for i, intent in enumerate(intents)}
         train = [(text, home[intent]) for text, intent in upstream["train"][:: 30 if quick else 5]]
         folders = [make_adapter(base, root / f"{count}-{i}", seed=i, r=RANK, task_type="SEQ_CLS", outputs=15) for i in range(count)]
@@ -99,7 +99,7 @@ def jobs(settings: Settings, root: Path) -> Figures:
                     base.body(**base.tokenize(order[start : start + 64]))
 
         acts = {"run": partial(hub.run, source, root / "out.jsonl", overwrite=True, max_false_reject=0), "script": script}
-        found = against_base(bare, acts, max(3, settings.rounds // 3))
+        found = against_base(bare, acts, max(2, settings.rounds // 3))
         figures |= {
             f"jobs, {count} adapters, rows a second of `run` over the bare forward's": 1 / found["run"][1],
             f"jobs, {count} adapters, rows a second of `run` over the plain script's": found["script"][1] / found["run"][1],
