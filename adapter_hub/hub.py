@@ -166,7 +166,10 @@ class Hub:
     Models are loaded when first needed: opening, listing and promoting cost no forward. Safe to share between threads.
     """
 
-    def __init__(self, registry: Registry, *, device: str = "cpu", precision: str = "float32") -> None:
+    def __init__(
+        self, registry: Registry, *, device: str = "cpu", precision: str = "float32", slots_max: int | None = None, bytes_max: int | None = None
+    ) -> None:
+        self._limits = _limits(slots_max=slots_max, bytes_max=bytes_max)
         self._registry = registry
         self._closed = False
         self.device = device
@@ -174,6 +177,7 @@ class Hub:
         self._lock = threading.RLock()
         self._base: FrozenBase | None = None
         self._encoder: Encoder | None = None
+        self._gathering: Encoder | None = None
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
@@ -192,13 +196,16 @@ class Hub:
         database: str | None = None,
         device: str = "cpu",
         precision: str = "float32",
+        slots_max: int | None = None,
+        bytes_max: int | None = None,
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
         `base_model` is a hub id or a folder; `encoder` too, or "hash" for one without a model; by default both are `DEFAULT_MODEL`.
-        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `precision` is this hub's, as in `open`: the
-        registry is the same at each. Raises RegistryExists, ModelNotFound, InvalidInput.
+        `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `precision`, `slots_max` and `bytes_max` are
+        this hub's, as in `open`: the registry is the same at each. Raises RegistryExists, ModelNotFound, InvalidInput.
         """
+        _limits(slots_max=slots_max, bytes_max=bytes_max)    # before anything is written
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
@@ -213,21 +220,32 @@ class Hub:
             encoder_fingerprint=router_encoder.fingerprint,
             max_tokens=base.max_tokens,
         )
-        hub = cls(Registry.create(path, config=config, database=database), device=device, precision=precision)
+        registry = Registry.create(path, config=config, database=database)
+        hub = cls(registry, device=device, precision=precision, slots_max=slots_max, bytes_max=bytes_max)
         hub._base, hub._encoder = base, router_encoder
         return hub
 
     @classmethod
     def open(
-        cls, path: str | Path = "registry", *, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "float32"
+        cls,
+        path: str | Path = "registry",
+        *,
+        artifacts: str | Path | None = None,
+        device: str = "cpu",
+        precision: str = "float32",
+        slots_max: int | None = None,
+        bytes_max: int | None = None,
     ) -> Self:
         """Open a registry folder, or a database URL whose files lie under `artifacts`.
 
         `precision` is how the base model's weights are held: float32, bfloat16, float16 (CUDA), int8, or nf4 (CUDA, by bitsandbytes). The
-        router's encoder stays float32, so that the same adapters are chosen. Raises RegistryNotFound; the base, when it is first needed,
+        router's encoder stays float32, so that the same adapters are chosen.
+        At most `slots_max` adapters (64 by default) of `bytes_max` bytes together (2 GiB) stay loaded; of more, the least recently
+        used are loaded again when they are asked for. Raises RegistryNotFound, InvalidInput; the base, when it is first needed,
         InvalidInput where this machine has no such precision.
         """
-        return cls(Registry.open(path, artifacts=artifacts), device=device, precision=precision)
+        registry = Registry.open(path, artifacts=artifacts)
+        return cls(registry, device=device, precision=precision, slots_max=slots_max, bytes_max=bytes_max)
 
     def close(self) -> None:
         """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
@@ -331,13 +349,23 @@ class Hub:
             self._settings = seen
 
     @property
+    def _gathered(self) -> Encoder:
+        """The same encoder, for `submit`: what threads ask at once is encoded together."""
+        with self._lock, _IMPORTING:
+            if self._gathering is None:
+                from adapter_hub.routing.encoder import GatheringEncoder
+
+                self._gathering = GatheringEncoder(self.encoder)
+            return self._gathering
+
+    @property
     def engine(self) -> Engine:
         self._check_open()
         with self._lock, _IMPORTING:
             if self._engine is None:
                 from adapter_hub.engine.engine import Engine
 
-                self._engine = Engine(self.base, self._load)
+                self._engine = Engine(self.base, self._load, **self._limits)
             return self._engine
 
     @property
@@ -663,19 +691,25 @@ class Hub:
     ) -> Future[Prediction]:
         """The future of what `predict([text], …)` answers: for many small requests from many threads, which share batches.
 
-        It is routed at once, by the caller's thread, unless `adapter` is named. Then it waits some milliseconds for others in this
-        hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who shares the batch depends on
-        timing, so numbers agree with those of `predict` within 1e-5, not byte for byte. An adapter that is damaged or purged by
-        the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
+        It is routed at once, together with what other threads submit meanwhile, unless `adapter` is named. Then it waits some
+        milliseconds for others in this hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who
+        shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5, not byte for byte. An adapter that is
+        damaged or purged by the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
         Raises QueueFull, and as `predict`.
         """
         texts = _inputs([text])
-        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, 1)
+        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, 1, gathered=True)
         [request] = _requests(texts, [answering])
         return self.queue.submit(request, generation, timeout=timeout, then=partial(_prediction, decision, answering))
 
     def _chosen(
-        self, texts: Sequence[str | Conversation], adapters: Sequence[Named] | Named, max_false_reject: float | None, mix: int
+        self,
+        texts: Sequence[str | Conversation],
+        adapters: Sequence[Named] | Named,
+        max_false_reject: float | None,
+        mix: int,
+        *,
+        gathered: bool = False,
     ) -> tuple[list[Decision], list[Answering]]:
         """What answers each, and why."""
         if adapters is not None and max_false_reject is not None:
@@ -683,7 +717,9 @@ class Hub:
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            decisions = self._route(self._live.snapshot(), [question_of(text) for text in texts], mix, max_false_reject)
+            router, questions = self._live.snapshot(), [question_of(text) for text in texts]
+            encoder = self._encoder_of(router)
+            decisions = self._route(router, questions, mix, max_false_reject, self._gathered if gathered else encoder)
             return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
         if mix > 1:
             raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
@@ -1058,6 +1094,14 @@ def _share(hits: Iterable[object]) -> float:
 def _absolute(source: str | Path) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if path.is_dir() else str(source)
+
+
+def _limits(**given: int | None) -> dict[str, int]:
+    """Of the engine, those that were given. Raises InvalidInput."""
+    for name, limit in given.items():
+        if limit is not None and limit < 1:
+            raise InvalidInput(f"{name}={limit} leaves no room for an adapter.", hint="Give at least 1, or leave it out.")
+    return {name: limit for name, limit in given.items() if limit is not None}
 
 
 def _check_same(what: str, name: str, found: str, recorded: str | None, otherwise: str = "") -> None:

@@ -437,6 +437,23 @@ def test_an_adapter_that_goes_while_a_job_runs_fails_its_own_rows_only(filled: H
 # ---- many small requests --------------------------------------------------------------------------------------------
 
 
+def test_slots_and_bytes_that_are_given_bound_what_stays_loaded(filled: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    root = filled.registry.layout.root
+    expected = filled.predict(["the dog runs"] * 2, adapters=["colours", "animals"])
+    size = filled.engine.slots.facts(AdapterRef("colours", 1)).bytes
+    for limits in ({"slots_max": 1}, {"bytes_max": size}):
+        caplog.clear()
+        with Hub.open(root, **limits) as small:
+            found = small.predict(["the dog runs"] * 2, adapters=["colours", "animals"])
+            assert len(small.engine.slots.resident) == 1 and "A larger slots_max or bytes_max" in caplog.text
+        for one, other in zip(expected, found, strict=True):
+            assert one.scores == pytest.approx(other.scores, abs=1e-5)
+    for act in (Hub.open, Hub.create):
+        for name in ("slots_max", "bytes_max"):
+            with pytest.raises(InvalidInput, match=f"{name}=0 leaves no room"):
+                act(root, **{name: 0})
+
+
 def test_what_is_submitted_from_many_threads_is_answered_as_predict_does(filled: Hub) -> None:
     texts = [row["text"] for row in COLOURS + ANIMALS]
     with ThreadPoolExecutor(16) as pool:

@@ -136,10 +136,10 @@ def _before_the_verb(
     ctx.default_map = {verb: {"registry": registry} for verb in ctx.command.list_commands(ctx)}  # type: ignore[attr-defined]
 
 
-def _open(ctx: typer.Context, registry: str) -> Hub:
+def _open(ctx: typer.Context, registry: str, slots_max: int | None = None) -> Hub:
     from adapter_hub.hub import Hub
 
-    return Hub.open(registry, **ctx.find_root().obj)
+    return Hub.open(registry, slots_max=slots_max, **ctx.find_root().obj)
 
 
 # ---- verbs: make and fill a registry --------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def init(
     """Make a registry for one base model and one encoder."""
     from adapter_hub.hub import Hub
 
-    chosen = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
+    chosen: dict[str, Any] = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
     chosen |= {key: ctx.find_root().obj[key] for key in ("device", "precision")}
     hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, **chosen)
     made = {"registry": path or registry, "base_model": hub.config.base_model, "base_fingerprint": hub.config.base_fingerprint}
@@ -458,11 +458,12 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUTPUT that exists.")] = False,
     generation: Generation = "",
     max_false_reject: Rate = None,
+    slots_max: Annotated[int | None, typer.Option(min=1, help="Adapters that stay loaded at once, 64 by default.")] = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Answer every row of a file. Bad rows go to OUTPUT.errors.jsonl; exit code 1 where there are some."""
     settings = json_object("--generation", generation)
-    hub = _open(ctx, registry)
+    hub = _open(ctx, registry, slots_max)
     with progress_bar("rows", visible=sys.stderr.isatty()) as show:
         try:
             summary = hub.run(
@@ -470,7 +471,7 @@ def run(
                 progress=lambda at: show(at.rows, at.share),
             )
         except KeyboardInterrupt:
-            again = _resuming(ctx, registry, input, output, max_false_reject, generation)
+            again = _resuming(ctx, registry, input, output, max_false_reject, generation, slots_max)
             typer.echo(f"interrupted; what is done is kept. Go on with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
     emit(summary, as_json, facts)
@@ -478,10 +479,12 @@ def run(
         raise typer.Exit(SOME_FAILED)
 
 
-def _resuming(ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str) -> str:
+def _resuming(
+    ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str, slots_max: int | None
+) -> str:
     """The command that goes on with this job, each option that it depends on included."""
     before = {"--registry": shown_url(registry)} | {f"--{key}": value for key, value in ctx.find_root().obj.items()}
-    after = {"--max-false-reject": max_false_reject, "--generation": generation or None}
+    after = {"--max-false-reject": max_false_reject, "--generation": generation or None, "--slots-max": slots_max}
     words: list[Any] = ["adapter-hub", *_options(before), "run", input, output, "--resume", *_options(after)]
     return shlex.join(map(str, words))
 

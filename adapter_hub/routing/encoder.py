@@ -1,12 +1,18 @@
-"""Texts to unit vectors. Two encoders: a sentence-transformers model, and hashed words and character n-grams without a model."""
+"""Texts to unit vectors. Two encoders: a sentence-transformers model, and hashed words and character n-grams without a model.
+
+Either may be shared by threads that have few texts each: `GatheringEncoder`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import threading
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -112,6 +118,44 @@ class SentenceEncoder:
                 [texts[i] for i in batch], batch_size=self._batch_size, convert_to_numpy=True, show_progress_bar=False
             )
         return _unit_rows(vectors, self.id)
+
+
+class GatheringEncoder:
+    """Another encoder, for many threads with a text or two each: who comes first encodes what comes while he waits for his turn.
+
+    A text's vector agrees with what it gets alone within 1e-5, not byte for byte: who shares its batch depends on timing.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.id, self.fingerprint, self._encoder = encoder.id, encoder.fingerprint, encoder
+        self._turn = threading.Lock()
+        self._waiting: deque[tuple[list[str], Future[Vectors]]] = deque()
+
+    @property
+    def dim(self) -> int:
+        return self._encoder.dim
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        future: Future[Vectors] = Future()
+        self._waiting.append((_checked(texts), future))
+        with self._turn:
+            if not future.done():
+                self._answer([self._waiting.popleft() for _ in range(len(self._waiting))])
+        return future.result()
+
+    def _answer(self, asked: Sequence[tuple[list[str], Future[Vectors]]]) -> None:
+        try:
+            vectors = self._encoder.encode([text for texts, _ in asked for text in texts])
+        except BaseException as error:    # to each its own; of what stops this thread all learn
+            for one in asked:
+                if len(asked) > 1 and isinstance(error, Exception):
+                    self._answer([one])
+                else:
+                    one[1].set_exception(error)
+            return
+        ends = np.cumsum([len(texts) for texts, _ in asked])
+        for (_, future), own in zip(asked, np.split(vectors, ends[:-1]), strict=True):
+            future.set_result(own)
 
 
 @lru_cache(maxsize=2)

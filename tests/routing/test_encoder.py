@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 
 from adapter_hub.base_model import BUILDING, DEFAULT_MODEL, RANDOMNESS
 from adapter_hub.errors import InvalidInput, ModelNotFound
-from adapter_hub.routing.encoder import HashEncoder, SentenceEncoder, load_encoder
+from adapter_hub.routing.encoder import GatheringEncoder, HashEncoder, SentenceEncoder, Vectors, load_encoder
 from adapter_hub.testing import tiny_model
 
 TEXTS = ["what is my balance?", "Überweisung nach 東京", "?!", "a " * 3000, "\x00\x07 control", "🙂", "what is my balance?"]
@@ -113,6 +116,40 @@ def test_sentence_rows_are_what_sentence_transformers_gives(minilm: SentenceEnco
 def test_meaning_counts_not_form(minilm: SentenceEncoder) -> None:
     a, b, c = minilm.encode(["how much money is in my account", "what is my balance", "how much snow is in my garden"])
     assert a @ b > a @ c
+
+
+class Slow(HashEncoder):
+    """Holds its first call until `asked` is set, and cannot encode "damaged"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[int] = []
+        self.asked = threading.Event()
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.calls.append(len(texts))
+        if len(self.calls) == 1:
+            self.asked.wait(60)
+        if "damaged" in texts:
+            raise InvalidInput("a vector that is not finite.")
+        return super().encode(texts)
+
+
+def test_what_threads_encode_at_once_is_encoded_together_and_each_gets_its_own() -> None:
+    slow = Slow()
+    encoder = GatheringEncoder(slow)
+    asked = [["first"], *([f"text {i}"] * (1 + i % 3) for i in range(15)), ["damaged"]]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        futures = [pool.submit(encoder.encode, texts) for texts in asked]
+        while len(encoder._waiting) < len(asked) - 1:    # all but the first wait for their turn
+            time.sleep(0.001)
+        slow.asked.set()
+    for texts, future in zip(asked[:-1], futures, strict=False):
+        assert np.array_equal(future.result(), HashEncoder().encode(texts))
+    with pytest.raises(InvalidInput, match="not finite"):
+        futures[-1].result()
+    rows = sum(map(len, asked))
+    assert slow.calls == [1, rows - 1, *map(len, asked[1:])]    # together; then, because one is damaged, each by itself
 
 
 def test_the_fingerprint_is_of_the_content_not_the_place(minilm: SentenceEncoder, tmp_path: Path) -> None:
