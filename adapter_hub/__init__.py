@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from adapter_hub.examples import Example as Example
     from adapter_hub.hub import Hub as Hub
     from adapter_hub.hub import LearnReport as LearnReport
-    from adapter_hub.hub import Prediction as Prediction
-    from adapter_hub.hub import PredictionStream as PredictionStream
+    from adapter_hub.prediction import Prediction as Prediction
+    from adapter_hub.prediction import PredictionStream as PredictionStream
     from adapter_hub.refs import AdapterRef as AdapterRef
     from adapter_hub.registry.manifest import Manifest as Manifest
     from adapter_hub.routing.decision import Decision as Decision
@@ -26,8 +26,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Hub": "hub",
-    "Prediction": "hub",
-    "PredictionStream": "hub",
+    "Prediction": "prediction",
+    "PredictionStream": "prediction",
     "LearnReport": "hub",
     "Decision": "routing.decision",
     "Reason": "routing.decision",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shlex
 import tempfile
 import threading
@@ -15,17 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
+from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of
 from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.engine.mixtures import Mixture, Shares
+from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
     HubError,
@@ -37,7 +37,8 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import Example, as_examples, digest_of, read_examples, text_fault
+from adapter_hub.examples import Example, as_examples, digest_of, read_examples
+from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NEGATIVES_FILE, Layout
@@ -52,9 +53,8 @@ if TYPE_CHECKING:
 
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
-    from adapter_hub.engine.engine import Engine, Output, Request
+    from adapter_hub.engine.engine import Engine, Request
     from adapter_hub.engine.queue import RequestQueue
-    from adapter_hub.engine.stream import Stream
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -67,84 +67,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapter_hub")
 
-Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # by a caller: an adapter, a mixture by weights, the base model
-Answering = AdapterRef | Mixture | None                               # the same, resolved
-Input = str | Sequence[Mapping[str, str]]                             # a text, or a conversation: messages of "role" and "content"
-Generation = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None    # settings for all inputs, or for each
-
 LABELS_SHOWN = 6    # in one warning
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """One output and the decision behind it. Exactly one of label, labels, value, text, vector, tokens says the answer.
-
-    An abstained row on an encoder has `label` None and the base's `.vector`.
-    """
-
-    adapter: AdapterRef | None                  # the version that answered, of a mixture the weightiest; None is the base model
-    decision: Decision
-    label: str | None = None
-    scores: Mapping[str, float] = field(default_factory=dict)   # label -> probability
-    text: str | None = None                     # generated text, without the prompt
-    vector: Any = None                          # float32 (d,), the base's own pooling
-    tokens: tuple[Any, ...] | None = None       # token classification: spans with label, score, start, end
-    truncated: bool = False                     # the input was longer than the hub's max_tokens
-    mixture: Shares = ()                        # (version, weight), weightiest first, where several answered together
-    labels: tuple[str, ...] | None = None       # of a classifier of several labels: those of probability 0.5 and more
-    value: float | None = None                  # of a regression
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
-        scores = {label: rounded(score) for label, score in self.scores.items()}
-        mixture = [{"adapter": str(ref), "weight": rounded(weight)} for ref, weight in self.mixture]
-        more = {"scores": scores, "mixture": mixture}
-        return self.decision.to_json() | self.row() | {key: value for key, value in more.items() if value}
-
-    def row(self) -> dict[str, Any]:
-        """The columns that the batch job adds to its input: flat, and the same for every row of a kind."""
-        row: dict[str, Any] = {"adapter": str(self.adapter) if self.adapter else None, "reason": str(self.decision.reason)}
-        row |= {"score": rounded(self.decision.score), "margin": rounded(self.decision.margin)}
-        return row | self.answer() | ({"truncated": True} if self.truncated else {})
-
-    def answer(self) -> dict[str, Any]:
-        """The prediction alone: `label` for a classifier and for abstention on an encoder, else `output`."""
-        if self.labels is not None:
-            return {"output": list(self.labels)}
-        if self.value is not None:
-            return {"output": rounded(self.value)}
-        if self.text is not None:
-            return {"output": self.text}
-        if self.tokens is not None:
-            return {"output": [span.to_json() for span in self.tokens]}
-        if self.adapter is not None and self.label is None and self.vector is not None:
-            return {"output": [rounded(float(x)) for x in self.vector]}
-        return {"label": self.label}
-
-
-class PredictionStream(Iterator[str]):
-    """A text as it is being written, by `Hub.stream`. Joined, the pieces are what `predict` gives."""
-
-    def __init__(self, decision: Decision, answering: Answering, pieces: Stream) -> None:
-        self.adapter = decision.adapter       # as in a Prediction: known before the first piece
-        self.decision = decision
-        self.mixture = _mixture(answering)
-        self.truncated = pieces.truncated
-        self._pieces = pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Ends the generation; returns when what it held is free."""
-        self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +93,7 @@ class Hub:
     def __init__(
         self, registry: Registry, *, device: str = "cpu", precision: str = "float32", slots_max: int | None = None, bytes_max: int | None = None
     ) -> None:
-        self._limits = _limits(slots_max=slots_max, bytes_max=bytes_max)
+        self._limits = limits_of(slots_max=slots_max, bytes_max=bytes_max)
         self._registry = registry
         self._closed = False
         self.device = device
@@ -205,7 +129,7 @@ class Hub:
         `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `precision`, `slots_max` and `bytes_max` are
         this hub's, as in `open`: the registry is the same at each. Raises RegistryExists, ModelNotFound, InvalidInput.
         """
-        _limits(slots_max=slots_max, bytes_max=bytes_max)    # before anything is written
+        limits_of(slots_max=slots_max, bytes_max=bytes_max)    # before anything is written
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
@@ -447,8 +371,8 @@ class Hub:
 
         check_name(name)
         rows, held_out, refused = as_examples(examples), as_examples(evaluation), as_examples(negatives)
-        tags = _texts("tags", tags)
-        names = _texts("labels", labels) if labels is not None else None
+        tags = texts_of("tags", tags)
+        names = texts_of("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
         adapter = adapter_of(
             found,
@@ -569,8 +493,8 @@ class Hub:
         with _IMPORTING:
             from adapter_hub.training.train import train_classifier
 
-        rows = _rows(train)
-        held_out = _rows(validation) if validation is not None else None
+        rows = rows_of(train)
+        held_out = rows_of(validation) if validation is not None else None
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
             result = train_classifier(self.base, rows, task=name, validation=held_out, config=config, folder=Path(folder))
             facts = {"evaluation": held_out or (), "metrics": result.metrics, "training_data_digest": digest_of(rows)} | facts
@@ -634,7 +558,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._live.snapshot(), [question_of(text) for text in _inputs(texts)], k, max_false_reject)
+        return self._route(self._live.snapshot(), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
 
     def predict(
         self,
@@ -658,10 +582,10 @@ class Hub:
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
-        found = _inputs(texts)
+        found = inputs_of(texts)
         decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
         outputs = self.engine.predict(_requests(found, answering), generation=generation)
-        return [_prediction(*row) for row in zip(decisions, answering, outputs, strict=True)]
+        return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
 
     def stream(
         self,
@@ -676,7 +600,7 @@ class Hub:
         The arguments are `predict`'s. To close it, or to let go of it, ends the generation.
         Raises what `predict` raises, and InvalidInput for what has no pieces: beams, labels, vectors.
         """
-        found = _inputs([text])
+        found = inputs_of([text])
         [decision], [answering] = self._chosen(found, adapters, max_false_reject, mix)
         [request] = _requests(found, [answering])
         return PredictionStream(decision, answering, self.engine.stream(request, generation=generation))
@@ -697,10 +621,10 @@ class Hub:
         damaged or purged by the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
         Raises QueueFull, and as `predict`.
         """
-        texts = _inputs([text])
+        texts = inputs_of([text])
         [decision], [answering] = self._chosen(texts, adapter, max_false_reject, 1, gathered=True)
         [request] = _requests(texts, [answering])
-        return self.queue.submit(request, generation, timeout=timeout, then=partial(_prediction, decision, answering))
+        return self.queue.submit(request, generation, timeout=timeout, then=partial(Prediction.of, decision, answering))
 
     def _chosen(
         self,
@@ -723,8 +647,8 @@ class Hub:
             return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
         if mix > 1:
             raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
-        answering = [self._resolved(named) for named in _aligned(adapters, len(texts))]
-        return [Decision.named(_foremost(adapter)) for adapter in answering], answering
+        answering = [self._resolved(named) for named in aligned(adapters, len(texts))]
+        return [Decision.named(foremost(adapter)) for adapter in answering], answering
 
     def _route(
         self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
@@ -796,7 +720,7 @@ class Hub:
             decisions = self._route(router, texts, 1, rate, encoder)
             found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions]), generation=generation)
             return [
-                one if isinstance(one, HubError) else _prediction(decision, decision.adapter, one).row()
+                one if isinstance(one, HubError) else Prediction.of(decision, decision.adapter, one).row()
                 for decision, one in zip(decisions, found, strict=True)
             ]
 
@@ -818,7 +742,7 @@ class Hub:
 
         rate = self._rate(max_false_reject)
         router = self._live.snapshot()
-        features = extract(self._encoder_of(router), [question_of(one) for one in _inputs([text])])
+        features = extract(self._encoder_of(router), [question_of(one) for one in inputs_of([text])])
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         states = {ref: self._live.state(ref) for ref in refs}
@@ -865,9 +789,9 @@ class Hub:
 
         `names` restricts to rows of those adapters. Rates are 0-1; keys that do not apply are absent.
         """
-        rows = _rows(data)
+        rows = rows_of(data)
         if names is not None:
-            rows = self._rows_of(_texts("names", names), rows)
+            rows = self._rows_of(texts_of("names", names), rows)
         if not rows or any(row.label is None for row in rows):
             raise InvalidInput("evaluation needs rows, each with a label.", hint='Rows look like {"text": …, "label": …, "adapter": …}.')
         texts, targets = [row.text for row in rows], [row.label for row in rows]
@@ -1027,7 +951,7 @@ class Hub:
     def list(self, name: str | None = None, *, base: str | None = None, tag: str | None = None, task_type: str | None = None) -> Any:
         """The versions, by name and number. `base` is an id, a fingerprint or a folder. Raises AdapterNotFound, InvalidInput, ModelNotFound."""
         if task_type is not None:
-            task_type = _task_type(task_type)
+            task_type = task_type_of(task_type)
         rows = self.registry.versions(name, base=base, tag=tag, task_type=task_type)
         if base is not None and not rows and Path(base).expanduser().is_dir():    # another place of a model is known by its content
             from adapter_hub.base_model import FrozenBase
@@ -1042,48 +966,11 @@ class Hub:
         return self.registry.history(name)
 
 
-def _task_type(text: str) -> str:
-    """As the manifests write it. Raises InvalidInput for one that there is not."""
-    found = str(text).upper()
-    if found not in TaskType.__members__:
-        raise InvalidInput(f"{text!r} is not a task type.", hint=f"Known are {', '.join(TaskType)}.")
-    return found
-
-
-def _foremost(adapter: Answering) -> AdapterRef | None:
-    return adapter.shares[0][0] if isinstance(adapter, Mixture) else adapter
-
-
 def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering]) -> list[Request]:
     with _IMPORTING:
         from adapter_hub.engine.engine import Request
 
     return [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
-
-
-def _prediction(decision: Decision, adapter: Answering, output: Output) -> Prediction:
-    return Prediction(
-        adapter=decision.adapter,
-        decision=decision,
-        label=output.label,
-        scores=output.scores or {},
-        labels=output.labels,
-        value=output.value,
-        text=output.text,
-        vector=output.vector,
-        tokens=output.tokens,
-        truncated=output.truncated,
-        mixture=_mixture(adapter),
-    )
-
-
-def _mixture(adapter: Answering) -> Shares:
-    return adapter.shares if isinstance(adapter, Mixture) and len(adapter.shares) > 1 else ()
-
-
-def rounded(value: float | None) -> float | None:
-    """Six decimals: what two runs of the same request on other batches agree on. None where there is no number."""
-    return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
 def _share(hits: Iterable[object]) -> float:
@@ -1094,14 +981,6 @@ def _share(hits: Iterable[object]) -> float:
 def _absolute(source: str | Path) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if path.is_dir() else str(source)
-
-
-def _limits(**given: int | None) -> dict[str, int]:
-    """Of the engine, those that were given. Raises InvalidInput."""
-    for name, limit in given.items():
-        if limit is not None and limit < 1:
-            raise InvalidInput(f"{name}={limit} leaves no room for an adapter.", hint="Give at least 1, or leave it out.")
-    return {name: limit for name, limit in given.items() if limit is not None}
 
 
 def _check_same(what: str, name: str, found: str, recorded: str | None, otherwise: str = "") -> None:
@@ -1147,40 +1026,3 @@ def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -
 def _jsonl(rows: Sequence[Example]) -> bytes:
     lines = ({"text": row.text} | ({"label": row.label} if row.label is not None else {}) for row in rows)
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-
-
-def _rows(source: str | Path | Iterable[Mapping[str, Any] | Example]) -> list[Example]:
-    return read_examples(source) if isinstance(source, str | Path) else as_examples(source)
-
-
-def _texts(what: str, texts: Any) -> tuple[Any, ...]:
-    """Of any iterable but one text. Raises InvalidInput."""
-    if isinstance(texts, str | Mapping) or not isinstance(texts, Iterable):
-        hint = f"Give a list: [{texts[:20]!r}]." if isinstance(texts, str) else "Give a list of texts."
-        raise InvalidInput(f"{what} is {'one string' if isinstance(texts, str) else type(texts).__name__}.", hint=hint)
-    return tuple(texts)
-
-
-def _inputs(texts: Any) -> tuple[str | Conversation, ...]:
-    """Of what is to be routed or answered. Raises InvalidInput with the position of the one that cannot be read."""
-    given = _texts("texts", texts)
-    found: list[str | Conversation] = []
-    for position, text in enumerate(given, 1):
-        if isinstance(text, Mapping):
-            raise InvalidInput(f"text {position} of {len(given)} is one message.", hint="A conversation is a list of messages: [[…]].")
-        if isinstance(text, list | tuple):
-            found.append(Conversation.of(text, f"conversation {position} of {len(given)}"))
-        elif reason := text_fault(text):
-            raise InvalidInput(f"text {position} of {len(given)} {reason}.", hint="Remove it or write its text.")
-        else:
-            found.append(text)
-    return tuple(found)
-
-
-def _aligned(adapters: Any, count: int) -> Sequence[Named]:
-    if isinstance(adapters, str | AdapterRef | Mapping):
-        return [adapters] * count
-    named: Sequence[Named] = _texts("adapters", adapters)
-    if len(named) != count:
-        raise InvalidInput(f"{len(named)} adapters were named for {count} texts.", hint="Name one for each text, or one for all.")
-    return named

@@ -31,7 +31,7 @@ from adapter_hub import Hub
 from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.engine import Engine, Request
-from adapter_hub.hub import Prediction
+from adapter_hub.prediction import Prediction
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter
 

@@ -14,7 +14,7 @@ ROWS = {
     "precision": 1, "base_model": 1, "adapters": 1,
     "registry": 2,
     "routing": 3, "training": 3, "engine": 3,
-    "continual": 4, "batch": 4, "testing": 4,
+    "continual": 4, "batch": 4, "testing": 4, "arguments": 4, "prediction": 4,
     "hub": 5,
     "cli": 6, "server": 6,
 }
