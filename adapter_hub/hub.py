@@ -411,7 +411,7 @@ class Hub:
         _warn_of_labels(name, rows, label_names)
         for what, given, kept in (("evaluation inputs", held_out, state.evaluation), ("negatives", refused, state.negatives)):
             if dropped := len(given) - len(kept):
-                log.warning("%d of the %d %s of %s are among its examples, and dropped.", dropped, len(given), what, name)
+                log.warning("%d of the %d %s of %s are among its examples or negatives, and dropped.", dropped, len(given), what, name)
         if not state.count:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}

@@ -354,6 +354,7 @@ class Bench:
         self.columns = columns_of(head, tuple(states), sizes, np.array([p.labelled for p in prototypes]))
         found = ((place, Contrast.of(one)) for place, one in enumerate(self.exemplars))
         self.contrasts = {place: contrast for place, contrast in found if contrast}
+        self._taken: dict[int, F32] = {}    # by adapter, of its exemplars that are left out
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
         self.rows = self._left_out_rows() if rows is None else list(rows)
         self.solved = self._left_out_responses()
@@ -387,11 +388,15 @@ class Bench:
         return found
 
     def _left_out_penalties(self, place: int, rows: I64) -> F32:
-        """(n, a), of these exemplars of one adapter"""
-        found = self._penalties(self.exemplars[place].features[rows])
-        if place in self.contrasts:
-            found[:, place] = left_out_penalties(self.exemplars[place], rows)
-        return found
+        """(n, a), of these exemplars of one adapter, which are left out."""
+        if not self.contrasts:
+            return np.zeros((len(rows), 1), np.float32)
+        if place not in self._taken:    # several passes ask
+            left_out = self.rows[place]
+            self._taken[place] = self._penalties(self.exemplars[place].features[left_out])
+            if place in self.contrasts:
+                self._taken[place][:, place] = left_out_penalties(self.exemplars[place], left_out)
+        return self._taken[place][np.searchsorted(self.rows[place], rows)]
 
     def _blocks(self) -> Iterator[tuple[int, I64, F32, F32 | None]]:
         """(adapter, exemplars left out, products (n, p), head's responses (n, k)), each as if the exemplar had never been given."""

@@ -18,12 +18,12 @@ from scipy import linalg
 
 from adapter_hub.errors import CorruptIndex
 from adapter_hub.routing.features import F32, Features, Kernel, pack, unpack
-from adapter_hub.routing.statistics import I64, Exemplars, read_tensors
+from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 
 # n inputs, m exemplars and negatives that were solved
 SCHEMA = 1
 RIDGE = 0.01            # of the mean eigenvalue; from 0.003 to 0.1 nothing changes on CLINC150's validation split
-EXEMPLARS_MAX = 2048    # evenly spread over an adapter's; negatives are all met, up to as many
+MET_MAX = 512           # of an adapter's exemplars, evenly spread, and of its negatives
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +36,10 @@ class Contrast:
     @classmethod
     def of(cls, exemplars: Exemplars) -> Contrast | None:
         """None where there are no negatives."""
-        return cls(*_solved(exemplars)[:2]) if len(exemplars.negatives) else None
+        if not len(exemplars.negatives):
+            return None
+        basis, factor, met = _factored(exemplars)
+        return cls(basis, _weights(factor, len(met)))
 
     def penalties(self, features: Features) -> F32:
         """(n,), 0 or more."""
@@ -62,24 +65,26 @@ class Contrast:
 
 def left_out_penalties(exemplars: Exemplars, rows: I64) -> F32:
     """(n,): of these exemplars, each by the regression without it; as `Solver.left_out`."""
-    basis, weights, inverse_diagonal, met = _solved(exemplars)
+    basis, factor, met = _factored(exemplars)
+    weights = _weights(factor, len(met))
+    inverse = linalg.solve_triangular(factor, np.eye(len(factor)), lower=True, check_finite=False)
     found = np.maximum(basis(exemplars.features[rows]) @ weights, 0)
     places = np.searchsorted(met, rows)
     known = places < len(met)
     known[known] = met[places[known]] == rows[known]
-    found[known] = np.maximum(-(weights / inverse_diagonal)[places[known]], 0)    # the target is 0
+    found[known] = np.maximum(-(weights / (inverse**2).sum(axis=0))[places[known]], 0)    # the target is 0
     return np.asarray(found, np.float32)
 
 
-def _solved(exemplars: Exemplars) -> tuple[Kernel, F32, F32, I64]:
-    """(basis, weights, diagonal of the inverse, which exemplars were met: the first of the basis)."""
-    met = np.arange(len(exemplars))[:: max(1, -(-len(exemplars) // EXEMPLARS_MAX))]
-    negatives = exemplars.negatives[np.arange(min(len(exemplars.negatives), EXEMPLARS_MAX))]
-    basis = Kernel(Features.concatenate([exemplars.features[met], negatives]))
+def _factored(exemplars: Exemplars) -> tuple[Kernel, F64, I64]:
+    """(basis, Cholesky factor of its kernel matrix and the ridge, which exemplars are the first of the basis)."""
+    met, negatives = (np.arange(count)[:: max(1, -(-count // MET_MAX))] for count in (len(exemplars), len(exemplars.negatives)))
+    basis = Kernel(Features.concatenate([exemplars.features[met], exemplars.negatives[negatives]]))
     gram = basis(basis.exemplars).astype(np.float64)
     gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / len(gram)
-    factor = linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False)
-    targets = (np.arange(len(gram)) >= len(met)).astype(np.float64)
-    weights = linalg.cho_solve((factor, True), targets, check_finite=False).astype(np.float32)
-    inverse = linalg.solve_triangular(factor, np.eye(len(factor)), lower=True, check_finite=False)
-    return basis, weights, np.asarray((inverse**2).sum(axis=0), np.float32), met
+    return basis, linalg.cholesky(gram, lower=True, overwrite_a=True, check_finite=False), met
+
+
+def _weights(factor: F64, met: int) -> F32:
+    targets = (np.arange(len(factor)) >= met).astype(np.float64)
+    return np.asarray(linalg.cho_solve((factor, True), targets, check_finite=False), np.float32)

@@ -47,8 +47,8 @@ class LiveRouter:
         self._said: set[AdapterRef] = set()         # those of them that the log has
         self._solving: threading.Thread | None = None
         self._solved: str | None = None             # digest of what a head was last solved for, whether one came out or not
-        self._failed: str | None = None             # digest of what could not be solved in the background: not tried again for each input
-        self._keys: dict[AdapterRef, frozenset[int]] = {}    # hashes of exemplars
+        self._failed: set[tuple[str, str]] = set()  # (task, head digest) that failed in the background: not tried again for each input
+        self._keys: Mapping[AdapterRef, frozenset[int]] = {}    # hashes of exemplars
         self._warned: int | None = -1
         self._begun: int | None = -1                # number of the newest calibration when the router began
 
@@ -65,8 +65,7 @@ class LiveRouter:
                 router, event = self._router, self._event
                 assert router is not None
                 known = self._solved == router.head_digest
-                if (not known or router.scattered) and self._failed != router.head_digest:
-                    self._begin_in_background()
+                self._begin_in_background(router)
                 if known or (self._solved is not None and not settled):
                     return router
             try:
@@ -93,17 +92,21 @@ class LiveRouter:
 
     def twins(self, name: str, state: RoutingState) -> dict[AdapterRef, int]:
         """Who in production has how many of these exemplars too; empty where there are more than TWINS_MAX to look at."""
-        with self._lock:
-            others = [ref for ref in self._registry.production() if ref.name != name]
-            if len(others) > TWINS_MAX or not state.count or state.from_description:
-                return {}
-            for ref in others:
-                if ref not in self._keys:
-                    with suppress(HubError):    # whoever routes will say so
-                        one = self.state(ref)
-                        self._keys[ref] = frozenset(map(hash, () if one.from_description else one.exemplars.keys))
-            own = set(map(hash, state.exemplars.keys))
-            return {ref: count for ref in others if (count := len(own & self._keys.get(ref, frozenset())))}
+        others = [ref for ref in self._registry.production() if ref.name != name]
+        if len(others) > TWINS_MAX or not state.count or state.from_description:
+            return {}
+        known = self._keys
+        found: dict[AdapterRef, frozenset[int]] = {}
+        for ref in others:
+            with suppress(HubError):    # whoever routes will say so
+                found[ref] = known[ref] if ref in known else self._keys_of(ref)
+        self._keys = found
+        own = set(map(hash, state.exemplars.keys))
+        return {ref: count for ref, keys in found.items() if (count := len(own & keys))}
+
+    def _keys_of(self, ref: AdapterRef) -> frozenset[int]:
+        state = self.state(ref)
+        return frozenset(map(hash, () if state.from_description else state.exemplars.keys))
 
     # ---- follow -----------------------------------------------------------------------------------------------------
 
@@ -282,21 +285,27 @@ class LiveRouter:
 
     # ---- solve ------------------------------------------------------------------------------------------------------
 
-    def _begin_in_background(self) -> None:
-        if self._solved is not None and (self._solving is None or not self._solving.is_alive()):
-            self._solving = threading.Thread(target=self._solve_in_background, name="adapter_hub head", daemon=True)
+    def _begin_in_background(self, router: Router) -> None:
+        idle = self._solving is None or not self._solving.is_alive()
+        if idle and self._solved is not None and self._left_to_do(router):
+            self._solving = threading.Thread(target=self._work_in_background, name="adapter_hub head", daemon=True)
             self._solving.start()
 
-    def _solve_in_background(self) -> None:
-        router = self._router
-        while router is not None and router.head_digest != self._failed and (router.head_digest != self._solved or router.scattered):
+    def _left_to_do(self, router: Router) -> str | None:
+        """For the background: "head" or "index"; None: nothing, or nothing that has not failed."""
+        due = {"head": router.head_digest != self._solved, "index": router.scattered}
+        return next((task for task, is_due in due.items() if is_due and (task, router.head_digest) not in self._failed), None)
+
+    def _work_in_background(self) -> None:
+        while (router := self._router) is not None and (task := self._left_to_do(router)):
             try:
-                act = self._compact if router.scattered else self._solve
-                act(router)
+                if task == "head":
+                    self._solve(router)
+                else:
+                    self._compact(router)
             except (HubError, OSError, MemoryError, LinAlgError) as error:
-                log.error("the head could not be solved, or prototypes indexed; the router goes on as it is: %s", str(error) or repr(error))
-                self._failed = router.head_digest
-            router = self._router
+                log.error("the %s could not be made; the router goes on without: %s", task, str(error) or repr(error))
+                self._failed.add((task, router.head_digest))
 
     def _compact(self, router: Router) -> None:
         """Index what lies in many small segments, while the router of that moment goes on with these."""
@@ -347,9 +356,10 @@ class LiveRouter:
     def forget(self) -> None:
         """Drop what was derived; the next snapshot is made from the versions that are left."""
         with self._lock:
-            self._router, self._event, self._solved, self._failed = None, -1, None, None
+            self._router, self._event, self._solved = None, -1, None
+            self._failed.clear()
             self._left_out.clear()
-            self._keys.clear()
+            self._keys = {}
             self._forgets += 1
 
 

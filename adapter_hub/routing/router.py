@@ -32,14 +32,14 @@ from adapter_hub.routing.head import Head, digest_of, fits
 from adapter_hub.routing.index import FaissIndex
 from adapter_hub.routing.prototypes import Prototypes
 from adapter_hub.routing.segment import DENSE_MAX, Entry, Segment
-from adapter_hub.routing.statistics import I64, Exemplars, RoutingState, read_tensors
+from adapter_hub.routing.statistics import F64, I64, Exemplars, RoutingState, read_tensors
 
 # n inputs, d encoder width, c candidates
 SCHEMA = 5
 CONTRAST = ".contrast.safetensors"
 SUMS = "SHA256SUMS"     # of a saved router's other files, as `sha256sum` writes and checks them
 CHUNK = 512             # inputs scored at once
-CONTRASTED = 8          # candidates beyond those wanted whose negatives are asked: they only take off
+CONTRASTED = 8          # candidates beyond those wanted whose negatives are asked at first
 SCATTERED = 2           # times DENSE_MAX: prototypes in small segments, all of them scored, from which an index over them pays
 SCORE_DECIMALS = 5      # sums run in another order in a batch than alone: a score may differ by the last of them
 
@@ -83,8 +83,8 @@ class Router:
         exemplars = {ref: Exemplars.of(state) for ref, state in states.items() if state.count}
         entries = [self._entry(ref, states[ref], one) for ref, one in exemplars.items()]
         segments = [*self._segments, Segment.of(entries)] if entries else self._segments
-        contrasts = {ref: contrast for ref, one in exemplars.items() if (contrast := Contrast.of(one))}
-        return self._replaced(segments=segments, unroutable=self._unroutable | unroutable, contrasts=self._contrasts | contrasts)
+        contrasts = self._contrasts | _contrasts(exemplars)
+        return self._replaced(segments=segments, unroutable=self._unroutable | unroutable, contrasts=contrasts)
 
     def _entry(self, ref: AdapterRef, state: RoutingState, exemplars: Exemplars) -> Entry:
         assert self.calibration is not None
@@ -104,9 +104,9 @@ class Router:
             none = all(not state.count for state in states.values())
             return rest._with(states) if none else Router.build(states)._with_unroutable(rest._unroutable)
         there = {ref: segment.digests[segment.place[ref]] for ref in rest._gone.intersection(states) for segment in [rest._segment_of(ref)]}
-        # As after a rollback. Of a contrast nothing is left there.
-        kept = {ref for ref, digest in there.items() if digest == states[ref].digest and not len(states[ref].negatives)}
-        rest = rest._replaced(gone=rest._gone - kept).erased(states)
+        kept = {ref for ref, digest in there.items() if digest == states[ref].digest}    # as after a rollback
+        contrasts = _contrasts({ref: Exemplars.of(states[ref]) for ref in kept if len(states[ref].negatives)})
+        rest = rest._replaced(gone=rest._gone - kept, contrasts=rest._contrasts | contrasts).erased(states)
         added = rest._with({ref: state for ref, state in states.items() if ref not in kept})
         segments = list(added._segments)
         while len(segments) > 1 and len(segments[-2]) <= 2 * len(segments[-1]) and len(segments[-1]) + len(segments[-2]) <= DENSE_MAX:
@@ -162,10 +162,12 @@ class Router:
         stale = {ref for ref, digest in zip(merged.refs, merged.digests, strict=True) if self.digests.get(ref) != digest}
         if not stale.isdisjoint(self.digests):    # a version has another state than it had: not what these are segments of
             return self
-        rest = _cut(self._segments, set(merged.refs))
-        large = [segment for segment in rest if len(segment) > DENSE_MAX]
-        masked = {ref for ref in self._gone for segment in large if ref in segment.place}
-        return self._replaced(segments=[*large, merged, *(segment for segment in rest if len(segment) <= DENSE_MAX)], gone=masked | stale)
+        # What is made again anyway loses what was masked in it: a remnant of masked adapters alone would stay for ever.
+        remade = [segment for segment in self._segments if len(segment) <= DENSE_MAX or not set(merged.refs).isdisjoint(segment.place)]
+        rest = _cut(self._segments, set(merged.refs) | {ref for segment in remade for ref in self._gone if ref in segment.place})
+        gone = {ref for ref in self._gone for segment in rest if ref in segment.place} | stale
+        large, small = ([segment for segment in rest if (len(segment) > DENSE_MAX) is is_large] for is_large in (True, False))
+        return self._replaced(segments=[*large, merged, *small], gone=gone)
 
     def with_head(self, head: Head | None, centres: Mapping[AdapterRef, float] | None = None) -> Router:
         """The same adapters, under another head; `centres` as of `calibration.solved_centres`."""
@@ -257,7 +259,7 @@ class Router:
     def _decide(self, features: Features, k: int, threshold: float) -> list[Decision]:
         assert self.calibration is not None
         decisions, wanted = [], max(k, 2)
-        searched = any(segment.searches(wanted) for segment in self._segments)
+        searched = any(segment.searches(self._looked_at(wanted)) for segment in self._segments)
         for found in self._candidates(features, wanted):
             if not found:
                 decisions.append(Decision(None, None, None, None, Reason.NO_CANDIDATES, (), self.calibration.id))
@@ -297,48 +299,59 @@ class Router:
 
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
         """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
-        assert self.calibration is not None
-        wanted, asked = wanted + (CONTRASTED if self._contrasts else 0), wanted
         solved: F32 | None = self.head.responses(features) if self.head else None
         found: list[list[tuple[AdapterRef, float]]] = [[] for _ in range(len(features))]
-        for segment, columns, absent in zip(self._segments, self._columns, self._absent, strict=True):
-            adapters, scores = segment.scores(features.dense, solved, columns, self.calibration.scoring, wanted, absent)
-            # Rounded in float64, as it will be shown: ties are then ties.
-            rounded = np.round(scores.astype(np.float64), SCORE_DECIMALS)
-            order = np.argsort(-rounded, axis=1, kind="stable")[:, :wanted]
-            best, best_scores = np.take_along_axis(adapters, order, 1).tolist(), np.take_along_axis(rounded, order, 1).tolist()
-            for row, row_adapters, row_scores in zip(found, best, best_scores, strict=True):
+        for number, segment in enumerate(self._segments):
+            adapters, scores = self._best_of(number, features, solved, wanted)
+            for row, row_adapters, row_scores in zip(found, adapters.tolist(), scores.tolist(), strict=True):
                 row += [
                     (segment.refs[adapter], score)
                     for adapter, score in zip(row_adapters, row_scores, strict=True)
                     if adapter >= 0
                 ]
-        self._contrast(features, found)
         for row in found:
             row.sort(key=lambda candidate: (-candidate[1], candidate[0]))
-            del row[asked:]
+            del row[wanted:]
         return found
 
-    def _contrast(self, features: Features, found: Sequence[list[tuple[AdapterRef, float]]]) -> None:
-        """Take off the candidates' scores what their negatives say."""
-        if not self._contrasts:
-            return
-        rows: dict[AdapterRef, list[tuple[int, int]]] = {}
-        for i, row in enumerate(found):
-            for nth, (ref, _) in enumerate(row):
-                if ref in self._contrasts:
-                    rows.setdefault(ref, []).append((i, nth))
-        for ref, places in rows.items():
-            penalties = self._contrasts[ref].penalties(features[[i for i, _ in places]]).tolist()
-            for (i, nth), penalty in zip(places, penalties, strict=True):
-                found[i][nth] = ref, round(found[i][nth][1] - penalty, SCORE_DECIMALS)
+    def _best_of(self, number: int, features: Features, solved: F32 | None, wanted: int) -> tuple[I64, F64]:
+        """((n, c) adapters, (n, c) scores): the best of one segment, `wanted` at least, or all; -1 fills up."""
+        assert self.calibration is not None
+        segment, columns, absent = self._segments[number], self._columns[number], self._absent[number]
+        looked = self._looked_at(wanted)
+        while True:
+            adapters, raw = segment.scores(features.dense, solved, columns, self.calibration.scoring, looked, absent)
+            # Rounded in float64, as it will be shown: ties are then ties.
+            rounded = np.asarray(np.round(raw.astype(np.float64), SCORE_DECIMALS), np.float64)
+            order = np.argsort(-rounded, axis=1, kind="stable")[:, :looked]
+            adapters, scores = np.take_along_axis(adapters, order, 1), np.take_along_axis(rounded, order, 1)
+            if not self._contrasts:
+                return adapters, scores
+            least = scores[:, -1]
+            scores = np.round(scores - self._penalties(segment, features, adapters), SCORE_DECIMALS)
+            # Penalties only take off: whoever was not looked at has at most `least`.
+            if looked >= len(segment.refs) or (np.sort(scores, axis=1)[:, -min(wanted, scores.shape[1])] >= least).all():
+                return adapters, scores
+            looked *= 4
+
+    def _looked_at(self, wanted: int) -> int:
+        return wanted + (CONTRASTED if self._contrasts else 0)
+
+    def _penalties(self, segment: Segment, features: Features, adapters: I64) -> F64:
+        """(n, c): what the negatives of these adapters take off."""
+        found = np.zeros(adapters.shape)
+        for ref, contrast in self._contrasts.items():
+            rows, nth = np.nonzero(adapters == segment.place.get(ref, -2))
+            if len(rows):
+                found[rows, nth] = contrast.penalties(features[rows])
+        return found
 
     # ---- keep -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """Write a snapshot that opens without the versions, wholly or not at all. Replaces what lies there.
 
-        Files of segments that the replaced one has too are linked, not written again: what a newcomer costs is its own segment.
+        Files of segments that the replaced one has too are checked and linked, not written again.
         """
         staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         staging.mkdir(parents=True)
@@ -384,7 +397,8 @@ class Router:
     def _name_of(self, segment: Segment) -> str:
         """By its content, which follows from the states of its adapters and the calibration."""
         assert self.calibration is not None
-        lines = [self.calibration.digest, *(f"{ref} {digest}" for ref, digest in zip(segment.refs, segment.digests, strict=True))]
+        lines = [f"segment {SCHEMA}", self.calibration.digest]
+        lines += [f"{ref} {digest}" for ref, digest in zip(segment.refs, segment.digests, strict=True)]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
     @cached_property
@@ -412,6 +426,11 @@ class Router:
         if facts.get("schema") != SCHEMA or facts["digest"] != router.digest:
             raise CorruptIndex(folder, "not the router of these versions and this calibration")
         return router
+
+
+def _contrasts(exemplars: Mapping[AdapterRef, Exemplars]) -> dict[AdapterRef, Contrast]:
+    """Of those that have negatives."""
+    return {ref: contrast for ref, one in exemplars.items() if (contrast := Contrast.of(one))}
 
 
 def _cut(segments: Sequence[Segment], refs: Collection[AdapterRef]) -> list[Segment]:

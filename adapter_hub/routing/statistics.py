@@ -74,7 +74,7 @@ class Encodings:
         return self[self.rows_without(others)]
 
     def __getitem__(self, rows: Sequence[int]) -> Encodings:
-        if len(rows) == len(self):
+        if list(rows) == list(range(len(self))):
             return self
         spans = [self.sketches[self.offsets[row] : self.offsets[row + 1]] for row in rows]
         offsets = np.cumsum([0, *map(len, spans)]).astype(np.uint32)
@@ -146,13 +146,18 @@ class RoutingState:
         new = _encoded(encoder, rows)
         refused = _encoded(encoder, negatives).without(new)
         described = self.from_description and not rows
-        kept = self.exemplars.rows_without(refused) if described or not self.from_description else []
+        kept = self._kept(refused) if described or not self.from_description else []
         exemplars = self.exemplars[kept] + new
         labels = [*(self.class_names[self.classes[row]] for row in kept), *(row.label for row in rows)]
         if not len(exemplars):
-            raise InvalidInput("every example of this version is among the negatives.", hint="Retire it, or give examples that belong to it.")
-        evaluation = self.evaluation.without(refused)
-        return _classified(encoder, exemplars, labels, evaluation, self.negatives.without(new + refused) + refused, from_description=described)
+            fact = "every example of this version is among the negatives" if self.count else "this version has no examples"
+            raise InvalidInput(f"{fact}.", hint="Give examples that belong to it.")
+        refused = self.negatives.without(new + refused) + refused
+        return _classified(encoder, exemplars, labels, self.evaluation, refused, from_description=described)
+
+    def _kept(self, refused: Encodings) -> list[int]:
+        """The exemplars that are not refused. A description stays: it stands for the adapter."""
+        return _and_first(self.exemplars.rows_without(refused)) if self.from_description else self.exemplars.rows_without(refused)
 
     def to_bytes(self) -> bytes:
         """The same bytes for the same state."""
@@ -272,13 +277,18 @@ def build_state(
     """Encode the examples; without any, the description and the names of labels beside it; without both, a state with no exemplars.
 
     Names alone are not enough ("True", "False"): without examples and description a version is reached by name only.
-    `evaluation` rows are inputs that belong here, `negatives` inputs that do not; those that are examples are dropped. Raises
-    InvalidInput where the encoder does.
+    `evaluation` rows are inputs that belong here, `negatives` inputs that do not; those of both that are examples are dropped, and names of
+    labels and evaluation rows that are negatives. Raises InvalidInput where the encoder does.
     """
     described = not examples and bool(description.strip())
     rows = _described(description, label_names) if described else examples
-    held_out, refused = (_encoded(encoder, given) for given in (evaluation, negatives))
-    return _classified(encoder, _encoded(encoder, rows), [row.label for row in rows], held_out, refused, from_description=described)
+    exemplars, held_out, refused = (_encoded(encoder, given) for given in (rows, evaluation, negatives))
+    kept = _and_first(exemplars.rows_without(refused)) if described else range(len(rows))
+    return _classified(encoder, exemplars[kept], [rows[row].label for row in kept], held_out, refused, from_description=described)
+
+
+def _and_first(rows: Sequence[int]) -> list[int]:
+    return sorted({0, *rows})
 
 
 def _described(description: str, label_names: Sequence[str]) -> list[Example]:
@@ -327,8 +337,9 @@ def _classified(
     """Labels in alphabetical order are classes 0, 1, …; the unlabelled rows follow, one class a k-means prototype.
 
     An evaluation input that is an exemplar too is dropped: the head knows it, and what it scores is no measure of what others will. So is
-    a negative that is an exemplar.
+    one that is a negative, and a negative that is an exemplar.
     """
+    negatives = negatives.without(exemplars)
     names = sorted({label for label in labels if label is not None})
     place = {name: i for i, name in enumerate(names)}
     classes = np.array([-1 if label is None else place[label] for label in labels], np.int32)
@@ -344,8 +355,8 @@ def _classified(
         exemplars=exemplars,
         classes=classes,
         class_names=(*names, *[None] * prototypes),
-        evaluation=evaluation.without(exemplars),
-        negatives=negatives.without(exemplars),
+        evaluation=evaluation.without(exemplars + negatives),
+        negatives=negatives,
         from_description=from_description,
     )
 

@@ -63,7 +63,7 @@ def test_an_exemplar_is_penalised_as_if_it_had_never_been_given(monkeypatch: pyt
         weights = np.linalg.solve(gram, np.arange(len(gram)) >= len(kept))
         expected.append(max(0.0, float((contrast_module.Kernel(found)(exemplars.features[[row]]) @ weights)[0])))
     np.testing.assert_allclose(left_out_penalties(exemplars, rows), expected, atol=1e-4)
-    monkeypatch.setattr(contrast_module, "EXEMPLARS_MAX", 6)
+    monkeypatch.setattr(contrast_module, "MET_MAX", 6)
     fewer = Contrast.of(exemplars)
     assert fewer is not None
     unmet = rows[1::2]
@@ -85,9 +85,29 @@ def test_what_is_given_now_holds_against_what_was_given_before() -> None:
         PLAIN.extended(ENCODER, [], examples(OWN))
 
 
+def test_what_is_a_negative_measures_nothing() -> None:
+    """An evaluation input among them is dropped, at once and when it is taught."""
+    held_out = [*OTHERS[:3], *NEGATIVES]
+    state = build_state(ENCODER, examples(OWN), evaluation=examples(held_out), negatives=examples(NEGATIVES))
+    assert len(state.evaluation) == 3
+    assert len(build_state(ENCODER, examples(OWN), evaluation=examples(held_out)).extended(ENCODER, [], examples(NEGATIVES)).evaluation) == 3
+
+
+def test_negatives_are_met_evenly_where_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast_module, "MET_MAX", 2)
+    many = [f"{text} {i}" for text in NEGATIVES for i in "abc"]
+    contrast = Contrast.of(Exemplars.of(build_state(ENCODER, examples(OWN), negatives=examples(many))))
+    assert contrast is not None and contrast.basis.width == 2 + 2
+
+
 def test_a_description_stays_when_only_negatives_are_taught() -> None:
-    described = build_state(ENCODER, [], "questions about bank cards").extended(ENCODER, [], examples(NEGATIVES))
-    assert described.from_description and described.count == 1 and len(described.negatives) == len(NEGATIVES)
+    """Also where it is one of them; a label's name goes."""
+    text = "questions about bank cards"
+    described = build_state(ENCODER, [], text, label_names=["lost", "found"]).extended(ENCODER, [], examples([*NEGATIVES, text, "found"]))
+    assert described.from_description and described.class_names == ("lost", None) and len(described.negatives) == len(NEGATIVES) + 1
+    assert build_state(ENCODER, [], text, label_names=["lost", "found"], negatives=examples(["found", text])).class_names == ("lost", None)
+    with pytest.raises(InvalidInput, match="this version has no examples"):
+        build_state(ENCODER, []).extended(ENCODER, [], examples(NEGATIVES))
     assert not described.extended(ENCODER, examples(OWN, "card")).from_description
 
 

@@ -428,7 +428,7 @@ def test_a_head_that_cannot_be_solved_is_tried_once_until_the_versions_change(
         for _ in range(5):
             assert live.snapshot().refs[-1] == AdapterRef(name, 1)
             Gate.join_solving()
-        assert caplog.text.count("the head could not be solved") == 1
+        assert caplog.text.count("the head could not be made") == 1
     broken.clear()
     place.writer.retire(AdapterRef("zeta", 1))
     live.snapshot()

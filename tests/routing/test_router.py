@@ -136,6 +136,7 @@ def test_any_coming_and_going_gives_the_router_that_saw_only_the_last_state(
             if ref is None:
                 router = router if merged is None else router.compacted(merged)
                 merged = router.compaction()
+                router = router.erased(sorted(STATES)[: len(present)])
                 continue
             router = router.without(ref) if ref in present else router.with_added({ref: STATES[ref]})
             present ^= {ref}
@@ -163,6 +164,61 @@ def test_a_router_that_grows_one_by_one_is_compacted_into_few_segments(monkeypat
         assert not router.scattered and len(router._segments) <= 10
     decision = router.route(ENCODER, ["text number 50 of many"], max_false_reject=0)[0]
     assert decision.adapter == AdapterRef("one050", 1) and decision.searched
+
+
+def test_what_was_removed_stays_away_whatever_is_compacted_and_erased_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many more adapters than a segment scores in full, so that large ones are merged and cut, too."""
+    states = {
+        AdapterRef(f"one{i:02d}", 1): build_state(
+            ENCODER, [Example(f"text number {i} of many {j}", f"label{j}") for j in range(1 + i % 3)], negatives=[Example("no thing")] * (i % 5 == 0)
+        )
+        for i in range(24)
+    }
+    fitted = fit(dict(list(states.items())[:6]))
+    asked = [f"text number {i} of many" for i in range(24)]
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        large_segments(monkeypatch, int(random.choice([2, 4, 6])))
+        here = {ref for ref in states if random.random() < 0.3}
+        router, merged = Router.build({ref: states[ref] for ref in here}, fitted.calibration, fitted.head), None
+        for _ in range(60):
+            act = random.random()
+            if act < 0.2:
+                merged = merged or router.compaction()
+            elif act < 0.35:
+                router, merged = (router.compacted(merged) if merged else router), None
+            elif act < 0.4:
+                router = router.erased({ref for ref in states if ref not in here and random.random() < 0.5})
+            else:
+                ref = sorted(states)[int(random.integers(len(states)))]
+                router = router.without(ref) if ref in here else router.with_added({ref: states[ref]})
+                here ^= {ref}
+            assert router.versions == tuple(sorted(here))
+        expected = Router.build({ref: states[ref] for ref in here}, fitted.calibration, fitted.head)
+        assert_agree(router.route(ENCODER, asked, max_false_reject=0), expected.route(ENCODER, asked, max_false_reject=0))
+
+
+def test_the_best_is_the_best_however_many_candidates_are_shown(sizes: None) -> None:
+    """Fourteen that score more than the right one until their negatives are asked."""
+    verbs, things = ("cancel", "check", "change", "open", "close"), ("refund", "invoice", "billing", "payment", "charge")
+    refused = [Example(f"please {verb} my {thing} order now for acme") for thing in things for verb in verbs]
+    states = {
+        AdapterRef(f"a{i:02d}", 1): build_state(
+            ENCODER,
+            [Example(f"please {verb} my {thing} order now for cust{i:02d}", verb + thing) for verb in verbs for thing in things],
+            negatives=refused,
+        )
+        for i in range(14)
+    }
+    states[AdapterRef("zz", 1)] = build_state(ENCODER, [Example(f"my {thing} thing", thing) for thing in things])
+    router = Router.build(states)
+    texts = [row.text for row in refused[:3]]
+    expected = router.route(ENCODER, texts, k=15, max_false_reject=0)
+    assert {decision.adapter for decision in expected} == {AdapterRef("zz", 1)}
+    for k in (1, 2, 5):
+        for decision, right in zip(router.route(ENCODER, texts, k=k, max_false_reject=0), expected, strict=True):
+            assert (decision.adapter, decision.margin) == (right.adapter, right.margin)
+            assert decision.candidates == right.candidates[:k]
 
 
 def test_adding_what_is_there_replaces_it(sizes: None) -> None:
