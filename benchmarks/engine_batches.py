@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from adapter_hub.base_model import DEFAULT_MODEL, BaseKind, Encoded, FrozenBase
+from adapter_hub.engine.engine import _Asked
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import task_model, tiny_model
 
@@ -112,7 +113,7 @@ def classification(settings: Settings, root: Path) -> Figures:
         batch, shares = batch_of(refs, merged=merged)
         encoded = [Encoded({"input_ids": row, "attention_mask": [1] * len(row)}, (), False) for row in ids.tolist()]
         with engine.slots.hold(batch.adapters) as held, torch.inference_mode():
-            engine._hidden(batch, held, shares, [engine._facts(row) for row in shares], encoded)
+            engine._hidden(batch, held, _Asked(shares, [engine._facts(row) for row in shares], [None] * len(encoded), encoded))
 
     return grid("classification", shelf, shelf.peft(task_model(base, "SEQ_CLS", OUTPUTS)), plain, settings, own=labelled)
 
