@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
+from adapter_hub.engine.chat import question_of
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import canonical
@@ -57,7 +58,7 @@ class RequestQueue:
         adapter are damaged or purged by then, says so in its own future; those that share its batch are answered.
         Raises QueueFull, InvalidInput for an empty text or an unknown generation setting, HubError where the queue is closed.
         """
-        if fault := text_fault(request.text):
+        if fault := text_fault(question_of(request.text)):
             raise InvalidInput(f"the text {fault}.", hint="Write its text.")
         waiting = Waiting(tuple(ref for ref, _ in canonical(request.adapter)), check_generation(generation or {}))
         future: Future[Any] = Future()

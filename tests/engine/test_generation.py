@@ -484,6 +484,13 @@ def test_a_conversation_is_routed_by_its_last_message_and_answered_with_all_of_i
     assert first.text != hub.predict([asked[1]], adapters="balance", generation={"max_new_tokens": 8})[0].text
 
 
+def test_a_conversation_that_is_submitted_is_answered_as_it_is_predicted(hub: Hub) -> None:
+    """Previously every conversation was refused: the queue read it as a text."""
+    asked, own = [{"role": "user", "content": "what is the balance"}], {"max_new_tokens": 8}
+    [wanted] = hub.predict([asked], max_false_reject=0, generation=own)
+    assert hub.submit(asked, max_false_reject=0, generation=own).result(60).text == wanted.text
+
+
 def test_an_adapter_that_is_registered_for_chats_gets_texts_as_messages_in_a_job_too(hub: Hub, tmp_path: Path) -> None:
     assert hub.show("weather").generation == {"chat": True, "system": "be brief"}
     conversation = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the weather today"}]
