@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -24,7 +30,7 @@ from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.engine.generation import DEFAULTS, RIDE_MAX, Settings, kinds
 from adapter_hub.engine.mixtures import Mixture
-from adapter_hub.engine.stream import Stream
+from adapter_hub.engine.stream import Stream, Tell
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.hub import Hub
@@ -387,7 +393,55 @@ def test_a_stream_that_is_let_go_stops_too(llama: World, forwards: list[int]) ->
     for piece in llama.engine.stream(Request("hello", llama.answering[2]), generation={"max_new_tokens": 200, "min_new_tokens": 200}):
         assert piece
         break
+    for thread in threading.enumerate():
+        if thread.name == "adapter_hub stream":
+            thread.join(60)
     assert held(llama.engine) == 0 and len(forwards) < 200
+
+
+def test_a_stream_is_closed_by_another_thread_while_its_readers_wait(llama: World, forwards: list[int]) -> None:
+    stream = llama.engine.stream(Request("hello", llama.answering[1]), generation={"max_new_tokens": 200, "min_new_tokens": 200})
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(list, stream) for _ in range(2)]
+        while not forwards:
+            time.sleep(0.001)
+        stream.close()
+        assert held(llama.engine) == 0 and len(forwards) < 200
+        assert all(len(reader.result(60)) < 200 for reader in readers)
+
+
+def test_a_stream_that_the_garbage_collector_finds_waits_for_no_lock_of_the_collecting_thread() -> None:
+    """Previously the collecting thread joined the generation, which waited for the lock that the thread held."""
+    lock, got = threading.Lock(), SimpleQueue[bool]()
+
+    def run(tell: Tell) -> str:
+        while not tell("a"):
+            time.sleep(0.001)
+        got.put(lock.acquire(timeout=5))
+        return "a"
+
+    cycle: list[Any] = [Stream(run, truncated=False)]
+    cycle.append(cycle)
+    assert next(cycle[0]) == "a"
+    with lock:
+        del cycle
+        gc.collect()
+    assert got.get(timeout=60)
+
+
+def test_a_stream_that_is_left_open_does_not_hold_up_the_end_of_the_interpreter_and_ends_in_order() -> None:
+    code = """
+import time
+from adapter_hub.engine.stream import Stream, Tell
+def run(tell):
+    while not tell("a"):
+        time.sleep(0.001)
+    print("ended", flush=True)
+    return "a"
+stream = Stream(run, truncated=False)
+print(next(stream), flush=True)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=True).stdout == "a\nended\n"
 
 
 def test_what_fails_in_a_stream_reaches_its_reader_and_leaves_nothing_applied(llama: World) -> None:
