@@ -27,7 +27,7 @@ from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.cli import app
 from adapter_hub.engine.chat import Conversation
-from adapter_hub.engine.engine import Engine, Request
+from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import DEFAULTS, RIDE_MAX, Settings, kinds
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.engine.stream import Stream, Tell
@@ -257,8 +257,12 @@ def test_an_adapters_own_template_stands_within_the_users_message(tmp_path: Path
     ref = next(iter(world.folders))
     [output] = world.engine.predict([Request("hello", ref)])
     assert output.text == world.alone(ref, templated(world, [{"role": "user", "content": "Say hello again"}]), max_new_tokens=5)
-    with pytest.raises(InvalidInput, match="takes a text, not a conversation"):
-        world.engine.predict([Request(Conversation.of([{"role": "user", "content": "x"}]), ref)])
+    asked = Request(Conversation.of([{"role": "user", "content": "x"}]), ref)
+    for position, others in (("", []), ("text 2 of 2, ", [Request("hello", None)])):
+        with pytest.raises(InvalidInput) as caught:
+            world.engine.predict([*others, asked])
+        fact = "the adapter's prompt template 'Say {text} again' takes a text, not a conversation. Give its text."
+        assert str(caught.value) == f"{position}{ref}: {fact}"
 
 
 def test_a_control_token_that_a_message_spells_is_text(llama: World) -> None:
@@ -472,6 +476,27 @@ def test_streams_and_batches_of_several_threads_do_not_mix(llama: World) -> None
                 found[i] += piece
         assert llama.engine.predict([Request(TEXTS[0], None)], generation=own)[0].text == expected[0]
     assert found == expected
+
+
+def test_an_adapter_that_leaves_no_token_to_draw_is_said_with_its_settings_and_fails_alone(llama: World, tmp_path: Path) -> None:
+    """Previously torch's RuntimeError, for every row of the batch."""
+    loud, good = AdapterRef("loud", 1), llama.answering[1]
+    folder = make_adapter(llama.base, tmp_path / "loud", task_type="CAUSAL_LM", size=1e30)
+    engine = Engine(llama.base, lambda ref: read_adapter(folder) if ref == loud else llama.load(ref))
+    own = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 4, "seed": 1}
+    with pytest.raises(InvalidInput, match=r"with do_sample=True.*temperature=0.5.* no token is left that could be drawn"):
+        engine.predict([Request("hello", loud)], generation=own)
+    first, fault, last = engine.answers([Request("hello", good), Request("hello", loud), Request("hello", good)], generation=own)
+    assert isinstance(fault, InvalidInput) and isinstance(first, Output) and isinstance(last, Output)
+    assert first.text == last.text == engine.predict([Request("hello", good)], generation=own)[0].text
+
+
+@pytest.mark.parametrize("key", ["temperature", "repetition_penalty"])
+def test_a_divisor_that_makes_scores_infinite_is_refused_with_its_least_value(llama: World, key: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{key}=1e-42 is not a number of at least 0.001"):
+        llama.engine.predict([Request("hello", None)], generation={"do_sample": True, key: 1e-42})
+    own = {"do_sample": True, key: 1e-3, "max_new_tokens": 3}
+    assert llama.engine.predict([Request("hello", None)], generation=own)[0].text is not None
 
 
 def test_what_has_no_pieces_is_refused_before_anything_runs(llama: World, tmp_path: Path) -> None:
