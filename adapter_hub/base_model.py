@@ -12,11 +12,11 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -46,6 +46,7 @@ log = logging.getLogger("adapter_hub")
 # n texts, t tokens, d hidden width
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _TIDIED = 3    # characters at a text's end that a tokenizer which tidies spaces may still change: " n't" becomes "n't"
+STOPS_MAX = 16    # sets of stop strings that stay prepared: of 30,000 tokens 0.25 s and about a megabyte each
 MAX_TOKENS_FALLBACK = 512    # for tokenizers that name no limit
 
 # sha256 of each file of the default model that is read, as its package carries them. The weights' is the upstream file's own.
@@ -71,6 +72,8 @@ _CONFIG_NOISE = frozenset(
 RANDOMNESS = threading.RLock()
 # transformers and PEFT patch torch for the whole process while they build a model: one thread builds at a time. Taken after RANDOMNESS.
 BUILDING = threading.RLock()
+# transformers keeps what it read of vocabularies for all tokenizers in one dictionary, unguarded.
+_READING_VOCABULARY = threading.Lock()
 _PROBES = ("Hello, world!", "naïve café", "  two  spaces\n", "12,345.67 €", "日本語", "UPPER lower", "<s></s>[CLS][SEP]", "a" * 40, "\u0000\ufffd🙂")
 
 
@@ -226,9 +229,16 @@ class FrozenBase:
         return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, (), False)
 
     def stopping(self, texts: str | Sequence[str]) -> StopStringCriteria:
-        """What ends a generation at one of these texts. It reads the whole vocabulary the first time."""
-        with self._tokenizing:
-            return StopStringCriteria(self.tokenizer, [texts] if isinstance(texts, str) else list(texts))
+        """What ends a generation at one of these texts. To make it the whole vocabulary is read; the last `STOPS_MAX` made are kept.
+
+        Raises InvalidInput where no token can be part of any of them.
+        """
+        return self._stopping((texts,) if isinstance(texts, str) else tuple(texts))
+
+    @cached_property
+    def _stopping(self) -> Callable[[tuple[str, ...]], StopStringCriteria]:
+        """On a tokenizer of its own: the other is not held up for as long as a vocabulary is read."""
+        return lru_cache(STOPS_MAX)(partial(_stopping_at, self.copy_tokenizer()))
 
     def decode(self, ids: Tensor | Sequence[Tensor | list[int]]) -> list[str]:
         """Texts of (n, t) ids, or of n rows of ids, without special tokens."""
@@ -454,6 +464,15 @@ def _drop_missing(model: PreTrainedModel, missing: Iterable[str], source: str | 
     elif lacking:
         shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise ModelNotFound(f"the weights of {source!s} lack {shown}.", hint="Copy the whole model, or name the class it was saved from.")
+
+
+def _stopping_at(tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...]) -> StopStringCriteria:
+    """Raises InvalidInput."""
+    try:
+        with _READING_VOCABULARY:
+            return StopStringCriteria(tokenizer, list(texts))
+    except ValueError as error:
+        raise InvalidInput(f"no token of this model can be part of stop_strings={list(texts)}.", hint="Leave them out.") from error
 
 
 def tokens_least(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of
-from adapter_hub.batch.job import Progress, Summary, interrupted, run_job
+from adapter_hub.batch.job import BEGIN_AGAIN, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture
@@ -617,8 +617,9 @@ class Hub:
 
         It is routed at once, together with what other threads submit meanwhile, unless `adapter` is named. Then it waits some
         milliseconds for others in this hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who
-        shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5, not byte for byte. An adapter that is
-        damaged or purged by the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable.
+        shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in float32 (in fewer bits as far as
+        those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged by the time its request runs
+        is told by that future alone, e.g. as CorruptVersion or NotRoutable.
         Raises QueueFull, and as `predict`.
         """
         texts = inputs_of([text])
@@ -701,28 +702,31 @@ class Hub:
         and calibration answer to the end. It is refused where they cannot, or an option is another one.
         """
         started = interrupted(output) if resume else None
+        options = {"precision": str(self.precision), "device": self.device.partition(":")[0]}
+        _check_options(started or {}, options)
         router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._live.snapshot(settled=True)
         encoder, rate = self._encoder_of(router), self._rate(max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
             "encoder": self.config.encoder_fingerprint,
             "max_tokens": self.config.max_tokens,
-            "device": self.device.partition(":")[0],
-            "precision": self.precision,
+            **options,
             "router": router.digest,
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
         }
         calibration = router.calibration.id if router.calibration else None
-        facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration}
+        facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
         def answer(texts: Sequence[str]) -> list[dict[str, Any] | HubError]:
             decisions = self._route(router, texts, 1, rate, encoder)
+            answered: list[dict[str, Any] | HubError] = []
             found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions]), generation=generation)
-            return [
-                one if isinstance(one, HubError) else Prediction.of(decision, decision.adapter, one).row()
-                for decision, one in zip(decisions, found, strict=True)
-            ]
+            for decision, one in zip(decisions, found, strict=True):
+                if isinstance(one, Exception) and not isinstance(one, HubError):
+                    raise one    # not a row's fault: the job stops, and can be resumed
+                answered.append(one if isinstance(one, HubError) else Prediction.of(decision, decision.adapter, one).row())
+            return answered
 
         return run_job(
             input, output, answer, resume=resume, overwrite=overwrite, settings=settings, facts=facts, progress=progress
@@ -971,6 +975,14 @@ def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering
         from adapter_hub.engine.engine import Request
 
     return [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
+
+
+def _check_options(started: Mapping[str, Any], options: Mapping[str, str]) -> None:
+    """Raises InvalidInput where a job was begun by a hub that was opened with other options."""
+    for name, ours in options.items():
+        if (theirs := started.get(name, ours)) != ours:
+            hint = f"Go on with Hub.open(…, {name}={theirs!r}) (`adapter-hub --{name} {theirs}`). {BEGIN_AGAIN}"
+            raise InvalidInput(f"the interrupted job was begun with {name}={theirs!r}, and this hub has {name}={ours!r}.", hint=hint)
 
 
 def _share(hits: Iterable[object]) -> float:

@@ -3,8 +3,9 @@
     y = s_x s_w (x̂ Ŵᵀ) + b     int8 on the CPU: x̂ a token's inputs and Ŵ an output's weights as whole numbers of -127 to 127
 
 Both scales are the largest magnitude over 127, of one token and of one output (Dettmers et al. 2022, "LLM.int8()", §2.1, without its
-outliers). A token's own scale, and sums that are exact in int32, keep a row independent of its neighbours; torch's own dynamic
-quantisation has one scale for a whole batch.
+outliers). A token's own scale, and sums that are exact in int32, keep a row independent of its neighbours within one such layer; torch's
+own dynamic quantisation has one scale for a whole batch. What is between the layers is computed in float32, whose rounding depends on the
+neighbours, and the next layer may round that to another whole number: across a model rows agree as far as 8 bits reach.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MPNetConfig, MPNetModel, PreTrainedModel, RobertaConfig, RobertaModel
+from transformers import MPNetConfig, MPNetModel, PreTrainedModel, RobertaConfig, RobertaModel, StopStringCriteria
 
 from adapter_hub import base_model
 from adapter_hub.base_model import DEFAULT_MODEL, DEFAULT_MODEL_FILES, BaseKind, FrozenBase, resolve_model
@@ -94,6 +94,24 @@ def test_who_wrote_a_config_and_what_other_tasks_call_their_outputs_is_no_part_o
     facts |= {"transformers_version": "4.0.0", "_name_or_path": "elsewhere", "use_cache": False, "id2label": {"0": "x"}, "classifier_dropout": None}
     (twin / "config.json").write_text(json.dumps(facts))
     assert FrozenBase.load(twin).fingerprint == before
+
+
+def test_stop_strings_are_prepared_once_and_hold_up_nobody_who_encodes(bert: Path) -> None:
+    base = FrozenBase.load(bert)
+    kept = base.stopping("e")
+    with ThreadPoolExecutor(1) as pool:
+        with base._tokenizing:    # as somebody who encodes has it: nobody waits for the other
+            made = pool.submit(base.stopping, ["th", "e"])
+            assert wait([made], 60).done
+        ids = base.tokenizer("the end", return_tensors="pt")["input_ids"]
+        wanted = StopStringCriteria(base.tokenizer, ["th", "e"])
+        assert all(bool(made.result()(ids[:, :t], ()).all()) == bool(wanted(ids[:, :t], ()).all()) for t in range(1, ids.shape[1] + 1))
+    assert base.stopping(["e"]) is kept and base.stopping(("th", "e")) is made.result()
+
+
+def test_stop_strings_that_no_token_can_write_are_named() -> None:
+    with pytest.raises(InvalidInput, match=r"can be part of stop_strings=\['\U0001f980'\]"):
+        FrozenBase.load().stopping("\U0001f980")
 
 
 def test_hashing_the_tokenizer_does_not_disturb_who_encodes(bert: Path) -> None:

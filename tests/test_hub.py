@@ -1008,8 +1008,12 @@ def test_a_job_is_not_resumed_at_another_precision(filled: Hub, tmp_path: Path, 
     (tmp_path / "in.jsonl").write_text('{"text": "the cat sleeps"}\n' * 600)
     with pytest.raises(KeyboardInterrupt):
         filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", progress=lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-    with Hub.open(tmp_path / "registry", precision="bfloat16") as fewer, pytest.raises(InvalidInput, match="had another settings"):
+    with Hub.open(tmp_path / "registry", precision="bfloat16") as fewer, pytest.raises(InvalidInput) as caught:
         fewer.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True)
+    assert str(caught.value) == (
+        "the interrupted job was begun with precision='float32', and this hub has precision='bfloat16'. "
+        "Go on with Hub.open(…, precision='float32') (`adapter-hub --precision float32`). Begin again with overwrite=True (`--overwrite`)."
+    )
     assert filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True).rows == 600
 
 

@@ -35,7 +35,7 @@ from adapter_hub.engine.plan import Batch, BatchPlan, Row, forecast, halves, pla
 from adapter_hub.engine.slots import Facts, Mean, Resident, Slots
 from adapter_hub.engine.stream import Stream, Tell
 from adapter_hub.engine.table import Table
-from adapter_hub.errors import HubError, InvalidInput
+from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
 
@@ -111,12 +111,14 @@ class Engine:
     ) -> list[Output]:
         """One output for each request, in order. `generation` overrides the adapters' own settings, for all rows or one mapping a row.
 
-        A row's result depends on its neighbours by no more than rounding (1e-5); the same request gives the same bytes. What is
-        sampled depends on the row and its `seed` alone, so rows of one text and seed get one answer; without a seed each draws anew.
+        A row's result depends on its neighbours by no more than rounding: in float32 1e-5, in fewer bits what those are worth, and
+        rarely another label or token wins there. The same request gives the same bytes. What is sampled depends on the row and its
+        `seed` alone, so rows of one text and seed get one answer; without a seed each draws anew.
         Adapters may answer together where they agree in task, labels, prompt template and generation settings, and none is a DoRA.
         The order in which a mixture names them changes nothing, and a mixture of one is that adapter. All must be resident at once.
-        Raises InvalidInput for an empty text (with its position), an unknown generation setting or adapters that do not mix,
-        and what `load` raises. Where the adapters do not fit into the slots together, a warning says what loading them again costs.
+        Raises InvalidInput for an empty text or one that its adapter cannot take (with its position), an unknown generation setting,
+        settings that leave no token to draw, or adapters that do not mix, and what `load` raises. Where the adapters do not fit into the
+        slots together, a warning says what loading them again costs.
         """
         asked = self._asked(requests, generation)
         outputs: dict[int, Output] = {}
@@ -156,10 +158,10 @@ class Engine:
         shares = [canonical(request.adapter) for request in requests]
         facts = [self._facts(row) for row in shares]
         settings = [self._settings(fact, call) for fact, call in zip(facts, calls, strict=True)]
-        return _Asked(shares, facts, settings, self._encode([request.text for request in requests], facts, settings))
+        return _Asked(shares, facts, settings, self._encode([request.text for request in requests], facts, settings, shares))
 
-    def answers(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output | HubError]:
-        """As `predict`, but a row that cannot be answered has the reason in its place, and the others are answered.
+    def answers(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output | Exception]:
+        """As `predict`, but a row that cannot be answered has what was raised in its place, and the others are answered.
 
         Adapters that cannot be loaded or mixed are found before anything runs, so the other rows stay one request; any other fault,
         and a file that goes while they run, by halving. Raises InvalidInput for an unknown generation setting.
@@ -170,19 +172,19 @@ class Engine:
         found = iter(self._halved([request for request, shares in zip(requests, asked, strict=True) if not faults[shares]], generation))
         return [faults[shares] or next(found) for shares in asked]
 
-    def _halved(self, requests: Sequence[Request], generation: Mapping[str, Any] | None) -> list[Output | HubError]:
+    def _halved(self, requests: Sequence[Request], generation: Mapping[str, Any] | None) -> list[Output | Exception]:
         try:
             return [*self.predict(requests, generation=generation)]
-        except HubError as error:
+        except Exception as error:    # whatever it is, the neighbours have no part in it
             if len(requests) == 1:
                 return [error]
         middle = len(requests) // 2
         return [one for half in (requests[:middle], requests[middle:]) for one in self.answers(half, generation=generation)]
 
-    def _fault(self, shares: Shares) -> HubError | None:
+    def _fault(self, shares: Shares) -> Exception | None:
         try:
             self._facts(shares)
-        except HubError as error:
+        except Exception as error:
             return error
         return None
 
@@ -264,21 +266,30 @@ class Engine:
         return dict(merged(facts.generation, call)) if generates else None
 
     def _encode(
-        self, texts: Sequence[str | Conversation], facts: Sequence[Facts], settings: Sequence[Settings | None]
+        self,
+        texts: Sequence[str | Conversation],
+        facts: Sequence[Facts],
+        settings: Sequence[Settings | None],
+        shares: Sequence[Shares] = (),
     ) -> list[Encoded]:
-        """Cut to what the model can take, with room for what a causal model will write. What is cut is the text, never its template."""
+        """Cut to what the model can take, with room for what a causal model will write. What is cut is the text, never its template.
+
+        Raises InvalidInput, which names the text's position and by `shares` who answers it.
+        """
         found: list[Encoded | None] = [None] * len(texts)
         plain: dict[int, list[tuple[int, str]]] = {}    # by limit: many texts are read at once
         for i, (text, row) in enumerate(zip(texts, settings, strict=True)):
-            limit = self.base.max_tokens if row is None else self._prompt_limit(int(row["max_new_tokens"]))
-            if (conversation := _conversation(text, facts[i], row)) is not None:
-                found[i] = self._in_chat(conversation, facts[i], limit)
-            else:
-                plain.setdefault(limit, []).append((i, question_of(text)))
+            with _named(i, shares):
+                limit = self.base.max_tokens if row is None else self._prompt_limit(int(row["max_new_tokens"]))
+                if (conversation := _conversation(text, facts[i], row)) is not None:
+                    found[i] = self._in_chat(conversation, facts[i], limit)
+                else:
+                    plain.setdefault(limit, []).append((i, question_of(text)))
         for limit, rows in plain.items():
             encoded = self.base.encode([_prompt(facts[i], text) for i, text in rows], max_tokens=limit)
             for (i, text), ids in zip(rows, encoded, strict=True):
-                found[i] = ids if facts[i].prompt_template is None else self._in_template(facts[i], text, ids, limit)
+                with _named(i, shares):
+                    found[i] = ids if facts[i].prompt_template is None else self._in_template(facts[i], text, ids, limit)
         return cast(list[Encoded], found)
 
     def _in_template(self, facts: Facts, text: str, ids: Encoded, limit: int) -> Encoded:
@@ -404,7 +415,7 @@ class Engine:
             criteria.append(limits)
         config = cast(Any, GenerationConfig)(**settings, pad_token_id=tokenizer.pad_token_id, eos_token_id=_stops(self.base.model, tokenizer))
         draws = Draws(seeds, self.base.device) if settings["do_sample"] else nullcontext()
-        with self._adapted(batch, held, asked.shares, steps=True) as model, draws:
+        with self._adapted(batch, held, asked.shares, steps=True) as model, draws, _sampling(settings):
             written: Tensor = cast(Any, model).generate(**inputs, generation_config=config, stopping_criteria=criteria)
         if limits is not None:
             new: Tensor | list[Tensor] = limits.cut(written)
@@ -419,6 +430,19 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+@contextmanager
+def _sampling(settings: Settings) -> Iterator[None]:
+    """Raises InvalidInput where a step leaves no token that could be drawn."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability" not in str(error):    # torch.multinomial's own words
+            raise
+        named = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        hint = "Choose a higher temperature and looser limits; if that does not help, the adapter's weights are too large."
+        raise InvalidInput(f"with {named} no token is left that could be drawn.", hint=hint) from error
+
+
 def _calls(generation: Settings | Sequence[Settings | None] | None, count: int) -> list[Settings]:
     """The settings of each row of a call, checked. Raises InvalidInput."""
     if isinstance(generation, str) or not isinstance(generation, Sequence):
@@ -427,6 +451,19 @@ def _calls(generation: Settings | Sequence[Settings | None] | None, count: int) 
         fact = f"{len(generation)} generation settings were given for {count} texts"
         raise InvalidInput(f"{fact}.", hint="Give one mapping for each text, or one for all.")
     return [check_generation(row or {}, f"generation {position}") for position, row in enumerate(generation, 1)]
+
+
+@contextmanager
+def _named(i: int, shares: Sequence[Shares]) -> Iterator[None]:
+    """What is wrong with a row is said with its position, where there are several, and with who answers it."""
+    try:
+        yield
+    except InvalidInput as error:
+        if not shares:
+            raise
+        position = f"text {i + 1} of {len(shares)}, " if len(shares) > 1 else ""
+        who = " and ".join(str(ref) for ref, _ in shares[i]) or "the base model"
+        raise InvalidInput(f"{position}{who}: {error.fact}", hint=error.hint) from error
 
 
 def _conversation(text: str | Conversation, facts: Facts, settings: Settings | None) -> Conversation | None:

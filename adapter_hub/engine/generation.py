@@ -16,14 +16,14 @@ _ALLOWED: Mapping[str, tuple[type | tuple[type, ...], str]] = {
     "max_new_tokens": (int, "a whole number of at least 1"),
     "min_new_tokens": (int, "a whole number"),
     "do_sample": (bool, "true or false"),
-    "temperature": ((int, float), "a number above 0"),
+    "temperature": ((int, float), "a number of at least 0.001"),
     "top_k": (int, "a whole number"),
     "top_p": ((int, float), "a share above 0, at most 1"),
     "min_p": ((int, float), "a share, 0 to 1"),
     "num_beams": (int, "a whole number of at least 1"),
     "length_penalty": ((int, float), "a number"),
     "early_stopping": (bool, "true or false"),
-    "repetition_penalty": ((int, float), "a number above 0"),
+    "repetition_penalty": ((int, float), "a number of at least 0.001"),
     "no_repeat_ngram_size": (int, "a whole number"),
     "stop_strings": ((list, tuple, str), "texts that are not empty"),
     "seed": (int, "a whole number, for do_sample"),    # of every row's own draws
@@ -36,7 +36,8 @@ _PER_ROW = ("max_new_tokens", "stop_strings", "seed", *_CHAT)
 # A row that is done is run along until the last one is: at most so many times longer than it asked for.
 RIDE_MAX = 8
 _AT_LEAST_ONE = ("max_new_tokens", "num_beams")
-_ABOVE_ZERO = ("temperature", "top_p", "repetition_penalty")
+_ABOVE_ZERO = ("top_p",)
+_DIVISORS, _DIVISOR_LEAST = ("temperature", "repetition_penalty"), 1e-3    # of scores, which smaller ones make infinite
 _AT_MOST_ONE = ("top_p", "min_p")
 _SEED_MAX = 2**63 - 1    # torch's
 
@@ -60,7 +61,7 @@ def check_generation(settings: Any, source: str = "generation") -> dict[str, Any
 def _in_range(key: str, value: Any) -> bool:
     if isinstance(value, str | list | tuple):
         return all(isinstance(text, str) and text for text in ([value] if isinstance(value, str) else value))
-    low = 1 if key in _AT_LEAST_ONE else -math.inf if key == "length_penalty" else 0
+    low = 1 if key in _AT_LEAST_ONE else _DIVISOR_LEAST if key in _DIVISORS else -math.inf if key == "length_penalty" else 0
     high = 1 if key in _AT_MOST_ONE else _SEED_MAX
     return math.isfinite(value) and low <= value <= high and not (key in _ABOVE_ZERO and value <= 0)
 

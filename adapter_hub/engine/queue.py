@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
+from adapter_hub.engine.chat import question_of
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import canonical
 from adapter_hub.engine.plan import BATCH_ROWS_MAX, Waiting, next_batch
 from adapter_hub.errors import HubError, InvalidInput, QueueFull
 from adapter_hub.examples import text_fault
+
+log = logging.getLogger("adapter_hub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class RequestQueue:
 
     What comes within `wait_ms` of the oldest is answered with it, as far as the slots hold its adapters (see `next_batch`), at most
     `rows_max` at once. Which requests share a batch depends on timing, so a result agrees with `Engine.predict` of that request
-    alone within 1e-5, not byte for byte.
+    alone within 1e-5 in float32 (in fewer bits as far as those reach: rarely another label wins), not byte for byte.
     """
 
     def __init__(self, engine: Engine, *, requests_max: int = 1024, rows_max: int = BATCH_ROWS_MAX, wait_ms: float = 3.0) -> None:
@@ -57,7 +61,7 @@ class RequestQueue:
         adapter are damaged or purged by then, says so in its own future; those that share its batch are answered.
         Raises QueueFull, InvalidInput for an empty text or an unknown generation setting, HubError where the queue is closed.
         """
-        if fault := text_fault(request.text):
+        if fault := text_fault(question_of(request.text)):
             raise InvalidInput(f"the text {fault}.", hint="Write its text.")
         waiting = Waiting(tuple(ref for ref, _ in canonical(request.adapter)), check_generation(generation or {}))
         future: Future[Any] = Future()
@@ -109,22 +113,28 @@ class RequestQueue:
         return self._closed or len(self._waiting) >= min(self._rows_max, self._requests_max)
 
     def _work(self) -> None:
-        while batch := self._taken():
-            asked, found = list(batch.values()), list[Output | BaseException]()
-            # Whatever is raised is told to those who wait: nobody else would hear of it.
+        batch: Mapping[Future[Any], _Asked] = {}
+        try:
+            while batch := self._taken():
+                self._answer(batch)
+        except BaseException as error:    # who waits would wait for ever; who comes next finds another worker
+            with self._lock:
+                left, self._working = [*batch, *self._waiting], False
+            for future in left:
+                _settle(future, error)
+
+    def _answer(self, batch: Mapping[Future[Any], _Asked]) -> None:
+        asked, found = list(batch.values()), list[Output | BaseException]()
+        # Whatever is raised is told to those who wait: nobody else would hear of it.
+        try:
+            found += self._engine.answers([one.request for one in asked], generation=asked[0].waiting.settings)
+        except BaseException as error:
+            found += [error] * len(batch)
+        for (future, one), output in zip(batch.items(), found, strict=True):
             try:
-                found += self._engine.answers([one.request for one in asked], generation=asked[0].waiting.settings)
+                _settle(future, output if isinstance(output, BaseException) else one.then(output))
             except BaseException as error:
-                found += [error] * len(batch)
-            for (future, one), output in zip(batch.items(), found, strict=True):
-                try:
-                    if isinstance(output, BaseException):
-                        raise output
-                    result = one.then(output)
-                except BaseException as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(result)
+                _settle(future, error)
 
     def _taken(self) -> dict[Future[Any], _Asked]:
         """The next batch, taken out of the queue; empty where nobody waits: the worker is done until somebody comes."""
@@ -144,3 +154,16 @@ class RequestQueue:
                     return batch
             self._working = False
             return {}
+
+
+def _settle(future: Future[Any], result: Any) -> None:
+    """Give a future its result or its error. What its callbacks raise is the log's: Future itself lets sys.exit through to the worker."""
+    try:
+        if isinstance(result, BaseException):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+    except InvalidStateError:    # cancelled meanwhile
+        pass
+    except BaseException:
+        log.exception("a callback of a queued request's future raised.")

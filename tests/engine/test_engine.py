@@ -551,7 +551,7 @@ def test_draws_are_by_the_weights_that_were_given() -> None:
         ({"max_new_tokens": 255}, "max_new_tokens=255 leaves no room for a prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is not a whole number of at least 1"),
         ({"max_new_tokens": True}, "max_new_tokens=True is not"),
-        ({"temperature": 0}, "temperature=0 is not a number above 0"),
+        ({"temperature": 0}, "temperature=0 is not a number of at least 0.001"),
         ({"do_sample": 1}, "do_sample=1 is not true or false"),
         ({"top_p": "high"}, "top_p='high' is not"),
         ({"max_new_tokens": 256}, "leaves no room for a prompt"),

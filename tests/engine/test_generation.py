@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -21,10 +27,10 @@ from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.cli import app
 from adapter_hub.engine.chat import Conversation
-from adapter_hub.engine.engine import Engine, Request
+from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import DEFAULTS, RIDE_MAX, Settings, kinds
 from adapter_hub.engine.mixtures import Mixture
-from adapter_hub.engine.stream import Stream
+from adapter_hub.engine.stream import Stream, Tell
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import text_fault
 from adapter_hub.hub import Hub
@@ -251,8 +257,12 @@ def test_an_adapters_own_template_stands_within_the_users_message(tmp_path: Path
     ref = next(iter(world.folders))
     [output] = world.engine.predict([Request("hello", ref)])
     assert output.text == world.alone(ref, templated(world, [{"role": "user", "content": "Say hello again"}]), max_new_tokens=5)
-    with pytest.raises(InvalidInput, match="takes a text, not a conversation"):
-        world.engine.predict([Request(Conversation.of([{"role": "user", "content": "x"}]), ref)])
+    asked = Request(Conversation.of([{"role": "user", "content": "x"}]), ref)
+    for position, others in (("", []), ("text 2 of 2, ", [Request("hello", None)])):
+        with pytest.raises(InvalidInput) as caught:
+            world.engine.predict([*others, asked])
+        fact = "the adapter's prompt template 'Say {text} again' takes a text, not a conversation. Give its text."
+        assert str(caught.value) == f"{position}{ref}: {fact}"
 
 
 def test_a_control_token_that_a_message_spells_is_text(llama: World) -> None:
@@ -387,7 +397,55 @@ def test_a_stream_that_is_let_go_stops_too(llama: World, forwards: list[int]) ->
     for piece in llama.engine.stream(Request("hello", llama.answering[2]), generation={"max_new_tokens": 200, "min_new_tokens": 200}):
         assert piece
         break
+    for thread in threading.enumerate():
+        if thread.name == "adapter_hub stream":
+            thread.join(60)
     assert held(llama.engine) == 0 and len(forwards) < 200
+
+
+def test_a_stream_is_closed_by_another_thread_while_its_readers_wait(llama: World, forwards: list[int]) -> None:
+    stream = llama.engine.stream(Request("hello", llama.answering[1]), generation={"max_new_tokens": 200, "min_new_tokens": 200})
+    with ThreadPoolExecutor(2) as pool:
+        readers = [pool.submit(list, stream) for _ in range(2)]
+        while not forwards:
+            time.sleep(0.001)
+        stream.close()
+        assert held(llama.engine) == 0 and len(forwards) < 200
+        assert all(len(reader.result(60)) < 200 for reader in readers)
+
+
+def test_a_stream_that_the_garbage_collector_finds_waits_for_no_lock_of_the_collecting_thread() -> None:
+    """Previously the collecting thread joined the generation, which waited for the lock that the thread held."""
+    lock, got = threading.Lock(), SimpleQueue[bool]()
+
+    def run(tell: Tell) -> str:
+        while not tell("a"):
+            time.sleep(0.001)
+        got.put(lock.acquire(timeout=5))
+        return "a"
+
+    cycle: list[Any] = [Stream(run, truncated=False)]
+    cycle.append(cycle)
+    assert next(cycle[0]) == "a"
+    with lock:
+        del cycle
+        gc.collect()
+    assert got.get(timeout=60)
+
+
+def test_a_stream_that_is_left_open_does_not_hold_up_the_end_of_the_interpreter_and_ends_in_order() -> None:
+    code = """
+import time
+from adapter_hub.engine.stream import Stream, Tell
+def run(tell):
+    while not tell("a"):
+        time.sleep(0.001)
+    print("ended", flush=True)
+    return "a"
+stream = Stream(run, truncated=False)
+print(next(stream), flush=True)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=True).stdout == "a\nended\n"
 
 
 def test_what_fails_in_a_stream_reaches_its_reader_and_leaves_nothing_applied(llama: World) -> None:
@@ -418,6 +476,27 @@ def test_streams_and_batches_of_several_threads_do_not_mix(llama: World) -> None
                 found[i] += piece
         assert llama.engine.predict([Request(TEXTS[0], None)], generation=own)[0].text == expected[0]
     assert found == expected
+
+
+def test_an_adapter_that_leaves_no_token_to_draw_is_said_with_its_settings_and_fails_alone(llama: World, tmp_path: Path) -> None:
+    """Previously torch's RuntimeError, for every row of the batch."""
+    loud, good = AdapterRef("loud", 1), llama.answering[1]
+    folder = make_adapter(llama.base, tmp_path / "loud", task_type="CAUSAL_LM", size=1e30)
+    engine = Engine(llama.base, lambda ref: read_adapter(folder) if ref == loud else llama.load(ref))
+    own = {"do_sample": True, "temperature": 0.5, "max_new_tokens": 4, "seed": 1}
+    with pytest.raises(InvalidInput, match=r"with do_sample=True.*temperature=0.5.* no token is left that could be drawn"):
+        engine.predict([Request("hello", loud)], generation=own)
+    first, fault, last = engine.answers([Request("hello", good), Request("hello", loud), Request("hello", good)], generation=own)
+    assert isinstance(fault, InvalidInput) and isinstance(first, Output) and isinstance(last, Output)
+    assert first.text == last.text == engine.predict([Request("hello", good)], generation=own)[0].text
+
+
+@pytest.mark.parametrize("key", ["temperature", "repetition_penalty"])
+def test_a_divisor_that_makes_scores_infinite_is_refused_with_its_least_value(llama: World, key: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{key}=1e-42 is not a number of at least 0.001"):
+        llama.engine.predict([Request("hello", None)], generation={"do_sample": True, key: 1e-42})
+    own = {"do_sample": True, key: 1e-3, "max_new_tokens": 3}
+    assert llama.engine.predict([Request("hello", None)], generation=own)[0].text is not None
 
 
 def test_what_has_no_pieces_is_refused_before_anything_runs(llama: World, tmp_path: Path) -> None:
@@ -482,6 +561,13 @@ def test_a_conversation_is_routed_by_its_last_message_and_answered_with_all_of_i
     assert hub.route(asked) == hub.route([asked[1]] * 2) and hub.explain(asked[0]).decision == hub.explain(asked[1]).decision
     assert first.text == hub.predict([asked[0]], adapters="balance", generation={"max_new_tokens": 8})[0].text
     assert first.text != hub.predict([asked[1]], adapters="balance", generation={"max_new_tokens": 8})[0].text
+
+
+def test_a_conversation_that_is_submitted_is_answered_as_it_is_predicted(hub: Hub) -> None:
+    """Previously every conversation was refused: the queue read it as a text."""
+    asked, own = [{"role": "user", "content": "what is the balance"}], {"max_new_tokens": 8}
+    [wanted] = hub.predict([asked], max_false_reject=0, generation=own)
+    assert hub.submit(asked, max_false_reject=0, generation=own).result(60).text == wanted.text
 
 
 def test_an_adapter_that_is_registered_for_chats_gets_texts_as_messages_in_a_job_too(hub: Hub, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -187,6 +188,57 @@ def test_a_failure_of_the_machine_is_told_to_all_of_the_batch_and_the_next_is_an
         assert {str(future.exception(0)) for future in futures} == {"the device is lost"}
         assert queue.submit(Request("a", None)).result(ONE_MOMENT_S).vector is not None
         assert isinstance(queue.submit(Request("a", None), then=lambda _: 1 / 0).exception(ONE_MOMENT_S), ZeroDivisionError)
+
+
+def test_a_fault_of_any_kind_fails_its_own_request_only(shelf: Gated) -> None:
+    """Previously what was raised and is no HubError was told to the whole batch."""
+    engine, (bad, good, *_) = Engine(shelf.base, shelf.load), refs_of(shelf)
+    asked = [Request("one text", ref) for ref in (good, bad, None, good)]
+    engine.predict(asked)
+
+    def broken(module: Any, args: Any, output: Any) -> None:
+        if bad in engine.slots.resident and engine.slots._resident[bad].holders:
+            raise ZeroDivisionError("the layer of one adapter")
+
+    handle = shelf.base.body.register_forward_hook(broken)
+    try:
+        with RequestQueue(engine) as queue:
+            with held(shelf, queue):
+                futures = [queue.submit(request) for request in asked]
+            wait(futures, ONE_MOMENT_S)
+    finally:
+        handle.remove()
+    for request, future in zip(asked, futures, strict=True):
+        if request.adapter == bad:
+            assert isinstance(future.exception(0), ZeroDivisionError)
+        else:
+            assert gap(future.result(0), engine.predict([request])[0]) <= 1e-5
+
+
+def test_a_callback_that_exits_ends_neither_its_batch_nor_the_queue(shelf: Gated, caplog: pytest.LogCaptureFixture) -> None:
+    """Previously the worker died of it: the rest of the batch, and what came later, waited for ever."""
+    request = Request("x", None)
+    with RequestQueue(Engine(shelf.base, shelf.load)) as queue:
+        with held(shelf, queue):
+            futures = [queue.submit(request) for _ in range(3)]
+            futures[0].add_done_callback(lambda _: sys.exit(3))
+        assert all(future.result(ONE_MOMENT_S).vector is not None for future in futures)
+        assert queue.submit(request).result(ONE_MOMENT_S).vector is not None
+    assert "a callback of a queued request's future raised" in caplog.text
+
+
+def test_a_worker_that_fails_tells_who_waits_and_another_answers_the_next(shelf: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, request = Engine(shelf.base, shelf.load), Request("x", None)
+
+    def broken(_: Any) -> Any:
+        raise MemoryError("no room for a batch")
+
+    with RequestQueue(engine) as queue:
+        with monkeypatch.context() as patched:
+            patched.setattr(engine.slots, "sizes", broken)
+            futures = [queue.submit(request) for _ in range(3)]
+            assert {str(future.exception(ONE_MOMENT_S)) for future in futures} == {"no room for a batch"}
+        assert not len(queue) and queue.submit(request).result(ONE_MOMENT_S).vector is not None
 
 
 def test_what_cannot_be_asked_is_refused_at_once(shelf: Gated) -> None:
