@@ -919,6 +919,20 @@ def test_an_interrupted_job_goes_on_with_the_versions_that_it_began_with(filled:
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole" / "out.jsonl").read_bytes()
 
 
+def test_a_job_stops_at_what_is_no_rows_fault_and_goes_on_later(filled: Hub, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "the cat sleeps"}\n' * 3)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    handle = filled.base.body.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    handle.remove()
+    summary = filled.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", resume=True)
+    assert (summary.rows, summary.failed) == (3, 0)
+
+
 def test_a_job_is_not_resumed_under_another_limit_or_without_a_version(filled: Hub, tmp_path: Path) -> None:
     """Previously the rows after a change of max_tokens were cut elsewhere than those before."""
     interrupted(filled, tmp_path)

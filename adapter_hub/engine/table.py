@@ -58,10 +58,12 @@ class Stack:
 
     @classmethod
     def empty(cls, places: int, form: Form, like: Update) -> Stack:
+        """At each place the module is the base's: who is in the table already has no update of it."""
+
         def make(*shape: int) -> Tensor:
             return like.a.new_zeros(places, *shape)
 
-        scaled = (make(1, like.b.shape[1]), make(1, like.b.shape[1])) if form.dora else (None, None)
+        scaled = (make(1, like.b.shape[1]).fill_(1), make(1, like.b.shape[1])) if form.dora else (None, None)
         return cls(make(form.rank, like.a.shape[1]), make(form.rank, like.b.shape[1]), *scaled)
 
     def grown(self, places: int) -> Stack:

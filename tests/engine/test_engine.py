@@ -188,6 +188,18 @@ def test_adapters_of_different_layers_share_a_batch(shelf: Shelf) -> None:
             assert distance(next(outputs).vector, expected) <= 1e-5
 
 
+def test_a_dora_stays_what_it_is_when_another_brings_modules_that_it_has_not(shelf: Shelf) -> None:
+    """Previously the first one's outputs of those modules became zero, unsaid."""
+    modules = [["query"], ["query", "value", "dense"]]
+    few, many = (shelf.put(f"d{i}", {"labels": None}, task_type=None, use_dora=True, target_modules=m) for i, m in enumerate(modules))
+    engine = Engine(shelf.base, shelf.load)
+    engine.predict([Request("x", few)])
+    outputs = iter(engine.predict(requests([many, few])))
+    for ref in (many, few):
+        for expected in references(shelf.base, shelf.folders[ref][0], None, TEXTS):
+            assert distance(next(outputs).vector, expected) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
