@@ -171,6 +171,10 @@ class UnreadableFile(InvalidInput):
     """A whole input file cannot be read as the format its name says."""
 
 
+class OutOfMemory(HubError):
+    """One row alone needs more memory than the machine has; more rows are run in smaller batches."""
+
+
 class QueueFull(HubError):
     """As many requests wait as the queue holds, and none of them was answered in time."""
 

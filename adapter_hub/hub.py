@@ -292,6 +292,14 @@ class Hub:
                 self._engine = Engine(self.base, self._load, **self._limits)
             return self._engine
 
+    def pin(self, *refs: str | AdapterRef) -> None:
+        """Keep these versions loaded until `unpin`, or until they are purged. Raises InvalidInput where no place were left for others."""
+        self.engine.slots.pin([self.registry.resolve(ref) for ref in refs])
+
+    def unpin(self, *refs: str | AdapterRef) -> None:
+        """From now on they go as any other does when places are needed. Those that are not pinned change nothing."""
+        self.engine.slots.unpin([self.registry.resolve(ref) for ref in refs])
+
     @property
     def queue(self) -> RequestQueue:
         """Of `submit`, made when it is first needed."""

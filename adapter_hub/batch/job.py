@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
-from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, UnreadableFile, storage_error
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, OutOfMemory, UnreadableFile, storage_error
 from adapter_hub.examples import BadRow, RowReader, fault, format_of, read_rows
 from adapter_hub.registry.artifacts import sync_folder
 
@@ -30,8 +30,9 @@ BEGIN_AGAIN = "Begin again with overwrite=True (`--overwrite`)."
 # What an answer may hold. An input's field of such a name is renamed in every row, whichever adapter answers it: a column means one thing.
 ANSWER_NAMES = frozenset({"adapter", "reason", "score", "margin", "label", "output", "truncated"})
 
-# Faults of single rows: an input that cannot be read, or an adapter whose files are damaged or purged. Anything else stops the job.
-ROW_FAULTS = (InvalidInput, CorruptVersion, NotRoutable)
+# Faults of single rows: an input that cannot be read or is too much for memory, or an adapter whose files are damaged or purged.
+# Anything else stops the job.
+ROW_FAULTS = (InvalidInput, CorruptVersion, NotRoutable, OutOfMemory)
 
 
 @dataclass(frozen=True, slots=True)

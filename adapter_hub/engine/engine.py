@@ -35,7 +35,7 @@ from adapter_hub.engine.plan import Batch, BatchPlan, Row, forecast, halves, pla
 from adapter_hub.engine.slots import Facts, Mean, Resident, Slots
 from adapter_hub.engine.stream import Stream, Tell
 from adapter_hub.engine.table import Table
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, OutOfMemory
 from adapter_hub.examples import text_fault
 from adapter_hub.refs import AdapterRef
 
@@ -96,11 +96,22 @@ class _Asked:
 class Engine:
     """Runs adapters on one base. `load` gives the adapter of a resolved reference. Safe between threads."""
 
-    def __init__(self, base: FrozenBase, load: Callable[[AdapterRef], Adapter], *, slots_max: int = SLOTS_MAX, bytes_max: int = BYTES_MAX) -> None:
-        """At most `slots_max` adapters of `bytes_max` together are resident."""
+    def __init__(
+        self,
+        base: FrozenBase,
+        load: Callable[[AdapterRef], Adapter],
+        *,
+        slots_max: int = SLOTS_MAX,
+        bytes_max: int = BYTES_MAX,
+        host_bytes_max: int = 0,
+    ) -> None:
+        """At most `slots_max` adapters of `bytes_max` together are resident.
+
+        `host_bytes_max` of those that were read last are kept as they came, checked: to load one again then reads no file.
+        """
         self.base = base
         self._layers = MixedLayers(base)
-        self.slots = Slots(base, self._layers, load, slots_max, bytes_max)
+        self.slots = Slots(base, self._layers, load, slots_max, bytes_max, host_bytes_max)
         self.row_ms = Mean()    # of one row in a batch
 
     def evict(self, ref: AdapterRef) -> None:
@@ -160,26 +171,30 @@ class Engine:
         settings = [self._settings(fact, call) for fact, call in zip(facts, calls, strict=True)]
         return _Asked(shares, facts, settings, self._encode([request.text for request in requests], facts, settings, shares))
 
-    def answers(self, requests: Sequence[Request], *, generation: Mapping[str, Any] | None = None) -> list[Output | Exception]:
+    def answers(
+        self, requests: Sequence[Request], *, generation: Settings | Sequence[Settings | None] | None = None
+    ) -> list[Output | Exception]:
         """As `predict`, but a row that cannot be answered has what was raised in its place, and the others are answered.
 
         Adapters that cannot be loaded or mixed are found before anything runs, so the other rows stay one request; any other fault,
         and a file that goes while they run, by halving. Raises InvalidInput for an unknown generation setting.
         """
-        check_generation(generation or {})
+        calls = _calls(generation, len(requests))
         asked = [canonical(request.adapter) for request in requests]
         faults = {shares: self._fault(shares) for shares in dict.fromkeys(asked)}
-        found = iter(self._halved([request for request, shares in zip(requests, asked, strict=True) if not faults[shares]], generation))
+        sound = [i for i, shares in enumerate(asked) if not faults[shares]]
+        found = iter(self._halved([requests[i] for i in sound], [calls[i] for i in sound]))
         return [faults[shares] or next(found) for shares in asked]
 
-    def _halved(self, requests: Sequence[Request], generation: Mapping[str, Any] | None) -> list[Output | Exception]:
+    def _halved(self, requests: Sequence[Request], calls: Sequence[Settings]) -> list[Output | Exception]:
         try:
-            return [*self.predict(requests, generation=generation)]
+            return [*self.predict(requests, generation=calls)]
         except Exception as error:    # whatever it is, the neighbours have no part in it
             if len(requests) == 1:
                 return [error]
         middle = len(requests) // 2
-        return [one for half in (requests[:middle], requests[middle:]) for one in self.answers(half, generation=generation)]
+        parts = (slice(middle), slice(middle, None))
+        return [one for part in parts for one in self.answers(requests[part], generation=calls[part])]
 
     def _fault(self, shares: Shares) -> Exception | None:
         try:
@@ -198,8 +213,11 @@ class Engine:
                 self.row_ms.add(1000 * (time.perf_counter() - started), len(outputs))
                 return outputs
         except (MemoryError, RuntimeError) as error:
-            if len(batch.rows) == 1 or not _out_of_memory(error):
+            if not _out_of_memory(error):
                 raise
+            if len(batch.rows) == 1:
+                hint = "Shorten it, ask for fewer new tokens, or hold the base in fewer bits (precision)."
+                raise OutOfMemory(f"one row of {len(asked.encoded[batch.rows[0]])} tokens needs more memory than there is.", hint=hint) from error
             log.warning("a batch of %d rows needs more memory than there is: it is run in halves.", len(batch.rows))
         # After the exception and what its frames hold are gone.
         return {i: output for half in halves(batch) for i, output in self._ran(half, asked, ()).items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from adapter_hub.refs import AdapterRef
 
@@ -78,14 +77,6 @@ class Forecast:
         return 0.0 if self.fits else self.loads * load_ms
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A request that waits, as the choice of the next batch sees it."""
-
-    adapters: tuple[AdapterRef, ...]    # distinct; empty: the base model
-    settings: Mapping[str, Any]         # generation's, of the call: one for all rows of a batch
-
-
 def plan_batches(
     rows: Sequence[Row],
     *,
@@ -141,20 +132,20 @@ def forecast(plan: BatchPlan, sizes: Mapping[AdapterRef, int], *, slots_max: int
 
 
 def next_batch(
-    waiting: Sequence[Waiting], sizes: Mapping[AdapterRef, int], *, slots_max: int, bytes_max: int, rows_max: int = BATCH_ROWS_MAX
+    waiting: Sequence[tuple[AdapterRef, ...]], sizes: Mapping[AdapterRef, int], *, slots_max: int, bytes_max: int, rows_max: int = BATCH_ROWS_MAX
 ) -> list[int]:
     """Which of those that wait, oldest first, are answered next: the oldest, and in order of arrival those that fit beside it.
 
-    They share the oldest's settings, and their adapters are resident at once. Each call answers the oldest, so a request that n
-    others precede is in one of the next n + 1 batches, whatever comes after it. Adapters of unknown size count as 0 bytes.
+    `waiting` names the adapters of each, none for the base model; those of a batch are resident at once. Each call answers the oldest, so a
+    request that n others precede is in one of the next n + 1 batches, whatever comes after it. Adapters of unknown size count as 0 bytes.
     """
     chosen: list[int] = []
     adapters: set[AdapterRef] = set()
-    for i, one in enumerate(waiting):
+    for i, needed in enumerate(waiting):
         if len(chosen) == rows_max:
             break
-        more = adapters.union(one.adapters)
-        if not chosen or (one.settings == waiting[0].settings and (more == adapters or _fit(more, sizes, slots_max, bytes_max))):
+        more = adapters.union(needed)
+        if not chosen or more == adapters or _fit(more, sizes, slots_max, bytes_max):
             chosen.append(i)
             adapters = more
     return chosen

@@ -12,11 +12,12 @@ from typing import Any, Self
 
 from adapter_hub.engine.chat import question_of
 from adapter_hub.engine.engine import Engine, Output, Request
-from adapter_hub.engine.generation import check_generation
+from adapter_hub.engine.generation import Settings, check_generation
 from adapter_hub.engine.mixtures import canonical
-from adapter_hub.engine.plan import BATCH_ROWS_MAX, Waiting, next_batch
+from adapter_hub.engine.plan import BATCH_ROWS_MAX, next_batch
 from adapter_hub.errors import HubError, InvalidInput, QueueFull
 from adapter_hub.examples import text_fault
+from adapter_hub.refs import AdapterRef
 
 log = logging.getLogger("adapter_hub")
 
@@ -24,7 +25,8 @@ log = logging.getLogger("adapter_hub")
 @dataclass(frozen=True, slots=True)
 class _Asked:
     request: Request
-    waiting: Waiting
+    adapters: tuple[AdapterRef, ...]    # distinct; empty: the base model
+    settings: Settings
     since: float    # seconds, of time.monotonic
     then: Callable[[Output], Any]
 
@@ -63,7 +65,7 @@ class RequestQueue:
         """
         if fault := text_fault(question_of(request.text)):
             raise InvalidInput(f"the text {fault}.", hint="Write its text.")
-        waiting = Waiting(tuple(ref for ref, _ in canonical(request.adapter)), check_generation(generation or {}))
+        adapters, settings = tuple(ref for ref, _ in canonical(request.adapter)), check_generation(generation or {})
         future: Future[Any] = Future()
         with self._lock:
             if not self._room.wait_for(lambda: self._closed or len(self._waiting) < self._requests_max, timeout):
@@ -74,7 +76,7 @@ class RequestQueue:
             if not self._working:
                 self._worker.submit(self._work)
                 self._working = True
-            self._waiting[future] = _Asked(request, waiting, time.monotonic(), then)
+            self._waiting[future] = _Asked(request, adapters, settings, time.monotonic(), then)
             if self._ready:
                 self._more.notify()
         future.add_done_callback(self._leave)
@@ -127,7 +129,7 @@ class RequestQueue:
         asked, found = list(batch.values()), list[Output | BaseException]()
         # Whatever is raised is told to those who wait: nobody else would hear of it.
         try:
-            found += self._engine.answers([one.request for one in asked], generation=asked[0].waiting.settings)
+            found += self._engine.answers([one.request for one in asked], generation=[one.settings for one in asked])
         except BaseException as error:
             found += [error] * len(batch)
         for (future, one), output in zip(batch.items(), found, strict=True):
@@ -144,8 +146,8 @@ class RequestQueue:
                 if left_s > 0 and not self._ready:
                     self._more.wait(left_s)
                     continue
-                waiting, slots = [one.waiting for one in self._waiting.values()], self._engine.slots
-                sizes = slots.sizes({ref for one in waiting for ref in one.adapters})
+                waiting, slots = [one.adapters for one in self._waiting.values()], self._engine.slots
+                sizes = slots.sizes({ref for adapters in waiting for ref in adapters})
                 places = next_batch(waiting, sizes, slots_max=slots.slots_max, bytes_max=slots.bytes_max, rows_max=self._rows_max)
                 futures = list(self._waiting)
                 taken = {futures[i]: self._waiting.pop(futures[i]) for i in places}

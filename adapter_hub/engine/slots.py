@@ -22,7 +22,7 @@ from adapter_hub.engine.lora_layers import MixedLayers
 from adapter_hub.engine.merged import mergeable, merged
 from adapter_hub.engine.plan import evictions
 from adapter_hub.engine.table import Form, Table
-from adapter_hub.errors import HubError
+from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.refs import AdapterRef
 
 
@@ -52,6 +52,11 @@ class Facts:
     problem_type: ProblemType | None = None    # SEQ_CLS
 
 
+def _bytes_of(adapter: Adapter) -> int:
+    tensors = [tensor for delta in adapter.deltas.values() for tensor in (delta.a, delta.b)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *adapter.head.values()))
+
+
 class Mean:
     """A running mean. Safe between threads."""
 
@@ -72,8 +77,16 @@ class Mean:
 class Slots:
     """At most `slots_max` adapters of `bytes_max` together, more only while running batches hold them. Safe between threads."""
 
-    def __init__(self, base: FrozenBase, layers: MixedLayers, load: Callable[[AdapterRef], Adapter], slots_max: int, bytes_max: int) -> None:
-        self.slots_max, self.bytes_max = slots_max, bytes_max
+    def __init__(
+        self,
+        base: FrozenBase,
+        layers: MixedLayers,
+        load: Callable[[AdapterRef], Adapter],
+        slots_max: int,
+        bytes_max: int,
+        host_bytes_max: int = 0,
+    ) -> None:
+        self.slots_max, self.bytes_max, self.host_bytes_max = slots_max, bytes_max, host_bytes_max
         self._base, self._layers, self._load, self._heads = base, layers, load, Heads(base)
         self._merged: tuple[AdapterRef, PreTrainedModel] | None = None    # one at a time: it is as large as what it changes
         self._lock = threading.RLock()
@@ -82,6 +95,8 @@ class Slots:
         self._facts: dict[AdapterRef, Facts] = {}
         self._evicted: dict[AdapterRef, int] = {}                     # how often
         self._ahead: dict[AdapterRef, Future[Adapter]] = {}           # read before they are asked for
+        self._read_before: OrderedDict[AdapterRef, Adapter] = OrderedDict()    # as they came from their files, least recently used first
+        self._pinned: dict[AdapterRef, Resident] = {}
         self.load_ms = Mean()    # of one adapter, from its files to its place
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter_hub read")
 
@@ -125,15 +140,44 @@ class Slots:
                 if future := self._ahead.pop(ref, None):
                     future.cancel()
 
+    def pin(self, refs: Sequence[AdapterRef]) -> None:
+        """Keep these resident until `unpin`, or until they are purged. Raises InvalidInput where no place were left for others."""
+        with self.hold(refs) as held, self._lock:
+            pinned = self._pinned | dict(zip(refs, held, strict=True))
+            if len(pinned) >= self.slots_max or sum(adapter.facts.bytes for adapter in pinned.values()) >= self.bytes_max:
+                places = f"there are {self.slots_max}, of {self.bytes_max / 1e6:.1f} MB together"
+                hint = "Pin fewer, or raise slots_max or bytes_max."
+                raise InvalidInput(f"{len(pinned)} pinned adapters leave no place for others: {places}.", hint=hint)
+            for ref, adapter in pinned.items():
+                if ref not in self._pinned and not adapter.dropped:
+                    self._pinned[ref] = adapter
+                    adapter.holders += 1
+
+    def unpin(self, refs: Sequence[AdapterRef]) -> None:
+        """Those that are not pinned change nothing."""
+        with self._lock:
+            for ref in refs:
+                if adapter := self._pinned.pop(ref, None):
+                    self._leave(adapter)
+            self._make_room(())
+
     def _read(self, ref: AdapterRef) -> Adapter:
+        """From memory, where its files were read not long ago."""
         started = time.perf_counter()
+        with self._lock:
+            evicted, kept = self._evicted.get(ref, 0), self._read_before.pop(ref, None)
         try:
-            adapter = self._load(ref)
+            adapter = kept or self._load(ref)
         except HubError:
             with self._lock:    # the next request learns of it before any of its rows has run
                 self._facts.pop(ref, None)
             raise
         self.load_ms.add(1000 * (time.perf_counter() - started))
+        with self._lock:
+            if self._evicted.get(ref, 0) == evicted:
+                self._read_before[ref] = adapter
+            while self._read_before and sum(map(_bytes_of, self._read_before.values())) > self.host_bytes_max:
+                self._read_before.popitem(last=False)
         return adapter
 
     @contextmanager
@@ -145,9 +189,7 @@ class Slots:
         finally:
             with self._lock:
                 for adapter in held.values():
-                    adapter.holders -= 1
-                    if adapter.dropped and not adapter.holders:
-                        self._free(adapter)
+                    self._leave(adapter)
                 if held:    # what others brought while they ran goes now
                     self._make_room(held)
 
@@ -175,7 +217,8 @@ class Slots:
                 facts, updates, head = made[ref]
                 assert facts.form is not None
                 table = self._tables.setdefault(facts.form, Table(facts.form))
-                adapter = Resident(table, table.put(updates), head, facts)
+                most = min(self.slots_max, self.bytes_max // max(facts.bytes, 1))
+                adapter = Resident(table, table.put(updates, most), head, facts)
                 # Purged while it was read: it serves this batch, and is not kept.
                 adapter.dropped = self._evicted.get(ref, 0) != read[ref][0]
                 if not adapter.dropped:
@@ -221,10 +264,16 @@ class Slots:
             if self._merged is not None and self._merged[0] == ref:
                 self._merged = None
             self._evicted[ref] = self._evicted.get(ref, 0) + 1
-            self._ahead.pop(ref, None)
-            self._facts.pop(ref, None)
+            for kept in (self._ahead, self._facts, self._read_before):
+                kept.pop(ref, None)
+            self.unpin([ref])
             if ref in self._resident:
                 self._drop(ref)
+
+    def _leave(self, adapter: Resident) -> None:
+        adapter.holders -= 1
+        if adapter.dropped and not adapter.holders:
+            self._free(adapter)
 
     def _drop(self, ref: AdapterRef) -> None:
         adapter = self._resident.pop(ref)

@@ -103,10 +103,10 @@ class Table:
         return len(self._free) == self._places
 
     @torch.inference_mode()
-    def put(self, updates: Mapping[nn.Module, Update]) -> int:
-        """The place where this adapter is now."""
+    def put(self, updates: Mapping[nn.Module, Update], places_max: int) -> int:
+        """The place where this adapter is now. Places double, up to `places_max`; beyond that each one more is made alone."""
         if not self._free:
-            places = max(PLACES_MIN, 2 * self._places)
+            places = max(self._places + 1, min(max(PLACES_MIN, 2 * self._places), places_max))
             self.stacks = {module: stack.grown(places) for module, stack in self.stacks.items()}
             self._free, self._places = list(range(self._places, places)), places
         if new := [module for module in updates if module not in self.stacks]:

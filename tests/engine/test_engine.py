@@ -20,7 +20,7 @@ from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.mixtures import Mixture
-from adapter_hub.errors import CorruptAdapter, InvalidInput
+from adapter_hub.errors import CorruptAdapter, InvalidInput, OutOfMemory
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
 from tests.engine.reference import distance, references
@@ -115,6 +115,47 @@ def test_no_more_adapters_than_slots_stay_and_the_least_recently_used_goes_first
     assert engine.slots.resident == (a, c)
 
 
+def test_a_pinned_adapter_stays_until_it_is_unpinned_or_purged(shelf: Shelf) -> None:
+    engine = Engine(shelf.base, shelf.load, slots_max=2)
+    a, b, c, *_ = shelf.folders
+    engine.slots.pin([a])
+    for ref in (b, c, b):
+        engine.predict([Request("x", ref)])
+    assert engine.slots.resident == (a, b)
+    with pytest.raises(InvalidInput, match="2 pinned adapters leave no place for others"):
+        engine.slots.pin([a, b])
+    engine.slots.unpin([a, c])
+    engine.predict([Request("x", c)])
+    assert engine.slots.resident == (b, c)
+    engine.slots.pin([b])
+    engine.evict(b)
+    assert engine.slots.resident == (c,) and engine.slots.bytes > 0
+    engine.evict(c)
+    assert engine.slots.bytes == 0
+
+
+def test_what_was_read_not_long_ago_is_not_read_again_where_memory_is_given_for_it(shelf: Shelf) -> None:
+    engine = Engine(shelf.base, shelf.load, slots_max=1, host_bytes_max=2**20)
+    a, b, *_ = shelf.folders
+    expected = numbers(engine.predict([Request("x", a)]))
+    engine.predict([Request("x", b)])
+    assert numbers(engine.predict([Request("x", a)])) == expected and shelf.reads == [a, b]
+    engine.evict(a)
+    engine.predict([Request("x", a)])
+    assert shelf.reads == [a, b, a]
+
+
+def test_places_take_no_more_than_the_budget_of_bytes(shelf: Shelf) -> None:
+    """Of one form; one more adapter than the budget has room for is in a place of its own, while its batch runs."""
+    a, b, c, *_ = shelf.folders
+    size = Engine(shelf.base, shelf.load).slots.facts(a).bytes
+    for budget, places in ((1, 1), (2 * size, 2), (3 * size + 1, 3)):
+        engine = Engine(shelf.base, shelf.load, bytes_max=budget)
+        for ref in (a, b, c):
+            engine.predict([Request("x", ref)])
+        assert engine.slots.bytes == places * size and len(engine.slots.resident) == places
+
+
 def test_where_adapters_outnumber_slots_each_is_read_once_for_a_request(shelf: Shelf) -> None:
     engine = Engine(shelf.base, shelf.load, slots_max=2)
     for ref in shelf.folders:
@@ -162,10 +203,26 @@ def test_a_batch_that_fails_leaves_no_adapter_applied(shelf: Shelf, monkeypatch:
     engine, ref = Engine(shelf.base, shelf.load), next(iter(shelf.folders))
     expected = numbers(engine.predict([Request("x", None)]))
     handle = shelf.base.model.register_forward_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
-    with pytest.raises(MemoryError):
+    with pytest.raises(OutOfMemory, match="one row of 3 tokens needs more memory than there is"):
         engine.predict([Request("x", ref)])
     handle.remove()
     assert numbers(engine.predict([Request("x", None)])) == expected
+
+
+def test_a_row_too_large_for_the_memory_fails_alone(shelf: Shelf) -> None:
+    engine, ref = Engine(shelf.base, shelf.load), next(iter(shelf.folders))
+
+    def small(_: Any, __: Any, output: Any) -> None:
+        if output.last_hidden_state.shape[1] > 20:
+            raise MemoryError("no room")
+
+    asked = [Request("x", ref), Request("word " * 40, ref), Request("y", None)]
+    expected = numbers(engine.predict([asked[0]])) + numbers(engine.predict([asked[2]]))
+    handle = shelf.base.model.register_forward_hook(small)
+    first, fault, last = engine.answers(asked)
+    handle.remove()
+    assert isinstance(fault, OutOfMemory) and isinstance(first, Output) and isinstance(last, Output)
+    assert numbers([first, last]) == expected
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -31,7 +31,7 @@ from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import DEFAULTS, RIDE_MAX, Settings, kinds
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.engine.stream import Stream, Tell
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, OutOfMemory
 from adapter_hub.examples import text_fault
 from adapter_hub.hub import Hub
 from adapter_hub.refs import AdapterRef
@@ -454,7 +454,7 @@ def test_what_fails_in_a_stream_reaches_its_reader_and_leaves_nothing_applied(ll
 
     stream = llama.engine.stream(Request("hello", llama.answering[1]), generation={"max_new_tokens": 20})
     handle = llama.base.model.register_forward_hook(fail)
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(OutOfMemory, match="needs more memory than there is"):
         list(stream)
     handle.remove()
     assert held(llama.engine) == 0

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter_hub.engine import plan as plan_module
-from adapter_hub.engine.plan import Row, Waiting, evictions, forecast, halves, next_batch, plan_batches
+from adapter_hub.engine.plan import Row, evictions, forecast, halves, next_batch, plan_batches
 from adapter_hub.refs import AdapterRef
 
+Refs = tuple[AdapterRef, ...]
 REFS = [AdapterRef(f"a{i}", 1) for i in range(8)]
 sets = st.sets(st.sampled_from(REFS), max_size=3).map(lambda refs: tuple(sorted(refs)))
 rows_of = st.lists(st.builds(Row, sets, st.sampled_from(["hidden", "greedy"]), st.integers(1, 50)), max_size=60)
@@ -108,29 +109,28 @@ def test_loads_are_forecast_as_a_list_of_the_last_used_counts_them(rows: list[Ro
     assert found.extra_ms(2.0) == (0 if found.fits else 2 * found.loads) and not (found.fits and found.repeats)
 
 
-queued = st.lists(st.builds(Waiting, sets, st.sampled_from([{}, {"num_beams": 2}])), min_size=1, max_size=30)
+queued = st.lists(sets, min_size=1, max_size=30)
 SIZES = {ref: place + 1 for place, ref in enumerate(REFS[:6])}    # those of the others are not known
 
 
 @given(queued, st.integers(1, 6), st.integers(1, 20), st.integers(1, 6))
-def test_the_next_batch_is_the_oldest_and_in_order_what_fits_beside_it(waiting: list[Waiting], slots_max: int, bytes_max: int, rows_max: int) -> None:
+def test_the_next_batch_is_the_oldest_and_in_order_what_fits_beside_it(waiting: list[Refs], slots_max: int, bytes_max: int, rows_max: int) -> None:
     chosen = next_batch(waiting, SIZES, slots_max=slots_max, bytes_max=bytes_max, rows_max=rows_max)
     assert chosen[0] == 0 and chosen == sorted(set(chosen)) and len(chosen) <= rows_max
-    assert all(waiting[i].settings == waiting[0].settings for i in chosen)
 
     def fit(rows: list[int]) -> bool:
-        adapters = {ref for i in rows for ref in waiting[i].adapters}
+        adapters = {ref for i in rows for ref in waiting[i]}
         return len(adapters) <= slots_max and sum(SIZES.get(ref, 0) for ref in adapters) <= bytes_max
 
-    assert fit(chosen) or {ref for i in chosen for ref in waiting[i].adapters} == {*waiting[0].adapters}    # too large by itself
+    assert fit(chosen) or {ref for i in chosen for ref in waiting[i]} == {*waiting[0]}    # too large by itself
     for i in range(chosen[-1] if len(chosen) == rows_max else len(waiting)):
-        if i not in chosen and waiting[i].settings == waiting[0].settings:
+        if i not in chosen:
             assert not fit([*(j for j in chosen if j < i), i])
 
 
 @given(queued, queued, st.integers(1, 6), st.integers(1, 6))
 def test_no_request_waits_for_more_batches_than_requests_came_before_it(
-    first: list[Waiting], later: list[Waiting], slots_max: int, rows_max: int
+    first: list[Refs], later: list[Refs], slots_max: int, rows_max: int
 ) -> None:
     """Whatever goes on arriving, e.g. rows of one adapter that would fill every batch by themselves."""
     waiting = list(enumerate(first))
