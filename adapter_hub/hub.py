@@ -368,8 +368,9 @@ class Hub:
         outputs of a SEQ_CLS head mean, in transformers' words: "single_label_classification", "multi_label_classification" or
         "regression"; by default what a PeftModel's config says, else a regression for one output and a single label for several.
         `evaluation` are further inputs that belong to it: thresholds are measured on them. `negatives` are inputs that do not, whoever
-        else they may belong to: they take off this adapter's scores alone. Those of both among the examples are dropped. With
-        `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not promoted (see `effect`).
+        else they may belong to: they take off this adapter's scores alone; of more than 512 an even share is met. Those of both among
+        the examples are dropped. With `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not
+        promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
         with _IMPORTING:
