@@ -279,7 +279,7 @@ class FrozenBase:
         one, else the mean of an encoder's tokens, or a causal model's last token. `mask` (n, t) is 1 on tokens, padding on the right."""
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         if self._pooling == "cls":
-            vectors = hidden[:, 0]
+            vectors = hidden[:, 0].clone()    # else each vector that is kept keeps all hidden states
         elif self._pooling == "lasttoken":
             vectors = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
         elif self._pooling == "max":

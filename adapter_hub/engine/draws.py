@@ -30,6 +30,12 @@ class Draws(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _multinomial(self, input: torch.Tensor, num_samples: int, replacement: bool = False) -> torch.Tensor:
-        """(n, num_samples) of weights (n, v)"""
-        rows = zip(input, self._generators, strict=True)
-        return torch.stack([torch.multinomial(row, num_samples, replacement, generator=generator) for row, generator in rows])
+        """(n, num_samples) of weights (n, v). One draw a row is torch's own: the largest weight over an exponential number."""
+        rows = list(zip(input, self._generators, strict=True))
+        if num_samples > 1:
+            return torch.stack([torch.multinomial(row, num_samples, replacement, generator=generator) for row, generator in rows])
+        numbers = torch.stack([torch.empty_like(row).exponential_(generator=generator) for row, generator in rows])
+        # Asked once for all rows: on a CUDA device each answer waits until all that was begun is done.
+        if not bool(((input >= 0) & (input < torch.inf)).all() & (input.sum(dim=1) > 0).all()):
+            raise RuntimeError("a probability is negative or not finite, or those of a row are all zero")
+        return input.div(numbers).argmax(dim=-1, keepdim=True)

@@ -396,22 +396,26 @@ class Engine:
         with self._adapted(batch, held, asked.shares) as model:
             body = self.base.body_of(model)(**inputs)
         residents = dict(zip(batch.adapters, held, strict=True))
-        outputs: dict[int, Output] = {}
+        found: list[Tensor] = []
         start = 0
         for segment in batch.segments:
-            places = torch.arange(start, start + len(segment.rows), device=self.base.device)
+            places = slice(start, start + len(segment.rows))
             start += len(segment.rows)
-            fact, ids = asked.facts[segment.rows[0]], [asked.encoded[i] for i in segment.rows]
+            fact = asked.facts[segment.rows[0]]
             if fact.task_type in HEADED:
                 heads = [cast(Head, residents[ref].head) for ref in segment.adapters]
                 weights = [[weight for _, weight in asked.shares[i]] for i in segment.rows]
                 logits = summed([head.logits(body, inputs, places) for head in heads], weights)
-                scores = probabilities(logits, fact.problem_type).cpu().numpy()
-                made = [_classified(fact, row, one) for row, one in zip(scores, ids, strict=True)]
+                found.append(probabilities(logits, fact.problem_type))
             else:
-                pooled = self.base.pool(body.last_hidden_state[places], inputs["attention_mask"][places]).float().cpu().numpy()
-                made = [Output(vector=vector, truncated=one.truncated) for vector, one in zip(pooled, ids, strict=True)]
-            outputs |= zip(segment.rows, made, strict=True)
+                found.append(self.base.pool(body.last_hidden_state[places], inputs["attention_mask"][places]).float())
+        outputs: dict[int, Output] = {}
+        # Read when all heads are under way: each one read waits for the device.
+        for segment, tensor in zip(batch.segments, found, strict=True):
+            numbers, fact = tensor.cpu().numpy(), asked.facts[segment.rows[0]]
+            for i, row in zip(segment.rows, numbers, strict=True):
+                one = asked.encoded[i]
+                outputs[i] = _classified(fact, row, one) if fact.task_type in HEADED else Output(vector=row, truncated=one.truncated)
         return outputs
 
     # ---- generation ---------------------------------------------------------------------------------------------
@@ -454,7 +458,7 @@ def _sampling(settings: Settings) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "probability" not in str(error):    # torch.multinomial's own words
+        if "probability" not in str(error):    # torch.multinomial's own words, and those of Draws
             raise
         named = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         hint = "Choose a higher temperature and looser limits; if that does not help, the adapter's weights are too large."

@@ -64,7 +64,7 @@ class Head:
         self._replay: Replay = getattr(model, model.base_model_prefix)
         self._lock = threading.Lock()
 
-    def logits(self, body: ModelOutput, inputs: BatchEncoding, rows: Tensor) -> Tensor:
+    def logits(self, body: ModelOutput, inputs: BatchEncoding, rows: slice) -> Tensor:
         """(n, c), or (n, t, c) for token classification, of these rows of the batch."""
         chosen = {key: value[rows] for key, value in body.items() if isinstance(value, Tensor)}
         with self._lock:
