@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,9 @@ from transformers import GenerationConfig
 
 from adapter_hub.base_model import BaseKind, FrozenBase
 from adapter_hub.testing import load_peft, task_model
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=CUDA)]
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {"lora_alpha": 16},
@@ -29,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def references(base: FrozenBase, folder: Path | None, task: str | None, texts: list[str], outputs: int = 3, **generation: Any) -> list[Any]:
     """What PEFT (or the plain base, for no folder) answers: probabilities, vectors, or the new text."""
     model = task_model(base, task, outputs) if folder is None else load_peft(base, folder, task, outputs)
+    model.to(base.device)
     with torch.inference_mode():
         return [_one(base, model.eval(), task, text, generation) for text in texts]
 
@@ -58,7 +63,7 @@ def mixed_references(
                 model.load_adapter(bare, str(i))
     model.add_weighted_adapter([str(i) for i in range(len(folders))], list(weights), "sum", combination_type="cat")
     model.set_adapter("sum")
-    model.eval()
+    model.to(base.device).eval()
     with torch.inference_mode():
         if task not in ("SEQ_CLS", "TOKEN_CLS"):
             return [_one(base, model, task, text, generation) for text in texts]
@@ -66,18 +71,18 @@ def mixed_references(
 
 
 def _weighed(base: FrozenBase, model: Any, heads: Sequence[dict[str, torch.Tensor]], weights: Sequence[float], text: str) -> Any:
-    inputs = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=base.max_tokens)
+    inputs = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=base.max_tokens).to(base.device)
     logits: Any = 0.0
     for head, weight in zip(heads, weights, strict=True):
         assert not model.base_model.model.load_state_dict(head, strict=False).unexpected_keys
         logits = logits + weight * model(**inputs).logits[0]
-    return torch.softmax(logits.float(), -1).numpy()
+    return torch.softmax(logits.float(), -1).cpu().numpy()
 
 
 def _one(base: FrozenBase, model: Any, task: str | None, text: str, generation: dict[str, Any]) -> Any:
-    inputs = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=base.max_tokens)
+    inputs = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=base.max_tokens).to(base.device)
     if task in ("SEQ_CLS", "TOKEN_CLS"):
-        return torch.softmax(model(**inputs).logits[0].float(), -1).numpy()
+        return torch.softmax(model(**inputs).logits[0].float(), -1).cpu().numpy()
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         inputs.pop("token_type_ids", None)
         config = GenerationConfig(**generation, pad_token_id=base.tokenizer.pad_token_id, eos_token_id=base.tokenizer.eos_token_id)
@@ -87,7 +92,7 @@ def _one(base: FrozenBase, model: Any, task: str | None, text: str, generation: 
     plain = model.base_model.model if isinstance(model, PeftModel) else model
     body = plain.model if hasattr(plain, "lm_head") and hasattr(plain, "model") else getattr(plain, "transformer", plain)
     hidden = body(**inputs).last_hidden_state
-    return base.pool(hidden, inputs["attention_mask"])[0].float().numpy()
+    return base.pool(hidden, inputs["attention_mask"])[0].float().cpu().numpy()
 
 
 def distance(mine: Any, theirs: Any) -> float:

@@ -49,13 +49,13 @@ TEMPLATE = (
 class World:
     """A base, its adapters, an engine over them, and PEFT's own models beside it."""
 
-    def __init__(self, root: Path, shape: str, *, chat: bool = False, **facts: Any) -> None:
+    def __init__(self, root: Path, shape: str, *, chat: bool = False, device: str = "cpu", **facts: Any) -> None:
         folder = tiny_model(root / shape, shape)
         if chat:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             tokenizer.chat_template = TEMPLATE
             tokenizer.save_pretrained(folder)
-        self.base = FrozenBase.load(folder)
+        self.base = FrozenBase.load(folder, device=device)
         task = TASKS[shape]
         forms = FORMS if shape == "llama" else FORMS[:2]
         self.folders = {
@@ -65,6 +65,8 @@ class World:
         self.engine = Engine(self.base, self.load)
         self.peft: dict[AdapterRef | None, Any] = {ref: load_peft(self.base, path, task) for ref, path in self.folders.items()}
         self.peft[None] = task_model(self.base, task)
+        for model in self.peft.values():
+            model.to(self.base.device)
         self.answering: list[AdapterRef | None] = [None, *self.folders]
 
     def load(self, ref: AdapterRef) -> Adapter:
@@ -81,17 +83,17 @@ class World:
 
     def asked(self, text: str) -> Mapping[str, torch.Tensor]:
         encoded = self.base.tokenizer(text, return_tensors="pt")
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        return {key: encoded[key].to(self.base.device) for key in ("input_ids", "attention_mask")}
 
 
 @pytest.fixture(scope="module", params=[shape for shape in SHAPES if shape in TASKS])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp(request.param), request.param)
+def world(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp(request.param), request.param, device=device)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return World(tmp_path_factory.mktemp("chat"), "llama", chat=True)
+def llama(device: str, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("chat"), "llama", chat=True, device=device)
 
 
 @pytest.fixture
@@ -229,7 +231,8 @@ def test_rows_of_a_kind_agree_in_what_a_model_needs_and_fit_beside_each_other(ro
 
 
 def templated(world: World, messages: list[dict[str, str]]) -> Mapping[str, torch.Tensor]:
-    return world.base.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokenizer = world.base.tokenizer
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(world.base.device)
 
 
 def test_a_conversation_is_answered_as_transformers_templates_it_for_every_adapter(llama: World) -> None:
@@ -546,7 +549,7 @@ def test_spaces_that_a_tokenizer_tidies_later_are_not_settled(llama: World, monk
 
 @pytest.fixture(scope="module")
 def hub(llama: World, tmp_path_factory: pytest.TempPathFactory) -> Hub:
-    hub = Hub.create(tmp_path_factory.mktemp("hub") / "registry", base_model=llama.base.path, encoder="hash")
+    hub = Hub.create(tmp_path_factory.mktemp("hub") / "registry", base_model=llama.base.path, encoder="hash", device=llama.base.device.type)
     for ref, topic in zip(llama.folders, ("balance", "weather", "dinner"), strict=True):
         own = {"chat": True, "system": "be brief"} if topic == "weather" else None
         hub.register(topic, llama.folders[ref], [f"what is the {topic}", f"the {topic} today", f"tell me the {topic}"], generation=own)

@@ -81,10 +81,10 @@ CASES = {"bert": ["SEQ_CLS", "TOKEN_CLS", None], "gpt2": ["CAUSAL_LM"], "llama":
 
 
 @pytest.fixture(scope="module", params=[(shape, task) for shape, tasks in CASES.items() for task in tasks], ids=str)
-def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Folders:
+def folders(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     shape, task = request.param
     root = tmp_path_factory.mktemp(shape)
-    return Folders(FrozenBase.load(tiny_model(root / "base", shape)), root, task)
+    return Folders(FrozenBase.load(tiny_model(root / "base", shape), device=device), root, task)
 
 
 ANSWERING: list[AdapterRef | Mixture | None] = [None, A, *map(mixture, SETS), D, B]

