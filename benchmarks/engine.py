@@ -1,6 +1,7 @@
 """The engine beside the base alone and beside PEFT: one forward for many adapters, generation, loading, memory, threads, whole jobs.
 
-    python benchmarks/engine.py [--data DIR] [--only forward,decode] [--rows 8,64] [--rounds 15] [--quick] [--device cuda] [--seven-b] [--out FILE]
+    python benchmarks/engine.py [--data DIR] [--only forward,decode] [--rows 8,64] [--rounds 15] [--quick] [--device cuda] [--seven-b]
+        [--no-peft] [--out FILE]
 
 Every ratio is to the base's own forward of the same batch in the same round; rounds are interleaved, and medians with quartiles are
 shown, because absolute times on a shared machine are noise. `--only` measures some parts: with `--out` the file keeps what others
@@ -91,6 +92,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run?")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seven-b", action="store_true", help=f"{', '.join(CAUSAL)} of a 7B-shaped model in bfloat16; others are left out")
+    parser.add_argument("--no-peft", action="store_true", help="leave PEFT out, which takes most of the time")
     parser.add_argument("--data", type=Path, default=None, metavar="DIR", help="folder with clinc150, for the jobs")
     parser.add_argument("--out", type=Path, default=None, metavar="FILE", help="where the figures go; results/engine.json (or _cuda) for a whole run")
     given = parser.parse_args()
@@ -99,7 +101,7 @@ def main() -> int:
         parser.error(f"--only: there is no {', '.join(unknown)}{' with --seven-b' if given.seven_b else ''}")
     logging.getLogger("adapter_hub").setLevel(logging.ERROR)    # adapters that take turns are what `slots` measures
     rows = tuple(map(int, given.rows.split(","))) if given.rows else (8,) if given.quick else (1, 8, 64)
-    settings = Settings(2 if given.quick else given.rounds, rows, given.quick, given.device, given.seven_b, given.data)
+    settings = Settings(2 if given.quick else given.rounds, rows, given.quick, given.device, given.seven_b, given.data, not given.no_peft)
     out: Path | None = given.out
     if out is None and not (given.only or given.rows or given.quick):
         out = RESULTS / ("engine.json" if given.device == "cpu" else "engine_cuda.json")
@@ -110,7 +112,8 @@ def main() -> int:
         found = measured(name, settings)
         figures |= found
         report |= {key: rounded(value) for key, value in found.items()}
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {given.device}"
+        where = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
+        machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {where}"
         report["parts"][name + (" 7B" if given.seven_b else "") + (f", rows {given.rows}" if given.rows else "")] = part | {"machine": machine}
         report["bars_missed"] = [key for key, value in report.items() if key in BARS | AT_LEAST and missed(key, value)]
         if out:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_rounds import Act, Figures, Settings, Shelf, against_base, batch_of, counted, mixed, seconds, traffic
+from engine_rounds import Act, Figures, Settings, Shelf, against_base, batch_of, counted, minilm, mixed, seconds, traffic
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from adapter_hub.base_model import DEFAULT_MODEL, BaseKind, Encoded, FrozenBase
+from adapter_hub.base_model import BaseKind, Encoded, FrozenBase
 from adapter_hub.engine.engine import _Asked
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import task_model, tiny_model
@@ -37,7 +37,9 @@ SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers"
 SHAPE_QUICK = SHAPE_135M | {"hidden_size": 72, "intermediate_size": 192, "num_hidden_layers": 4}
 
 
-def grid(kind: str, shelf: Shelf, peft: PeftModel, act: Act, settings: Settings, *, fully: Collection[int] = DISTINCT, own: Any = None) -> Figures:
+def grid(
+    kind: str, shelf: Shelf, other: PeftModel | None, act: Act, settings: Settings, *, fully: Collection[int] = DISTINCT, own: Any = None
+) -> Figures:
     """`act(model, ids)` by each way, over the base alone; `own(ids, refs, merged)` where this engine's is another one than on the base.
 
     Skewed traffic and PEFT group by group are run for the numbers of adapters in `fully`.
@@ -63,9 +65,10 @@ def grid(kind: str, shelf: Shelf, peft: PeftModel, act: Act, settings: Settings,
                     chosen = traffic(shape, distinct, rows, rng)
                     names = [str(i) for i in chosen]
                     acts[cell] = engine([shelf.refs[i] for i in chosen])
-                    acts[f"PEFT adapter_names, {cell}"] = partial(act, peft, ids, adapter_names=names)
-                    if distinct in fully:
-                        acts[f"PEFT set_adapter group by group, {cell}"] = partial(grouped, peft, act, ids, names)
+                    if other is not None:
+                        acts[f"PEFT adapter_names, {cell}"] = partial(act, other, ids, adapter_names=names)
+                    if other is not None and distinct in fully:
+                        acts[f"PEFT set_adapter group by group, {cell}"] = partial(grouped, other, act, ids, names)
             if half := rows // 2:
                 acts[f"half base rows, {counted(half)}"] = engine([None] * half + shelf.refs[:half])
             acts[f"base rows beside {len(shelf.refs)} resident"] = engine([None] * rows)
@@ -83,6 +86,10 @@ def plain(model: Any, ids: torch.Tensor, **more: Any) -> None:
         model(**inputs_of(ids), **more)
 
 
+def peft(settings: Settings, shelf: Shelf, model: Any) -> PeftModel | None:
+    return shelf.peft(model) if settings.peft else None
+
+
 def grouped(peft: PeftModel, act: Act, ids: torch.Tensor, names: Sequence[str]) -> None:
     for name in dict.fromkeys(names):
         peft.set_adapter(name)
@@ -98,14 +105,14 @@ def _count(settings: Settings) -> int:
 
 def forward(settings: Settings, root: Path) -> Figures:
     """MiniLM, one forward of hidden states."""
-    base = FrozenBase.load(DEFAULT_MODEL, device=settings.device)
+    base = minilm(settings, root)
     shelf = Shelf(base, root, _count(settings), task_type="FEATURE_EXTRACTION")
-    return grid("forward", shelf, shelf.peft(task_model(base, "FEATURE_EXTRACTION")), plain, settings)
+    return grid("forward", shelf, peft(settings, shelf, task_model(base, "FEATURE_EXTRACTION")), plain, settings)
 
 
 def classification(settings: Settings, root: Path) -> Figures:
     """MiniLM with a head of 15 labels an adapter: this engine from token ids to each row's labels and probabilities, PEFT to logits."""
-    base = FrozenBase.load(DEFAULT_MODEL, device=settings.device)
+    base = minilm(settings, root)
     shelf = Shelf(base, root, _count(settings), task_type="SEQ_CLS", outputs=OUTPUTS)
     engine = shelf.engine
 
@@ -115,7 +122,7 @@ def classification(settings: Settings, root: Path) -> Figures:
         with engine.slots.hold(batch.adapters) as held, torch.inference_mode():
             engine._hidden(batch, held, _Asked(shares, [engine._facts(row) for row in shares], [None] * len(encoded), encoded))
 
-    return grid("classification", shelf, shelf.peft(task_model(base, "SEQ_CLS", OUTPUTS)), plain, settings, own=labelled)
+    return grid("classification", shelf, peft(settings, shelf, task_model(base, "SEQ_CLS", OUTPUTS)), plain, settings, own=labelled)
 
 
 # ---- a causal model shaped like Llama -------------------------------------------------------------------------------
@@ -123,18 +130,19 @@ def classification(settings: Settings, root: Path) -> Figures:
 
 def random_adapter(base: FrozenBase, folder: Path, *, seed: int, r: int, target_modules: str) -> Path:
     """A PEFT folder on every linear layer but the head, without a copy of the base, which `make_adapter` makes."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+    generator, tensors = torch.Generator(base.device).manual_seed(seed), {}
     layers = {name: module for name, module in base.model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"}
     for name, module in layers.items():
         for part, shape in (("A", (r, module.in_features)), ("B", (module.out_features, r))):
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = (0.05 * torch.randn(shape, generator=generator)).to(base.dtype)
+            numbers = torch.randn(shape, generator=generator, device=base.device)
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = (0.05 * numbers).to(base.dtype)
     targets = {name.rpartition(".")[2] for name in layers}
     LoraConfig(task_type="CAUSAL_LM", r=r, target_modules=targets, base_model_name_or_path=base.id).save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
 
-def llama(settings: Settings, root: Path, count: int) -> tuple[Shelf, PeftModel]:
+def llama(settings: Settings, root: Path, count: int) -> tuple[Shelf, PeftModel | None]:
     """Random weights: 135M parameters in float32, or 7B in bfloat16."""
     shape = SHAPE_QUICK if settings.quick else SHAPE_7B if settings.seven_b else SHAPE_135M
     tokens = {"vocab_size": 32000 if settings.seven_b else 49152, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -143,10 +151,10 @@ def llama(settings: Settings, root: Path, count: int) -> tuple[Shelf, PeftModel]
     torch.manual_seed(0)
     with torch.device(settings.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if settings.seven_b else torch.float32)
-    for_peft = copy.deepcopy(model)
+    for_peft = copy.deepcopy(model) if settings.peft else None
     base = FrozenBase(str(folder), folder, model, AutoTokenizer.from_pretrained(folder), BaseKind.CAUSAL, 512, 512)
     shelf = Shelf(base, root / "adapters", count, random_adapter)
-    return shelf, shelf.peft(for_peft)
+    return shelf, peft(settings, shelf, for_peft)
 
 
 def generated(model: Any, ids: torch.Tensor, **more: Any) -> None:
@@ -157,7 +165,7 @@ def generated(model: Any, ids: torch.Tensor, **more: Any) -> None:
 
 def generation(settings: Settings, root: Path) -> Figures:
     """16 prompts of 32 tokens, and 16 tokens more of each by `generate`."""
-    shelf, peft = llama(settings, root, max(GENERATION_DISTINCT))
+    shelf, other = llama(settings, root, max(GENERATION_DISTINCT))
     rng, base = np.random.default_rng(0), shelf.base
     ids = torch.tensor(rng.integers(3, 300, (GENERATION_ROWS, TOKENS)), device=base.device)
     run = partial(mixed, shelf, partial(generated, base.model, ids), steps=True)
@@ -166,7 +174,8 @@ def generation(settings: Settings, root: Path) -> Figures:
         for distinct in GENERATION_DISTINCT:
             chosen = traffic("uniform", distinct, GENERATION_ROWS, rng)
             acts[counted(distinct)] = partial(run, [shelf.refs[i] for i in chosen])
-            acts[f"PEFT adapter_names, {counted(distinct)}"] = partial(generated, peft, ids, adapter_names=[str(i) for i in chosen])
+            if other is not None:
+                acts[f"PEFT adapter_names, {counted(distinct)}"] = partial(generated, other, ids, adapter_names=[str(i) for i in chosen])
         acts["base rows beside 16 resident"] = partial(run, [None] * GENERATION_ROWS)
         found = against_base(partial(generated, base.model, ids), acts, settings.rounds)
     return {f"generation, {name}": value for name, value in found.items()}
@@ -174,13 +183,13 @@ def generation(settings: Settings, root: Path) -> Figures:
 
 def prefill(settings: Settings, root: Path) -> Figures:
     """Prompts of 32 tokens, to the first new token's logits."""
-    shelf, peft = llama(settings, root, _count(settings))
-    return grid("prefill", shelf, peft, partial(plain, use_cache=True, logits_to_keep=1), **_affordable(settings))
+    shelf, other = llama(settings, root, _count(settings))
+    return grid("prefill", shelf, other, partial(plain, use_cache=True, logits_to_keep=1), **_affordable(settings))
 
 
 def decode(settings: Settings, root: Path) -> Figures:
     """8 steps of one token each, after a prompt of 32."""
-    shelf, peft = llama(settings, root, _count(settings))
+    shelf, other = llama(settings, root, _count(settings))
 
     @cache
     def prompts(rows: int) -> Any:    # the base's own: what they hold changes no time
@@ -194,7 +203,7 @@ def decode(settings: Settings, root: Path) -> Figures:
                 model(input_ids=ids[:, :1], past_key_values=kept, use_cache=True, **more)
         kept.crop(-STEPS)
 
-    return grid("decode", shelf, peft, steps, **_affordable(settings))
+    return grid("decode", shelf, other, steps, **_affordable(settings))
 
 
 def _affordable(settings: Settings) -> dict[str, Any]:

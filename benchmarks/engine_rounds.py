@@ -12,18 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
+from transformers import BertConfig, BertModel
 
 from adapter_hub.adapters.weights import Adapter, read_adapter
-from adapter_hub.base_model import FrozenBase
+from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.engine.engine import HIDDEN, Engine, Request
 from adapter_hub.engine.plan import Batch, Segment
+from adapter_hub.errors import ModelNotFound
 from adapter_hub.refs import AdapterRef
-from adapter_hub.testing import make_adapter
+from adapter_hub.testing import make_adapter, tiny_model
 
 RANK = 8
 ROWS = 64
 SKEW = 1.1    # exponent of Zipf's law
 WORDS = ("balance", "card", "transfer", "flight", "recipe", "weather", "meeting", "song")
+SHAPE_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536, "vocab_size": 30522}
 Figures = dict[str, Any]    # a number, or [lower quartile, median, upper quartile]
 Act = Callable[..., Any]
 
@@ -36,6 +39,17 @@ class Settings:
     device: str
     seven_b: bool
     data: Path | None
+    peft: bool = True        # measure PEFT beside the engine
+
+
+def minilm(settings: Settings, root: Path) -> FrozenBase:
+    """MiniLM; where its package is not installed a model of its shape with random weights, which takes as long."""
+    try:
+        return FrozenBase.load(DEFAULT_MODEL, device=settings.device, local=True)
+    except ModelNotFound:
+        folder = tiny_model(root / "minilm")    # for its tokenizer
+        BertModel(BertConfig(**SHAPE_MINILM, pad_token_id=0)).save_pretrained(folder)
+        return FrozenBase.load(folder, device=settings.device)
 
 
 class Shelf:
@@ -61,9 +75,10 @@ class Shelf:
     def peft(self, model: Any) -> PeftModel:
         """All of them on this model, by name "0", "1", …; in the model's own type, as here."""
         first, *others = [(str(i), str(folder)) for i, folder in enumerate(self.folders.values())]
-        made = PeftModel.from_pretrained(model, first[1], adapter_name=first[0], autocast_adapter_dtype=False)
+        how: dict[str, Any] = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
+        made = PeftModel.from_pretrained(model, first[1], adapter_name=first[0], **how)
         for name, folder in others:
-            made.load_adapter(folder, adapter_name=name, autocast_adapter_dtype=False)
+            made.load_adapter(folder, adapter_name=name, **how)
         return made.to(self.base.device).eval()
 
     def asked(self, chosen: Sequence[int], rng: np.random.Generator) -> list[Request]:
@@ -80,11 +95,17 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def seconds(act: Act) -> float:
+    """From an idle device to an idle device."""
+    _wait()
     start = time.perf_counter()
     act()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    _wait()
     return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def against_base(base: Act, others: Mapping[str, Act], rounds: int) -> dict[str, list[float]]:

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
-from engine_rounds import ROWS, WORDS, Act, Figures, Settings, Shelf, against_base, mixed, seconds, spread, traffic
+from engine_rounds import ROWS, WORDS, Act, Figures, Settings, Shelf, against_base, minilm, mixed, seconds, spread, traffic
 
-from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
 from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import task_model
@@ -27,7 +26,7 @@ ADAPTERS = 64
 
 def loading(settings: Settings, root: Path) -> Figures:
     """1,000 cold loads: into 64 places, each evicting another in the end; and into 1,000 places, where all stay."""
-    base = FrozenBase.load(DEFAULT_MODEL, device=settings.device)
+    base = minilm(settings, root)
     shelf = Shelf(base, root, FILES, task_type="FEATURE_EXTRACTION")
     loads = 100 if settings.quick else LOADS
     process = psutil.Process()
@@ -63,7 +62,7 @@ def _loads(shelf: Shelf, engine: Engine, loads: int, then: Act = lambda: None) -
 
 def slots(settings: Settings, root: Path) -> Figures:
     """8 slots: seconds over the same with all resident, of one request of 512 rows (a job's) and of 64 rows at a time; Zipf's law."""
-    base = FrozenBase.load(DEFAULT_MODEL, device=settings.device)
+    base = minilm(settings, root)
     shelf = Shelf(base, root, int(SLOTS * max(WORKING_SETS)), task_type="FEATURE_EXTRACTION")
     rng = np.random.default_rng(0)
     figures: Figures = {}
@@ -86,7 +85,7 @@ def slots(settings: Settings, root: Path) -> Figures:
 
 def memory(settings: Settings, root: Path) -> Figures:
     """What resident adapters take, over their files and the base; on CUDA also the most that one mixed forward takes over the base's."""
-    base = FrozenBase.load(DEFAULT_MODEL, device=settings.device)
+    base = minilm(settings, root)
     count = 8 if settings.quick else ADAPTERS
     shelf = Shelf(base, root, count, task_type="FEATURE_EXTRACTION")
     weights = _bytes(base.model.parameters())
@@ -110,9 +109,12 @@ def memory(settings: Settings, root: Path) -> Figures:
 
 
 def _peak(act: Act) -> int:
+    """Bytes beyond what is there before."""
+    act()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     act()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

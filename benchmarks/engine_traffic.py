@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_rounds import RANK, ROWS, Act, Figures, Settings, Shelf, against_base
+from engine_rounds import RANK, ROWS, Act, Figures, Settings, Shelf, against_base, minilm
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
 
@@ -25,7 +25,7 @@ ADAPTERS = 16
 
 def threads(settings: Settings, root: Path) -> Figures:
     """Rows a second of threads that ask one row after another, over those of 64-row requests of the same rows by one thread."""
-    base = FrozenBase.load(DEFAULT_MODEL, device=settings.device)
+    base = minilm(settings, root)
     shelf = Shelf(base, root, ADAPTERS, task_type="FEATURE_EXTRACTION")
     rng, engine = np.random.default_rng(0), shelf.engine
     asked = shelf.asked(rng.integers(0, ADAPTERS, ROWS if settings.quick else 4 * ROWS).tolist(), rng)

@@ -148,7 +148,7 @@ def by_heads(base: FrozenBase, adapters: Sequence[Adapter], texts: Sequence[str]
 
             with hooked(base, list(adapter.deltas), adapt):
                 body = base.body(**inputs)
-            logits = head.logits(body, inputs, torch.arange(len(rows)))
+            logits = head.logits(body, inputs, slice(len(rows)))
             logs = torch.log_softmax(logits, dim=1)
             first, second = logits.topk(2, dim=1).values.T
             pooled = base.pool(body.last_hidden_state, inputs["attention_mask"])
