@@ -19,7 +19,7 @@ from scipy import sparse
 
 from adapter_hub.routing.encoder import WORD, Encoder, Vectors
 
-# n texts, d encoder width, s sketch width, h hidden width
+# n texts, d encoder width, s sketch width, r random projections, h hidden width
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 Sparse = Any                # scipy.sparse.csr_matrix float32
@@ -27,7 +27,7 @@ Sparse = Any                # scipy.sparse.csr_matrix float32
 SKETCH_DIM = 2048
 # Both chosen on validation splits (CLINC150, BANKING77) with all-MiniLM-L6-v2: benchmarks/LOG.md.
 SKETCH_WEIGHT = 0.5         # of the sketch beside an embedding of length 1
-HIDDEN_DIM = 4096
+HIDDEN_DIM = 4096           # random projections
 HIDDEN_SEED = 0
 
 _SKIP = 255                 # in a packed sketch: 127 empty places
@@ -147,28 +147,35 @@ def unpack(offsets: NDArray[np.uint32], codes: U8) -> Sparse:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hidden:
-    """h rectified random projections of [dense, SKETCH_WEIGHT × sketch]: their products approach the arc-cosine kernel of degree 1.
+    """r rectified random projections of [dense, SKETCH_WEIGHT × sketch], and the two themselves: h = r + d + s numbers a text.
 
-    Cho and Saul 2009, "Kernel Methods for Deep Learning"; Rahimi and Recht 2007 for the approximation.
+    The products of the projections approach the arc-cosine kernel of degree 1 (Cho and Saul 2009, "Kernel Methods for Deep Learning";
+    Rahimi and Recht 2007 for the approximation). The linear part is free of their noise, and holds where inputs are unlike the exemplars.
     """
 
-    dense: F32      # (d, h)
-    lexical: F32    # (s, h)
+    dense: F32      # (d, r)
+    lexical: F32    # (s, r)
 
     @classmethod
-    def of(cls, dim: int, width: int = HIDDEN_DIM) -> Hidden:
+    def of(cls, dim: int, drawn: int = HIDDEN_DIM) -> Hidden:
         """The same numbers for the same widths, for ever."""
-        return _hidden(dim, width)
+        return _hidden(dim, drawn)
 
     @property
     def width(self) -> int:
-        return int(self.dense.shape[1])
+        return int(self.dense.shape[1]) + len(self.dense) + SKETCH_DIM
 
     def __call__(self, features: Features) -> F32:
         """(n, h)"""
-        projected = features.dense @ self.dense
-        projected += features.lexical @ self.lexical
-        return np.asarray(np.maximum(projected, 0, out=projected), np.float32)
+        drawn, dim = self.dense.shape[1], len(self.dense)
+        found = np.empty((len(features), self.width), np.float32)
+        found[:, :drawn] = features.dense @ self.dense
+        found[:, :drawn] += features.lexical @ self.lexical
+        np.maximum(found[:, :drawn], 0, out=found[:, :drawn])
+        found[:, drawn : drawn + dim] = features.dense
+        found[:, drawn + dim :] = features.lexical.toarray()
+        found[:, drawn + dim :] *= np.float32(SKETCH_WEIGHT)
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,7 +26,7 @@ from adapter_hub.routing.features import F32, HIDDEN_DIM, Features, Hidden, Kern
 from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 
 # n exemplars, h hidden width, k classes of all solved adapters
-SCHEMA = 2
+SCHEMA = 3
 RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 little changes on validation splits
 CLASSES_MAX = 4096         # more: prototypes alone. h × k numbers are held
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
@@ -54,7 +54,7 @@ class Head:
             offsets, sketches = pack(self.basis.exemplars.lexical)
             tensors |= {"dense": self.basis.exemplars.dense, "offsets": offsets, "sketches": sketches}
         else:
-            facts["dim"] = self.basis.dense.shape[0]
+            facts["dim"], facts["drawn"] = self.basis.dense.shape
         return safetensors.numpy.save(tensors, {"head": json.dumps(facts, sort_keys=True)})
 
     @classmethod
@@ -73,9 +73,10 @@ class Head:
                     raise ValueError("an exemplar")
                 basis = Kernel(Features(dense, lexical))
             else:
-                if not 1 <= int(facts["dim"]) <= DIM_MAX:
+                dim, drawn = int(facts["dim"]), int(facts["drawn"])
+                if not (1 <= dim <= DIM_MAX and 1 <= drawn <= len(weights)):
                     raise ValueError("the width")
-                basis = Hidden.of(int(facts["dim"]), len(weights))
+                basis = Hidden.of(dim, drawn)
             head = cls(basis, weights, columns, str(facts["digest"]))
         except (KeyError, TypeError, ValueError, AttributeError, InvalidName) as error:
             raise CorruptIndex(source, f"{error} is missing or has another form") from error

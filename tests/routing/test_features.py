@@ -205,7 +205,7 @@ def test_the_random_projections_are_the_same_for_ever() -> None:
     assert set(np.unique(made.dense)) == {-size, size} and set(np.unique(made.lexical / np.float32(SKETCH_WEIGHT))) == {-size, size}
     assert sha256(np.signbit(made.dense), np.signbit(made.lexical)) == PINNED_SIGNS
     wide = Hidden.of(384)
-    assert wide.width == 4096
+    assert wide.width == 4096 + 384 + SKETCH_DIM
     assert sha256(np.signbit(wide.dense[::37, ::41]), np.signbit(wide.lexical[::37, ::41])) == PINNED_WIDE
 
 
@@ -219,7 +219,9 @@ def test_products_of_random_features_approach_the_arc_cosine_kernel() -> None:
     kernel = np.outer(lengths, lengths) * (np.sin(angles) + (np.pi - angles) * np.cos(angles)) / np.pi
     errors = []
     for width in (256, 4096):
-        hidden = Hidden.of(features.dense.shape[1], width)(features)
-        assert hidden.dtype == np.float32 and (hidden >= 0).all()
+        whole = Hidden.of(features.dense.shape[1], width)(features)
+        hidden, rest = whole[:, :width], whole[:, width:]
+        assert whole.dtype == np.float32 and (hidden >= 0).all()
+        np.testing.assert_allclose(rest, joined, atol=1e-7)    # the linear part
         errors.append(np.abs(hidden @ hidden.T - kernel).mean())
     assert errors[1] < 0.04 and errors[1] < errors[0] / 2

@@ -21,6 +21,7 @@ from adapter_hub.routing.segment import CANDIDATES, Entry, Segment
 from adapter_hub.routing.statistics import Exemplars, build_state
 from tests.routing.conftest import DIM, ENCODER, World, unit
 
+HIDDEN = Hidden.of(DIM, 8)
 SCORING = Scoring(closeness=0.75, slope=1.4, intercept=-0.4, typical_count=20.0)
 
 
@@ -128,7 +129,7 @@ def test_the_head_speaks_for_what_it_solved_and_a_line_for_the_rest() -> None:
 
 def test_columns_follow_the_prototypes_of_solved_adapters() -> None:
     refs = tuple(AdapterRef(name, 1) for name in "abc")
-    head = Head(Hidden.of(DIM, 4), np.zeros((4, 5), np.float32), {refs[0]: 3, refs[2]: 0}, "x")
+    head = Head(HIDDEN, np.zeros((HIDDEN.width, 5), np.float32), {refs[0]: 3, refs[2]: 0}, "x")
     assert columns_of(head, refs, np.array([2, 1, 3]), np.array([2, 1, 3])).tolist() == [3, 4, -1, 0, 1, 2]
     # Prototypes without a label share one column, after those of the labels.
     assert columns_of(head, refs, np.array([2, 1, 3]), np.array([0, 0, 1])).tolist() == [3, 3, -1, 0, 1, 1]
@@ -146,7 +147,7 @@ NEAR = np.concatenate([MANY.sample(i, 2)[0].dense for i in range(0, 90, 3)])
 def some_head(segment: Segment) -> Head:
     """Every second adapter is solved."""
     columns: Mapping[AdapterRef, int] = {ref: 3 * place for place, ref in enumerate(segment.refs[::2])}
-    return Head(Hidden.of(DIM, 8), np.zeros((8, 3 * len(columns)), np.float32), columns, "x")
+    return Head(HIDDEN, np.zeros((HIDDEN.width, 3 * len(columns)), np.float32), columns, "x")
 
 
 def slow_scores(entries: list[Entry], dense: Any, solved: Any, head: Head | None) -> Any:
