@@ -13,7 +13,7 @@ from adapter_hub.examples import Example, as_examples, read_examples, text_fault
 from adapter_hub.refs import AdapterRef
 
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # an adapter, a mixture by weights, the base model
-Input = str | Sequence[Mapping[str, str]]                             # a text, or a conversation: messages of "role" and "content"
+Input = str | Conversation | Sequence[Mapping[str, str]]              # a text, or a conversation: messages of "role" and "content"
 Generation = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None    # settings for all inputs, or for each
 
 
@@ -32,7 +32,9 @@ def inputs_of(texts: Any) -> tuple[str | Conversation, ...]:
     for position, text in enumerate(given, 1):
         if isinstance(text, Mapping):
             raise InvalidInput(f"text {position} of {len(given)} is one message.", hint="A conversation is a list of messages: [[…]].")
-        if isinstance(text, list | tuple):
+        if isinstance(text, Conversation):
+            found.append(text)
+        elif isinstance(text, list | tuple):
             found.append(Conversation.of(text, f"conversation {position} of {len(given)}"))
         elif reason := text_fault(text):
             raise InvalidInput(f"text {position} of {len(given)} {reason}.", hint="Remove it or write its text.")

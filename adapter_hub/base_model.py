@@ -89,10 +89,14 @@ class Encoded:
 
     ids: Mapping[str, list[int]]              # input_ids, attention_mask, …: (t,) each
     offsets: tuple[tuple[int, int], ...]      # characters of each token; (0, 0) for special tokens
-    truncated: bool                           # the text was longer
+    cut: int = 0                              # tokens of the text that there was no room for
 
     def __len__(self) -> int:
         return len(self.ids["input_ids"])
+
+    @property
+    def truncated(self) -> bool:
+        return self.cut > 0
 
 
 class FrozenBase:
@@ -207,9 +211,16 @@ class FrozenBase:
         for i in range(len(texts)):
             ids = {key: encoded[key][i] for key in keys}
             fast = encoded.encodings[i] if encoded.encodings else None
-            cut = bool(fast.overflowing) if fast else len(ids["input_ids"]) >= limit
+            if fast:
+                cut = sum(piece.special_tokens_mask.count(0) for piece in fast.overflowing)
+            else:
+                cut = self._length(texts[i]) - limit if len(ids["input_ids"]) >= limit else 0
             found.append(Encoded(ids, tuple(fast.offsets) if fast else (), cut))
         return found
+
+    def _length(self, text: str) -> int:
+        with self._tokenizing:
+            return len(cast(Any, self.tokenizer(text, verbose=False))["input_ids"])
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> Encoded:
         """Token ids of (role, content) messages in the tokenizer's own chat template, the answer's beginning included; never cut.
@@ -226,7 +237,7 @@ class FrozenBase:
                 )
         except Exception as error:    # Jinja's errors have no root but Exception, nor have those of a template's own code
             raise InvalidInput(f"the chat template of {self.id!r} does not take this conversation: {str(error)[:200]}.") from error
-        return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, (), False)
+        return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, ())
 
     def stopping(self, texts: str | Sequence[str]) -> StopStringCriteria:
         """What ends a generation at one of these texts. To make it the whole vocabulary is read; the last `STOPS_MAX` made are kept.

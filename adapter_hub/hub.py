@@ -576,6 +576,7 @@ class Hub:
         max_false_reject: float | None = None,
         generation: Generation = None,
         mix: int = 1,
+        truncate: bool = True,
     ) -> list[Prediction]:
         """Answer each text by the adapter it belongs to, in one mixed batch. Aligned with `texts`.
 
@@ -583,6 +584,7 @@ class Hub:
         own chat template and is routed by its last message. `generation` is one mapping for all or one for each: the names of
         transformers, and `seed`, and `chat`: True, by which a text is one message of such a conversation, after a `system` text if
         there is one. What is too long is cut and `truncated`: first the oldest questions with their answers, then the text's end.
+        With `truncate=False` it is refused instead, by InvalidInput with its position, its length in tokens and what there is room for.
 
         `adapters` names them instead of routing: one for all, or one each, where None is the base model and a mapping to weights,
         {"legal": 0.7, "tax": 0.3}, a mixture: the adapters answer together, each as much as its share of the weights.
@@ -593,7 +595,7 @@ class Hub:
         """
         found = inputs_of(texts)
         decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
-        outputs = self.engine.predict(_requests(found, answering), generation=generation)
+        outputs = self.engine.predict(_requests(found, answering, truncate), generation=generation)
         return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
 
     def stream(
@@ -603,6 +605,7 @@ class Hub:
         max_false_reject: float | None = None,
         generation: Mapping[str, Any] | None = None,
         mix: int = 1,
+        truncate: bool = True,
     ) -> PredictionStream:
         """The text that `predict` gives this one input, piece by piece as it is written; who writes it, and why, is said at once.
 
@@ -611,7 +614,7 @@ class Hub:
         """
         found = inputs_of([text])
         [decision], [answering] = self._chosen(found, adapters, max_false_reject, mix)
-        [request] = _requests(found, [answering])
+        [request] = _requests(found, [answering], truncate)
         return PredictionStream(decision, answering, self.engine.stream(request, generation=generation))
 
     def submit(
@@ -621,6 +624,8 @@ class Hub:
         max_false_reject: float | None = None,
         generation: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        mix: int = 1,
+        truncate: bool = True,
     ) -> Future[Prediction]:
         """The future of what `predict([text], …)` answers: for many small requests from many threads, which share batches.
 
@@ -628,12 +633,12 @@ class Hub:
         milliseconds for others in this hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who
         shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in float32 (in fewer bits as far as
         those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged by the time its request runs
-        is told by that future alone, e.g. as CorruptVersion or NotRoutable.
+        is told by that future alone, e.g. as CorruptVersion or NotRoutable; so is a text that is too long, with `truncate=False`.
         Raises QueueFull, and as `predict`.
         """
         texts = inputs_of([text])
-        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, 1, gathered=True)
-        [request] = _requests(texts, [answering])
+        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, mix, gathered=True)
+        [request] = _requests(texts, [answering], truncate)
         return self.queue.submit(request, generation, timeout=timeout, then=partial(Prediction.of, decision, answering))
 
     def _chosen(
@@ -703,9 +708,13 @@ class Hub:
         *,
         overwrite: bool = False,
         generation: Mapping[str, Any] | None = None,
+        truncate: bool = True,
         progress: Callable[[Progress], None] | None = None,
     ) -> Summary:
         """The batch job: every row of `input` answered into `output`, in order; bad rows to OUTPUT.errors.jsonl.
+
+        A row has `text`, or where it has none `messages`: a conversation, as `predict` takes them (in CSV as JSON).
+        An answer to an input that was cut says `truncated`; with `truncate=False` a row that is too long is a bad one.
 
         The router is held as it is at the start, also by a job that is resumed after the registry has changed: the same versions
         and calibration answer to the end. It is refused where they cannot, or an option is another one.
@@ -723,14 +732,15 @@ class Hub:
             "router": router.digest,
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
+            "truncate": truncate,
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
-        def answer(texts: Sequence[str]) -> list[dict[str, Any] | HubError]:
-            decisions = self._route(router, texts, 1, rate, encoder)
+        def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
+            decisions = self._route(router, [question_of(text) for text in texts], 1, rate, encoder)
             answered: list[dict[str, Any] | HubError] = []
-            found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions]), generation=generation)
+            found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions], truncate), generation=generation)
             for decision, one in zip(decisions, found, strict=True):
                 if isinstance(one, Exception) and not isinstance(one, HubError):
                     raise one    # not a row's fault: the job stops, and can be resumed
@@ -745,7 +755,7 @@ class Hub:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
-    def explain(self, text: str, k: int = 3, max_false_reject: float | None = None) -> Explanation:
+    def explain(self, text: Input, k: int = 3, max_false_reject: float | None = None) -> Explanation:
         """Where a text goes and why: the `k` best candidates, their closest exemplars, the reason in words. Raises InvalidInput.
 
         The exemplars' texts are shown where the registry keeps them (`keep = "text"` in hub.toml).
@@ -979,11 +989,14 @@ class Hub:
         return self.registry.history(name)
 
 
-def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering]) -> list[Request]:
+def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering], truncate: bool) -> list[Request]:
+    """Raises InvalidInput."""
+    if not isinstance(truncate, bool):
+        raise InvalidInput(f"truncate={truncate!r} is neither True nor False.", hint="False refuses what is too long.")
     with _IMPORTING:
         from adapter_hub.engine.engine import Request
 
-    return [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
+    return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
 
 
 def _check_options(started: Mapping[str, Any], options: Mapping[str, str]) -> None:

@@ -1034,3 +1034,29 @@ def test_a_job_is_not_resumed_at_another_precision(filled: Hub, tmp_path: Path, 
 def test_a_long_text_is_cut_and_the_prediction_says_so(filled: Hub) -> None:
     long, short = filled.predict(["word " * 20_000, "word"], adapters="colours")
     assert long.truncated and not short.truncated and long.to_json()["truncated"] is True
+
+
+def test_what_is_too_long_is_refused_where_that_is_wanted(filled: Hub, tmp_path: Path) -> None:
+    long, limit = "word " * 20_000, filled.config.max_tokens
+    whole = len(filled.base.tokenizer(long, verbose=False)["input_ids"])
+    fact = f"colours@1: the input has {whole} tokens, and there is room for {limit}."
+    with pytest.raises(InvalidInput, match="text 2 of 2, " + fact):
+        filled.predict(["word", long], adapters="colours", truncate=False)
+    with pytest.raises(InvalidInput, match=fact):
+        filled.submit(long, "colours", truncate=False).result()
+    with pytest.raises(InvalidInput, match="truncate='no' is neither True nor False"):
+        filled.predict(["word"], truncate="no")    # type: ignore[arg-type]
+    source, output, root = tmp_path / "in.jsonl", tmp_path / "out.jsonl", str(filled.registry.layout.root)
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the cat sleeps", long, "the dog runs")))
+    refused = CliRunner().invoke(app, ["run", str(source), str(output), "--no-truncate", "--max-false-reject", "0", "--registry", root])
+    assert refused.exit_code == 1 and [row.text for row in read_examples(output)] == ["the cat sleeps", "the dog runs"]
+    [error] = map(json.loads, (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines())
+    assert error["line"] == 2 and f"the input has {whole} tokens, and there is room for {limit}." in error["reason"]
+    one = CliRunner().invoke(app, ["predict", long, "--no-truncate", "--registry", root])
+    assert one.exit_code == 2 and f"{whole} tokens" in one.stderr
+
+
+def test_what_is_submitted_may_be_answered_by_several_together(filled: Hub) -> None:
+    text = "the cat sleeps"
+    [wanted] = filled.predict([text], max_false_reject=0, mix=2)
+    assert filled.submit(text, max_false_reject=0, mix=2).result().mixture == wanted.mixture

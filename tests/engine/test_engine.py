@@ -673,3 +673,31 @@ def test_a_seq2seq_model_writes_as_many_tokens_as_it_has_positions_and_no_more(b
 def test_a_long_prompt_leaves_room_for_what_is_written(llama: FrozenBase, tmp_path: Path) -> None:
     [output] = Engine(llama, Shelf(llama, tmp_path).load).predict([Request("word " * 2_000, None)], generation={"max_new_tokens": 8})
     assert output.truncated and output.text is not None
+
+
+def test_an_input_that_is_not_to_be_cut_is_refused_with_its_length_and_its_neighbours_are_answered(shelf: Shelf) -> None:
+    engine, refs = Engine(shelf.base, shelf.load), list(shelf.folders)
+    limit = shelf.base.max_tokens
+    whole = [len(shelf.base.tokenizer("x " * n, verbose=False)["input_ids"]) for n in range(limit)]
+    fits = max(n for n, tokens in enumerate(whole) if tokens <= limit)
+    texts = ["short", "word " * 2_000, "x " * fits, "x " * (fits + 1)]
+    found = engine.answers([Request(text, refs[0], truncate=False) for text in texts])
+    assert [type(one) for one in found] == [Output, InvalidInput, Output, InvalidInput]
+    assert numbers([o for o in found if isinstance(o, Output)]) == numbers(engine.predict([Request(texts[i], refs[0]) for i in (0, 2)]))
+    fact = f"a0@1: the input has {whole[fits + 1]} tokens, and there is room for {limit}. "
+    hint = "Shorten it, or let it be cut: truncate=True (`--truncate`)."
+    assert str(found[3]) == fact + hint
+    with pytest.raises(InvalidInput) as caught:
+        engine.predict([Request("short", None), Request(texts[3], refs[0], truncate=False), Request(texts[1], None)])
+    assert str(caught.value) == f"text 2 of 3, {fact}{hint}"
+
+
+def test_a_prompt_that_is_not_to_be_cut_has_room_beside_what_is_to_be_written(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    ref = shelf.put("writer", {"prompt_template": "Q: {text}\nA:", "labels": None}, task_type="CAUSAL_LM")
+    text = "word " * 600
+    whole = len(llama.tokenizer(f"Q: {text}\nA:", verbose=False)["input_ids"])
+    [fault] = Engine(llama, shelf.load).answers([Request(text, ref, truncate=False)], generation={"max_new_tokens": 20})
+    room = llama.tokens_limit - 20
+    assert isinstance(fault, InvalidInput) and fault.fact == f"writer@1: the input has {whole} tokens, and there is room for {room}."
+    assert fault.hint == "Shorten it, ask for fewer new tokens, or let it be cut: truncate=True (`--truncate`)."
