@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
-from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of
+from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
@@ -91,9 +91,19 @@ class Hub:
     """
 
     def __init__(
-        self, registry: Registry, *, device: str = "cpu", precision: str = "float32", slots_max: int | None = None, bytes_max: int | None = None
+        self,
+        registry: Registry,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+        slots_max: int | None = None,
+        bytes_max: int | None = None,
+        requests_max: int | None = None,
+        rows_max: int | None = None,
+        wait_ms: float | None = None,
     ) -> None:
         self._limits = limits_of(slots_max=slots_max, bytes_max=bytes_max)
+        self._queueing: dict[str, Any] = limits_of(requests_max=requests_max, rows_max=rows_max) | wait_of(wait_ms)
         self._registry = registry
         self._closed = False
         self.device = device
@@ -159,17 +169,22 @@ class Hub:
         precision: str = "float32",
         slots_max: int | None = None,
         bytes_max: int | None = None,
+        requests_max: int | None = None,
+        rows_max: int | None = None,
+        wait_ms: float | None = None,
     ) -> Self:
         """Open a registry folder, or a database URL whose files lie under `artifacts`.
 
         `precision` is how the base model's weights are held: float32, bfloat16, float16 (CUDA), int8, or nf4 (CUDA, by bitsandbytes). The
         router's encoder stays float32, so that the same adapters are chosen.
         At most `slots_max` adapters (64 by default) of `bytes_max` bytes together (2 GiB) stay loaded; of more, the least recently
-        used are loaded again when they are asked for. Raises RegistryNotFound, InvalidInput; the base, when it is first needed,
-        InvalidInput where this machine has no such precision.
+        used are loaded again when they are asked for. Of `submit`, at most `requests_max` requests wait (1,024), and at most `rows_max`
+        (64) share a batch, which the oldest of them waits `wait_ms` (3) for. Raises RegistryNotFound, InvalidInput; the base, when it
+        is first needed, InvalidInput where this machine has no such precision.
         """
-        registry = Registry.open(path, artifacts=artifacts)
-        return cls(registry, device=device, precision=precision, slots_max=slots_max, bytes_max=bytes_max)
+        limits: dict[str, Any] = limits_of(slots_max=slots_max, bytes_max=bytes_max, requests_max=requests_max, rows_max=rows_max)
+        limits |= wait_of(wait_ms)    # before anything is opened
+        return cls(Registry.open(path, artifacts=artifacts), device=device, precision=precision, **limits)
 
     def close(self) -> None:
         """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
@@ -308,7 +323,7 @@ class Hub:
             if self._queue is None:
                 from adapter_hub.engine.queue import RequestQueue
 
-                self._queue = RequestQueue(self.engine)
+                self._queue = RequestQueue(self.engine, **self._queueing)
             return self._queue
 
     @property
@@ -630,8 +645,8 @@ class Hub:
         """The future of what `predict([text], …)` answers: for many small requests from many threads, which share batches.
 
         It is routed at once, together with what other threads submit meanwhile, unless `adapter` is named. Then it waits some
-        milliseconds for others in this hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who
-        shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in float32 (in fewer bits as far as
+        milliseconds for others in this hub's queue (see `RequestQueue`; its limits are `Hub.open`'s); where that is full, at most
+        `timeout` seconds for room. Who shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in float32 (in fewer bits as far as
         those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged by the time its request runs
         is told by that future alone, e.g. as CorruptVersion or NotRoutable; so is a text that is too long, with `truncate=False`.
         Raises QueueFull, and as `predict`.

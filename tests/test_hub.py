@@ -450,8 +450,21 @@ def test_slots_and_bytes_that_are_given_bound_what_stays_loaded(filled: Hub, cap
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
     for act in (Hub.open, Hub.create):
         for name in ("slots_max", "bytes_max"):
-            with pytest.raises(InvalidInput, match=f"{name}=0 leaves no room"):
-                act(root, **{name: 0})
+            for wrong in (0, "x", True, 1.5):
+                with pytest.raises(InvalidInput) as caught:
+                    act(root, **{name: wrong})
+                assert str(caught.value) == f"{name}={wrong!r} is not a whole number of at least 1. Give one, or leave it out."
+
+
+def test_the_limits_of_the_queue_are_the_hubs_to_open_with(filled: Hub) -> None:
+    with Hub.open(filled.registry.layout.root, requests_max=1, rows_max=1, wait_ms=60_000) as hub:    # the first is a whole batch: it does not wait
+        assert hub.submit("the cat sleeps", "animals").result(60).label == filled.predict(["the cat sleeps"], adapters="animals")[0].label
+    with Hub.open(filled.registry.layout.root, requests_max=1, rows_max=9, wait_ms=0) as hub:
+        assert hub.submit("the cat sleeps", "animals", timeout=60).result(60).label
+    whole, time = "a whole number", "a time in milliseconds"
+    for name, wrong, fact in (("requests_max", 0, whole), ("rows_max", "x", whole), ("wait_ms", -1, time), ("wait_ms", "x", time)):
+        with pytest.raises(InvalidInput, match=f"{name}={wrong!r} is not {fact}"):
+            Hub.open(filled.registry.layout.root, **{name: wrong})
 
 
 def test_what_is_submitted_from_many_threads_is_answered_as_predict_does(filled: Hub) -> None:
@@ -722,8 +735,8 @@ def test_settings_that_no_request_could_run_are_refused_before_they_are_kept_for
     with pytest.raises(InvalidInput, match=message):
         hub.register("writer", adapter, ["write a poem"], **facts)
     assert hub.list() == []
-    hub.register("writer", adapter, ["write a poem"], generation={"max_new_tokens": 4, "temperature": 2})
-    assert hub.show("writer").generation == {"max_new_tokens": 4, "temperature": 2.0}
+    hub.register("writer", adapter, ["write a poem"], generation={"max_new_tokens": 4, "do_sample": True, "temperature": 2})
+    assert hub.show("writer").generation == {"max_new_tokens": 4, "do_sample": True, "temperature": 2.0}
 
 
 def test_what_was_checked_is_what_is_stored(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

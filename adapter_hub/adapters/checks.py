@@ -29,11 +29,13 @@ from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.patterns import matches_end
-from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
+from adapter_hub.adapters.weights import ELSEWHERE, KEY_PREFIX, Adapter, LoraDelta, outputs_of
 from adapter_hub.base_model import BUILDING, BaseKind, FrozenBase
 from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
 from adapter_hub.precision import Precision, float_weight
 
+_ADAPT_IT = "Adapt that module instead (target_modules), and train again."
+_NO_DORA = "Train without use_dora, or leave embeddings out of target_modules."
 PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
 
 _AUTO: dict[tuple[BaseKind, TaskType | None], tuple[Any, ...]] = {
@@ -82,13 +84,14 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
     for name in adapter.head:
         # A pooler that the base's files lack is not in `inside`, and still no head.
         if base.canonical(name) in inside or name.startswith(base.model.base_model_prefix + "."):
-            raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole")
+            raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole", hint=_ADAPT_IT)
     for name, delta in adapter.deltas.items():
         module = base.modules.get(base.canonical(name))
         if not isinstance(module, nn.Embedding if delta.embedding else nn.Linear | Conv1D):
-            raise UnsupportedOption("target_modules", name, f"a {type(module).__name__} cannot be adapted, only linear modules and embeddings")
+            reason = f"a {type(module).__name__} cannot be adapted, only linear modules and embeddings"
+            raise UnsupportedOption("target_modules", name, reason, hint=ELSEWHERE)
         if delta.embedding and delta.magnitude is not None:
-            raise UnsupportedOption("use_dora", True, f"{name} is an embedding, and only linear modules are run as DoRA")
+            raise UnsupportedOption("use_dora", True, f"{name} is an embedding, and only linear modules are run as DoRA", hint=_NO_DORA)
 
 
 def _check_vocabulary(adapter: Adapter, base: FrozenBase) -> None:
@@ -191,9 +194,9 @@ def _check_rows(adapter: Adapter, base: FrozenBase) -> None:
     one, many = (_leading_sizes(base, list(modules.values()), rows) for rows in (1, len(PROBE)))
     for name, module in modules.items():
         if not one[module]:
-            raise UnsupportedOption("target_modules", name, "the base does not call this module, so adapting it does nothing")
+            raise UnsupportedOption("target_modules", name, "the base does not call this module, so adapting it does nothing", hint=ELSEWHERE)
         if many[module] != [size * len(PROBE) for size in one[module]]:
-            raise UnsupportedOption("target_modules", name, "the base gives this module an input that all rows of a batch share")
+            raise UnsupportedOption("target_modules", name, "the base gives this module an input that all rows of a batch share", hint=ELSEWHERE)
 
 
 def _leading_sizes(base: FrozenBase, modules: list[nn.Module], rows: int) -> dict[nn.Module, list[int]]:

@@ -20,6 +20,7 @@ from adapter_hub.errors import CorruptAdapter, DoesNotFit, InvalidInput, LabelsR
 # i inputs of a module, o its outputs, r rank
 KEY_PREFIX = "base_model.model."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)    # torch cannot test eight bits for NaN
+ELSEWHERE = "Leave that module out of target_modules, and train again."
 _DTYPES_SHOWN = "float32, bfloat16 or float16"
 
 
@@ -140,7 +141,7 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
         elif part in ("A", "B", "magnitude_vector"):
             parts.setdefault(module, {})[part] = tensor
         else:
-            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is neither a linear module's nor an embedding's")
+            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is neither a linear module's nor an embedding's", hint=ELSEWHERE)
     deltas = {}
     for module, found in sorted(parts.items()):
         wanted = ("A", "B", "magnitude_vector") if settings.use_dora else ("A", "B")
@@ -190,7 +191,7 @@ def _check_labels(
     if problem_type is ProblemType.REGRESSION and labels is None:
         return
     if settings.task_type is TaskType.TOKEN_CLS and outputs == 1:
-        raise UnsupportedOption("num_labels", 1, "a head of one output gives every token the same label")
+        raise UnsupportedOption("num_labels", 1, "a head of one output gives every token the same label", hint="Train a head of two labels or more.")
     if not labels:
         raise LabelsRequired(f"the adapter's head has {outputs} outputs without names.", hint="Pass labels=[…], one for each output, in order.")
     if len(labels) != outputs:

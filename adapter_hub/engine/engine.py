@@ -179,7 +179,10 @@ class Engine:
                 raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
         shares = [canonical(request.adapter) for request in requests]
         facts = [self._facts(row) for row in shares]
-        settings = [self._settings(fact, call) for fact, call in zip(facts, calls, strict=True)]
+        settings: list[Settings | None] = []
+        for i, (fact, call) in enumerate(zip(facts, calls, strict=True)):
+            with _named(i, shares):
+                settings.append(self._settings(fact, call))
         encoded = self._encode([request.text for request in requests], facts, settings, shares)
         if faults := {i: self._too_long(encoded[i], settings[i], shares[i]) for i, one in enumerate(requests) if encoded[i].cut and not one.truncate}:
             raise _TooLong(faults, len(requests))
@@ -296,6 +299,7 @@ class Engine:
         Raises InvalidInput, as every later request would.
         """
         settings = check_generation(adapter.generation)
+        merged({}, settings)    # what could never matter is a mistake
         facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, settings)
         self._encode(["text"], [facts], [self._settings(facts, {})])
         return settings

@@ -556,12 +556,13 @@ def test_a_template_without_room_for_a_text_and_settings_that_cannot_run_are_ref
         ({"generation": {"bad_words_ids": [[5]]}}, "'bad_words_ids' is not a generation setting"),
         ({"generation": {"max_new_tokens": 5000}}, "max_new_tokens=5000 leaves no room for a prompt"),
         ({"generation": {"temperature": "hot"}}, "temperature='hot' is not"),
+        ({"generation": {"temperature": 2}}, "temperature=2.0 only matters with do_sample=True"),
     ):
         with pytest.raises(InvalidInput, match=fact):
             engine.check(read_adapter(folder, **read))
     with pytest.raises(InvalidInput, match="generation 1: int holds no settings"):
         engine.predict([Request("x", None)], generation=[1])    # type: ignore[arg-type]
-    assert engine.check(read_adapter(folder, generation={"temperature": 2})) == {"temperature": 2.0}
+    assert engine.check(read_adapter(folder, generation={"do_sample": True, "temperature": 2})) == {"do_sample": True, "temperature": 2.0}
 
 
 def test_settings_of_a_manifest_from_elsewhere_are_checked_when_it_is_loaded(llama: FrozenBase, tmp_path: Path) -> None:
@@ -624,6 +625,9 @@ def test_draws_are_by_the_weights_that_were_given() -> None:
         ({"do_sample": 1}, "do_sample=1 is not true or false"),
         ({"top_p": "high"}, "top_p='high' is not"),
         ({"max_new_tokens": 256}, "leaves no room for a prompt"),
+        ({"temperature": 0.7}, "temperature=0.7 only matters with do_sample=True. Give {\"do_sample\": true} as well, or leave it out."),
+        ({"top_p": 0.9, "do_sample": False}, "top_p=0.9 only matters with do_sample=True."),
+        ({"seed": 3}, "seed=3 only matters with do_sample=True."),
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(llama: FrozenBase, tmp_path: Path, settings: dict[str, Any], fact: str) -> None:
@@ -632,9 +636,21 @@ def test_an_impossible_setting_is_refused_by_name(llama: FrozenBase, tmp_path: P
     assert fact in str(caught.value)
 
 
+def test_what_an_adapter_samples_by_is_left_out_where_a_call_does_not_sample(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    greedy, sampling = (shelf.put(name, {"labels": None}, task_type="CAUSAL_LM") for name in ("greedy", "sampling"))
+    shelf.folders[sampling] = shelf.folders[greedy][0], {"labels": None, "generation": {"do_sample": True, "temperature": 3, "seed": 1}}
+    engine = Engine(llama, shelf.load)
+    plain, drawn = engine.predict([Request("hello", greedy), Request("hello", sampling)], generation={"do_sample": False, "max_new_tokens": 12})
+    assert plain.text == drawn.text
+    with pytest.raises(InvalidInput, match=r"text 2 of 2, greedy@1: temperature=2\.0 only matters"):
+        engine.predict([Request("hello", sampling), Request("hello", greedy)], generation={"temperature": 2})
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 2}, {"repetition_penalty": 2}, {"top_p": 1}, {"length_penalty": -1, "num_beams": 2}])
 def test_a_whole_number_will_do_where_a_fraction_may_stand(llama: FrozenBase, tmp_path: Path, settings: dict[str, Any]) -> None:
-    engine, more = Engine(llama, Shelf(llama, tmp_path).load), {"max_new_tokens": 4, "seed": 1, "do_sample": "num_beams" not in settings}
+    engine, more = Engine(llama, Shelf(llama, tmp_path).load), dict[str, Any]({"max_new_tokens": 4})
+    more |= {} if "num_beams" in settings else {"do_sample": True, "seed": 1}
     whole, fraction = (
         engine.predict([Request("hello", None)], generation={**more, **{key: kind(value) for key, value in settings.items() if key != "num_beams"}})
         for kind in (int, float)
