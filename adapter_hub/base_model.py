@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -316,6 +317,32 @@ class FrozenBase:
         are hashed as float32, and where the model is held otherwise they are read from its files once more.
         """
         digest = hashlib.sha256(f"{_FORM}\n".encode())
+        for name, tensor in self._exact_tensors():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(json.dumps(self._config_facts, sort_keys=True).encode())
+        digest.update(json.dumps([self._pooling, self._normalise]).encode())
+        digest.update(json.dumps(_tokenizer_facts(self.copy_tokenizer()), sort_keys=True).encode())
+        return "sha256:" + digest.hexdigest()
+
+    def differences(self, other: FrozenBase) -> list[str]:
+        """In which of what the fingerprint hashes another base differs: weights, config, pooling, tokenizer, chat template."""
+        mine, theirs = (_tokenizer_facts(base.copy_tokenizer()) for base in (self, other))
+        chats = mine.pop("chat"), theirs.pop("chat")
+        equal = {
+            "weights": all(
+                pair[0] is not None and pair[1] is not None and pair[0][0] == pair[1][0] and torch.equal(pair[0][1], pair[1][1])
+                for pair in zip_longest(self._exact_tensors(), other._exact_tensors())
+            ),
+            "config": self._config_facts == other._config_facts,
+            "pooling": (self._pooling, self._normalise) == (other._pooling, other._normalise),
+            "tokenizer": mine == theirs,
+            "chat template": chats[0] == chats[1],
+        }
+        return [what for what, same in equal.items() if not same]
+
+    def _exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, in order, on the CPU, floating point as float32: from the files again where the model is held otherwise."""
         model = self.model
         if self.precision is not Precision.FLOAT32:
             model, report = _read(self.path, self.kind, dtype=_stored_in(self.path))
@@ -323,13 +350,7 @@ class FrozenBase:
         tensors = {self.canonical(name): tensor for name, tensor in model.state_dict().items()}
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        digest.update(json.dumps(self._config_facts, sort_keys=True).encode())
-        digest.update(json.dumps([self._pooling, self._normalise]).encode())
-        digest.update(json.dumps(_tokenizer_facts(self.copy_tokenizer()), sort_keys=True).encode())
-        return "sha256:" + digest.hexdigest()
+            yield name, tensor.float() if tensor.is_floating_point() else tensor
 
 
 def check_device(device: str | torch.device) -> torch.device:

@@ -389,8 +389,8 @@ class Hub:
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
         with _IMPORTING:
-            from adapter_hub.adapters.checks import check_acts, check_fits
-            from adapter_hub.adapters.weights import adapter_of
+            from adapter_hub.adapters.checks import check_acts, check_fits, without_copies
+            from adapter_hub.adapters.weights import adapter_of, settings_of
             from adapter_hub.routing.statistics import build_state
 
         check_name(name)
@@ -398,6 +398,8 @@ class Hub:
         tags = texts_of("tags", tags)
         names = texts_of("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
+        self._check_named_base(settings_of(found).base_model_name_or_path, assume_base)
+        found = without_copies(found, self.base)
         adapter = adapter_of(
             found,
             labels=names or found.labels,
@@ -405,7 +407,6 @@ class Hub:
             generation=generation,
             problem_type=problem_type or found.problem_type,
         )
-        self._check_named_base(adapter, assume_base)
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
@@ -477,9 +478,8 @@ class Hub:
             files |= {file: _jsonl(given) for file, given in texts if given}
         return files
 
-    def _check_named_base(self, adapter: Adapter, assume_base: bool) -> None:
+    def _check_named_base(self, named: str | None, assume_base: bool) -> None:
         """The base that adapter_config.json names must have this base's content. Raises WrongBase."""
-        named = adapter.settings.base_model_name_or_path
         if assume_base or named == self.base.id:
             return
         hint = "If it was trained on the same weights, pass assume_base=True (`--assume-base`)."
@@ -488,11 +488,17 @@ class Hub:
         from adapter_hub.base_model import FrozenBase
 
         try:
-            other = FrozenBase.load(named, local=True).fingerprint    # a file from elsewhere names it: nothing is downloaded for that
+            other = FrozenBase.load(named, local=True)    # a file from elsewhere names it: nothing is downloaded for that
         except ModelNotFound:
             raise WrongBase(f"the adapter was made for {named!r}, this registry serves {self.base.id!r}.", hint=hint) from None
-        if other != self.base.fingerprint:
-            raise WrongBase(f"the adapter was made for {named!r}, whose weights differ from {self.base.id!r}.", hint="Open its registry.")
+        if other.fingerprint != self.base.fingerprint:
+            differing = self.base.differences(other)
+            if not {"weights", "config", "tokenizer"} & set(differing):
+                hint = "The weights are the same: to run it with this base's, pass assume_base=True (`--assume-base`)."
+            else:
+                hint = "Open its registry."
+            fact = f"the adapter was made for {named!r}, which differs from {self.base.id!r} in its {' and '.join(differing)}"
+            raise WrongBase(f"{fact}.", hint=hint)
 
     def learn(
         self,
@@ -646,9 +652,10 @@ class Hub:
 
         It is routed at once, together with what other threads submit meanwhile, unless `adapter` is named. Then it waits some
         milliseconds for others in this hub's queue (see `RequestQueue`; its limits are `Hub.open`'s); where that is full, at most
-        `timeout` seconds for room. Who shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in float32 (in fewer bits as far as
-        those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged by the time its request runs
-        is told by that future alone, e.g. as CorruptVersion or NotRoutable; so is a text that is too long, with `truncate=False`.
+        `timeout` seconds for room. Who shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in
+        float32 (in fewer bits as far as those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged
+        by the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable; so is a text that is too long,
+        with `truncate=False`.
         Raises QueueFull, and as `predict`.
         """
         texts = inputs_of([text])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from typer.testing import CliRunner
 
 from adapter_hub.batch.job import Progress
@@ -27,6 +27,7 @@ from adapter_hub.errors import (
     AdapterNotFound,
     CorruptVersion,
     DataRemains,
+    DoesNotFit,
     HubError,
     InvalidInput,
     LabelsRequired,
@@ -324,7 +325,7 @@ def test_an_adapter_of_another_base_needs_to_be_vouched_for(hub: Hub, tmp_path: 
     with pytest.raises(WrongBase, match="'someone/else', this registry serves"):
         hub.register("e", elsewhere, labels=["a", "b"])
     other = make_adapter(hub.base, tmp_path / "o", base_name=str(tiny_model(tmp_path / "other", seed=5)))
-    with pytest.raises(WrongBase, match="whose weights differ"):
+    with pytest.raises(WrongBase, match=r"which differs from .* in its weights\."):
         hub.register("o", other, labels=["a", "b"])
     assert hub.list() == []
     assert str(hub.register("e", elsewhere, labels=["a", "b"], assume_base=True)) == "e@1"
@@ -773,7 +774,7 @@ def test_another_base_is_told_by_its_own_name_also_where_its_limit_is_smaller(hu
     facts = json.loads((small / "tokenizer_config.json").read_text())
     (small / "tokenizer_config.json").write_text(json.dumps(facts | {"model_max_length": 64}))
     other = make_adapter(hub.base, tmp_path / "o", base_name=str(small))
-    with pytest.raises(WrongBase, match="whose weights differ"):
+    with pytest.raises(WrongBase, match=r"which differs from .* in its weights\."):
         hub.register("o", other, labels=["a", "b"])
 
 
@@ -1073,3 +1074,54 @@ def test_what_is_submitted_may_be_answered_by_several_together(filled: Hub) -> N
     text = "the cat sleeps"
     [wanted] = filled.predict([text], max_false_reject=0, mix=2)
     assert filled.submit(text, max_false_reject=0, mix=2).result().mixture == wanted.mixture
+
+
+def llama_hub(tmp_path: Path) -> Hub:
+    return Hub.create(tmp_path / "registry", base_model=tiny_model(tmp_path / "llama", "llama"), encoder="hash")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "q_proj"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_the_bases_own_layers_that_peft_saves_beside_an_adapter_are_dropped(tmp_path: Path, target: str, kind: str) -> None:
+    """Previously they were refused even where they were the base's."""
+    hub = llama_hub(tmp_path)
+    folder = make_adapter(hub.base, tmp_path / "plain", target_modules=[target], seed=5)
+    model = load_peft(hub.base, folder)
+    model.peft_config["default"].base_model_name_or_path = hub.base.id
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    tensors = load((tmp_path / "whole" / "adapter_model.safetensors").read_bytes())
+    copies = [key for key in tensors if "lora" not in key]
+    assert copies
+    stored = {key: tensor.to(getattr(torch, kind)) if key in copies else tensor for key, tensor in tensors.items()}
+    (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(save(stored))
+    hub.register("plain", folder, ["x"])
+    found = [hub.register("whole", tmp_path / "whole", ["x"])]
+    found += [hub.register("memory", model, ["x"])] if kind == "float32" else []
+    for ref in found:
+        with safe_open(hub.registry.open_version(ref) / "adapter_model.safetensors", framework="pt") as kept:
+            assert sorted(kept.keys()) == sorted(set(tensors) - set(copies))
+        mine, plain = (hub.predict(["tell me more"], adapters=str(name), generation={"max_new_tokens": 12})[0].text for name in (ref, "plain"))
+        assert mine == plain
+    stored[copies[0]] = stored[copies[0]] * 1.5
+    (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(save(stored))
+    with pytest.raises(DoesNotFit, match=rf"tensor '{copies[0]}' is the base's own layer, and differs from it by up to "):
+        hub.register("other", tmp_path / "whole", ["x"])
+
+
+def test_of_another_base_it_is_said_what_differs(tmp_path: Path) -> None:
+    """Previously it was the weights, whatever it was."""
+    hub = llama_hub(tmp_path)
+    other = shutil.copytree(hub.base.path, tmp_path / "other")
+    folder = make_adapter(hub.base, tmp_path / "a", base_name=str(other))
+    (other / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    with pytest.raises(WrongBase) as caught:
+        hub.register("a", folder, ["x"])
+    assert caught.value.fact == f"the adapter was made for {str(other)!r}, which differs from {hub.base.id!r} in its chat template."
+    assert caught.value.hint == "The weights are the same: to run it with this base's, pass assume_base=True (`--assume-base`)."
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    weights = load_file(other / "model.safetensors")
+    (other / "model.safetensors").write_bytes(save({key: tensor + 1 for key, tensor in weights.items()}, metadata={"format": "pt"}))
+    with pytest.raises(WrongBase, match=r"in its weights and config and chat template\. Open its registry\."):
+        hub.register("a", folder, ["x"])
+    assert hub.register("a", folder, ["x"], assume_base=True).version == 1

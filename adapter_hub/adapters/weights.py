@@ -82,11 +82,7 @@ def adapter_of(
     """Parse PEFT's two files, which do not say the problem type: one output is a regression, several are one label among them.
 
     Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired, InvalidInput."""
-    settings = parse_config(_json_of(files), files.origin)
-    try:
-        tensors = load(files.weights)
-    except (SafetensorError, KeyError, ValueError) as error:    # a type or shape that torch does not know
-        raise CorruptAdapter(files.origin, f"{ADAPTER_WEIGHTS} is not a whole safetensors file ({error})") from error
+    settings, tensors = settings_of(files), tensors_of(files)
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise DoesNotFit(f"tensor {key!r} is {tensor.dtype}, not floating point of 16 bits or more.", hint=f"Save it in {_DTYPES_SHOWN}.")
@@ -96,6 +92,19 @@ def adapter_of(
     problem = _checked_problem(settings, head, problem_type)
     _check_labels(settings, head, labels, problem)
     return Adapter(settings, deltas, head, labels, problem, _checked_template(prompt_template), dict(generation or {}))
+
+
+def settings_of(files: AdapterFiles) -> LoraSettings:
+    """Raises CorruptAdapter, UnsupportedOption."""
+    return parse_config(_json_of(files), files.origin)
+
+
+def tensors_of(files: AdapterFiles) -> dict[str, Tensor]:
+    """Raises CorruptAdapter."""
+    try:
+        return load(files.weights)
+    except (SafetensorError, KeyError, ValueError) as error:    # a type or shape that torch does not know
+        raise CorruptAdapter(files.origin, f"{ADAPTER_WEIGHTS} is not a whole safetensors file ({error})") from error
 
 
 def outputs_of(head: Mapping[str, Tensor]) -> int:
