@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -178,7 +178,15 @@ class Engine:
             if fault := text_fault(question_of(request.text)):
                 raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
         shares = [canonical(request.adapter) for request in requests]
-        facts = [self._facts(row) for row in shares]
+        refs = _refs(shares)
+        try:
+            return self._read(requests, shares, [self._facts(row, refs) for row in shares], calls)
+        except BaseException:    # nothing runs that could use what was read
+            self.slots.release(refs)
+            raise
+
+    def _read(self, requests: Sequence[Request], shares: Sequence[Shares], facts: Sequence[Facts], calls: Sequence[Settings]) -> _Asked:
+        """Raises InvalidInput."""
         settings: list[Settings | None] = []
         for i, (fact, call) in enumerate(zip(facts, calls, strict=True)):
             with _named(i, shares):
@@ -204,10 +212,14 @@ class Engine:
         """
         calls = _calls(generation, len(requests))
         asked = [canonical(request.adapter) for request in requests]
-        faults = {shares: self._fault(shares) for shares in dict.fromkeys(asked)}
-        sound = [i for i, shares in enumerate(asked) if not faults[shares]]
-        found = iter(self._halved([requests[i] for i in sound], [calls[i] for i in sound]))
-        return [faults[shares] or next(found) for shares in asked]
+        refs = _refs(asked)
+        try:
+            faults = {shares: self._fault(shares, refs) for shares in dict.fromkeys(asked)}
+            sound = [i for i, shares in enumerate(asked) if not faults[shares]]
+            found = iter(self._halved([requests[i] for i in sound], [calls[i] for i in sound]))
+            return [faults[shares] or next(found) for shares in asked]
+        finally:
+            self.slots.release(refs)
 
     def _halved(self, requests: Sequence[Request], calls: Sequence[Settings]) -> list[Output | Exception]:
         try:
@@ -223,9 +235,9 @@ class Engine:
         parts = (slice(middle), slice(middle, None))
         return [one for part in parts for one in self.answers(requests[part], generation=calls[part])]
 
-    def _fault(self, shares: Shares) -> Exception | None:
+    def _fault(self, shares: Shares, beside: Collection[AdapterRef]) -> Exception | None:
         try:
-            self._facts(shares)
+            self._facts(shares, beside)
         except Exception as error:
             return error
         return None
@@ -277,17 +289,17 @@ class Engine:
 
     def mixable(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
         """The first of these versions, and those of the others that can answer together with it."""
-        first, *others = [(ref, self.slots.facts(ref)) for ref in refs]
+        first, *others = [(ref, self.slots.facts(ref, refs)) for ref in refs]
         return [first[0], *(other[0] for other in others if obstacle(first, other) is None)]
 
-    def _facts(self, shares: Shares) -> Facts:
-        """Of a row's adapters, which agree. Raises InvalidInput where they do not."""
+    def _facts(self, shares: Shares, beside: Collection[AdapterRef]) -> Facts:
+        """Of a row's adapters, which agree. `beside` are all of the request. Raises InvalidInput where they do not."""
         if not shares:
             return _BASE
         if len(shares) > self.slots.slots_max:
             have = f"this engine holds {self.slots.slots_max}"
             raise InvalidInput(f"a mixture of {len(shares)} adapters needs them all at once, and {have}.", hint="Mix fewer, or raise slots_max.")
-        first, *others = [(ref, self.slots.facts(ref)) for ref, _ in shares]
+        first, *others = [(ref, self.slots.facts(ref, beside)) for ref, _ in shares]
         for other in others:
             if reason := obstacle(first, other):
                 raise InvalidInput(f"{first[0]} and {other[0]} cannot answer together: {reason}.", hint="Ask each by itself.")
@@ -475,6 +487,10 @@ class Engine:
             new = written[:, inputs["input_ids"].shape[1] :] if self.base.kind is BaseKind.CAUSAL else written
         texts = self.base.decode(new)
         return {i: Output(text=text, truncated=one.truncated) for i, text, one in zip(batch.rows, texts, encoded, strict=True)}
+
+
+def _refs(shares: Sequence[Shares]) -> set[AdapterRef]:
+    return {ref for row in shares for ref, _ in row}
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -717,3 +717,20 @@ def test_a_prompt_that_is_not_to_be_cut_has_room_beside_what_is_to_be_written(ll
     room = llama.tokens_limit - 20
     assert isinstance(fault, InvalidInput) and fault.fact == f"writer@1: the input has {whole} tokens, and there is room for {room}."
     assert fault.hint == "Shorten it, ask for fewer new tokens, or let it be cut: truncate=True (`--truncate`)."
+
+
+def test_what_a_request_needs_is_read_once_where_places_are_few_and_lets_nobody_go_to_be_planned(shelf: Shelf) -> None:
+    """Previously each was placed to be planned, so the places were empty of it when it ran: twice as many reads."""
+    refs = list(shelf.folders)
+    engine = Engine(shelf.base, shelf.load, slots_max=3)
+    expected = Engine(shelf.base, shelf.load).predict(requests(list(refs)))
+    shelf.reads.clear()
+    for one, other in zip(engine.predict(requests(list(refs))), expected, strict=True):
+        assert np.allclose(numbers_of(one), numbers_of(other), atol=1e-5)
+    assert sorted(shelf.reads) == sorted(refs) and not engine.slots._ahead
+    with pytest.raises(InvalidInput):    # what was read for a request that is refused is let go
+        engine.predict([Request("x", ref) for ref in refs], generation={"bogus": 1})
+    shelf.put("late")
+    with pytest.raises(InvalidInput):
+        engine.predict([Request("x", None), *requests(list(shelf.folders)), Request("", None)])
+    assert not engine.slots._ahead
