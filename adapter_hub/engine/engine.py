@@ -274,7 +274,8 @@ class Engine:
             for row, fact, one, count in zip(asked.shares, asked.facts, kind, tokens, strict=True)
         ]
         known = {ref: self.slots.facts(ref) for ref in {ref for row in asked.shares for ref, _ in row}}
-        sizes, mergeable = {ref: fact.bytes for ref, fact in known.items()}, {ref for ref, fact in known.items() if fact.mergeable}
+        sizes = {ref: fact.bytes for ref, fact in known.items()}
+        mergeable = {ref: fact.merge_from for ref, fact in known.items() if fact.merge_from is not None}
         places = {"slots_max": self.slots.slots_max, "bytes_max": self.slots.bytes_max}
         plan = plan_batches(rows, sizes=sizes, mergeable=mergeable, **places)
         coming = forecast(plan, sizes, **places)

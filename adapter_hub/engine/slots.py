@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapter_hub.adapters.config import ProblemType, TaskType
@@ -20,7 +21,7 @@ from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.heads import Head, Heads
 from adapter_hub.engine.lora_layers import MixedLayers
 from adapter_hub.engine.merged import mergeable, merged
-from adapter_hub.engine.plan import evictions
+from adapter_hub.engine.plan import evictions, merge_tokens_min
 from adapter_hub.engine.table import Form, Table
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.refs import AdapterRef
@@ -48,7 +49,7 @@ class Facts:
     generation: Mapping[str, Any] = field(default_factory=dict)
     form: Form | None = None    # None: the base model
     bytes: int = 0              # that it takes while it is resident
-    mergeable: bool = False     # into a copy of the base
+    merge_from: float | None = None    # tokens from which a merged copy of the base pays; None: it cannot be merged
     problem_type: ProblemType | None = None    # SEQ_CLS
 
 
@@ -266,8 +267,13 @@ class Slots:
         generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
         form, updates = Form.of(adapter), self._layers.bind(adapter)
         size = sum(update.bytes(form.rank) for update in updates.values())
-        whole = mergeable(self._base, updates, self.bytes_max)
-        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, whole, adapter.problem_type)
+        merge_from = None
+        if mergeable(self._base, updates, self.bytes_max):
+            weights = sum(cast(Tensor, module.weight).numel() for module in updates)
+            # Of an embedding's A a token looks one column up.
+            widths = ((1 if isinstance(module, nn.Embedding) else update.a.shape[1]) + update.b.shape[1] for module, update in updates.items())
+            merge_from = merge_tokens_min(weights, form.rank * sum(widths))
+        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, merge_from, adapter.problem_type)
         return facts, updates, self._heads.of(adapter) if adapter.head else None
 
     def merged(self, ref: AdapterRef, held: Resident) -> PreTrainedModel:
