@@ -293,7 +293,7 @@ class Engine:
         first, *others = [(ref, self.slots.facts(ref, refs)) for ref in refs]
         return [first[0], *(other[0] for other in others if obstacle(first, other) is None)]
 
-    def _facts(self, shares: Shares, beside: Collection[AdapterRef]) -> Facts:
+    def _facts(self, shares: Shares, beside: Collection[AdapterRef] = ()) -> Facts:
         """Of a row's adapters, which agree. `beside` are all of the request. Raises InvalidInput where they do not."""
         if not shares:
             return _BASE
