@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from adapter_hub.examples import Example, as_examples, read_examples, text_fault
 from adapter_hub.refs import AdapterRef
 
 Named = str | AdapterRef | Mapping[str | AdapterRef, float] | None    # an adapter, a mixture by weights, the base model
-Input = str | Sequence[Mapping[str, str]]                             # a text, or a conversation: messages of "role" and "content"
+Input = str | Conversation | Sequence[Mapping[str, str]]              # a text, or a conversation: messages of "role" and "content"
 Generation = Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None    # settings for all inputs, or for each
 
 
@@ -32,7 +33,9 @@ def inputs_of(texts: Any) -> tuple[str | Conversation, ...]:
     for position, text in enumerate(given, 1):
         if isinstance(text, Mapping):
             raise InvalidInput(f"text {position} of {len(given)} is one message.", hint="A conversation is a list of messages: [[…]].")
-        if isinstance(text, list | tuple):
+        if isinstance(text, Conversation):
+            found.append(text)
+        elif isinstance(text, list | tuple):
             found.append(Conversation.of(text, f"conversation {position} of {len(given)}"))
         elif reason := text_fault(text):
             raise InvalidInput(f"text {position} of {len(given)} {reason}.", hint="Remove it or write its text.")
@@ -63,8 +66,17 @@ def task_type_of(text: str) -> str:
 
 
 def limits_of(**given: int | None) -> dict[str, int]:
-    """Of the engine, those that were given. Raises InvalidInput."""
+    """Of the engine or the queue, those that were given. Raises InvalidInput."""
     for name, limit in given.items():
-        if limit is not None and limit < 1:
-            raise InvalidInput(f"{name}={limit} leaves no room for an adapter.", hint="Give at least 1, or leave it out.")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise InvalidInput(f"{name}={limit!r} is not a whole number of at least 1.", hint="Give one, or leave it out.")
     return {name: limit for name, limit in given.items() if limit is not None}
+
+
+def wait_of(wait_ms: float | None) -> dict[str, float]:
+    """Of the queue, where it was given. Raises InvalidInput."""
+    if wait_ms is None:
+        return {}
+    if isinstance(wait_ms, bool) or not isinstance(wait_ms, int | float) or not 0 <= wait_ms < math.inf:
+        raise InvalidInput(f"wait_ms={wait_ms!r} is not a time in milliseconds.", hint="Give 0 or more, or leave it out.")
+    return {"wait_ms": wait_ms}

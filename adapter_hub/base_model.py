@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -89,10 +90,14 @@ class Encoded:
 
     ids: Mapping[str, list[int]]              # input_ids, attention_mask, …: (t,) each
     offsets: tuple[tuple[int, int], ...]      # characters of each token; (0, 0) for special tokens
-    truncated: bool                           # the text was longer
+    cut: int = 0                              # tokens of the text that there was no room for
 
     def __len__(self) -> int:
         return len(self.ids["input_ids"])
+
+    @property
+    def truncated(self) -> bool:
+        return self.cut > 0
 
 
 class FrozenBase:
@@ -207,9 +212,16 @@ class FrozenBase:
         for i in range(len(texts)):
             ids = {key: encoded[key][i] for key in keys}
             fast = encoded.encodings[i] if encoded.encodings else None
-            cut = bool(fast.overflowing) if fast else len(ids["input_ids"]) >= limit
+            if fast:
+                cut = sum(piece.special_tokens_mask.count(0) for piece in fast.overflowing)
+            else:
+                cut = self._length(texts[i]) - limit if len(ids["input_ids"]) >= limit else 0
             found.append(Encoded(ids, tuple(fast.offsets) if fast else (), cut))
         return found
+
+    def _length(self, text: str) -> int:
+        with self._tokenizing:
+            return len(cast(Any, self.tokenizer(text, verbose=False))["input_ids"])
 
     def encode_chat(self, messages: Sequence[tuple[str, str]]) -> Encoded:
         """Token ids of (role, content) messages in the tokenizer's own chat template, the answer's beginning included; never cut.
@@ -226,7 +238,7 @@ class FrozenBase:
                 )
         except Exception as error:    # Jinja's errors have no root but Exception, nor have those of a template's own code
             raise InvalidInput(f"the chat template of {self.id!r} does not take this conversation: {str(error)[:200]}.") from error
-        return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, (), False)
+        return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, ())
 
     def stopping(self, texts: str | Sequence[str]) -> StopStringCriteria:
         """What ends a generation at one of these texts. To make it the whole vocabulary is read; the last `STOPS_MAX` made are kept.
@@ -305,6 +317,32 @@ class FrozenBase:
         are hashed as float32, and where the model is held otherwise they are read from its files once more.
         """
         digest = hashlib.sha256(f"{_FORM}\n".encode())
+        for name, tensor in self._exact_tensors():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(json.dumps(self._config_facts, sort_keys=True).encode())
+        digest.update(json.dumps([self._pooling, self._normalise]).encode())
+        digest.update(json.dumps(_tokenizer_facts(self.copy_tokenizer()), sort_keys=True).encode())
+        return "sha256:" + digest.hexdigest()
+
+    def differences(self, other: FrozenBase) -> list[str]:
+        """In which of what the fingerprint hashes another base differs: weights, config, pooling, tokenizer, chat template."""
+        mine, theirs = (_tokenizer_facts(base.copy_tokenizer()) for base in (self, other))
+        chats = mine.pop("chat"), theirs.pop("chat")
+        equal = {
+            "weights": all(
+                pair[0] is not None and pair[1] is not None and pair[0][0] == pair[1][0] and torch.equal(pair[0][1], pair[1][1])
+                for pair in zip_longest(self._exact_tensors(), other._exact_tensors())
+            ),
+            "config": self._config_facts == other._config_facts,
+            "pooling": (self._pooling, self._normalise) == (other._pooling, other._normalise),
+            "tokenizer": mine == theirs,
+            "chat template": chats[0] == chats[1],
+        }
+        return [what for what, same in equal.items() if not same]
+
+    def _exact_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by name, in order, on the CPU, floating point as float32: from the files again where the model is held otherwise."""
         model = self.model
         if self.precision is not Precision.FLOAT32:
             model, report = _read(self.path, self.kind, dtype=_stored_in(self.path))
@@ -312,13 +350,7 @@ class FrozenBase:
         tensors = {self.canonical(name): tensor for name, tensor in model.state_dict().items()}
         for name in sorted(tensors):
             tensor = tensors[name].detach().cpu().contiguous()
-            tensor = tensor.float() if tensor.is_floating_point() else tensor
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        digest.update(json.dumps(self._config_facts, sort_keys=True).encode())
-        digest.update(json.dumps([self._pooling, self._normalise]).encode())
-        digest.update(json.dumps(_tokenizer_facts(self.copy_tokenizer()), sort_keys=True).encode())
-        return "sha256:" + digest.hexdigest()
+            yield name, tensor.float() if tensor.is_floating_point() else tensor
 
 
 def check_device(device: str | torch.device) -> torch.device:

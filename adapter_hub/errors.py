@@ -66,11 +66,8 @@ class CorruptAdapter(AdapterRejected):
 class UnsupportedOption(AdapterRejected):
     """`adapter_config.json` sets a PEFT option that this package does not execute."""
 
-    def __init__(self, key: str, value: object, reason: str = "this option is not supported") -> None:
-        super().__init__(
-            f"adapter_config.json has {key}={value!r}: {reason}.",
-            hint="Train without it, or convert the adapter to a plain LoRA with PEFT first.",
-        )
+    def __init__(self, key: str, value: object, reason: str = "this option is not supported", *, hint: str = "Train without it.") -> None:
+        super().__init__(f"adapter_config.json has {key}={value!r}: {reason}.", hint=hint)
         self.key = key
 
 

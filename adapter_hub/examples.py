@@ -22,6 +22,7 @@ from adapter_hub.errors import InvalidInput, UnreadableFile
 JSON = Any
 LINE_BYTES_MAX = 64 << 20    # a longer line is a fault in the file, not a text
 UNSEEN = ("Cc", "Cf")        # categories of characters that show nothing: control characters, joiners and marks of direction
+_INPUTS = {"text", "messages"}    # columns of which a table has one: who reads its rows says which of them will do
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 csv.field_size_limit(LINE_BYTES_MAX)
@@ -269,8 +270,8 @@ def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int
         return
     if not _is_unicode("".join(header)):
         raise UnreadableFile(f"{str(path)!r}: the first line is not UTF-8.", hint="Save it as UTF-8 CSV.")
-    if "text" not in header or len(set(header)) != len(header):
-        what = "has no column 'text'" if "text" not in header else "has a column name twice"
+    if not _INPUTS & set(header) or len(set(header)) != len(header):
+        what = "has no column 'text'" if not _INPUTS & set(header) else "has a column name twice"
         shown = ", ".join(repr(name[:40]) for name in header[:8])
         raise UnreadableFile(f"{str(path)!r} {what}; its first line is {shown}.", hint="The first line must name the columns, one of them 'text'.")
     suspect_to = 0    # the last line that a quote left open had swallowed
@@ -318,7 +319,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
     file = _parquet_file(path)
     names = file.schema_arrow.names
     shown = ", ".join(map(repr, names[:8]))
-    if "text" not in names:
+    if not _INPUTS & set(names):
         raise UnreadableFile(f"{str(path)!r} has no column 'text', only {shown}.", hint="Name the column of inputs 'text'.")
     if len(set(names)) != len(names):
         raise UnreadableFile(f"{str(path)!r} has a column name twice: {shown}.", hint="Rename one of them.")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
-from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of
+from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
@@ -91,9 +91,19 @@ class Hub:
     """
 
     def __init__(
-        self, registry: Registry, *, device: str = "cpu", precision: str = "float32", slots_max: int | None = None, bytes_max: int | None = None
+        self,
+        registry: Registry,
+        *,
+        device: str = "cpu",
+        precision: str = "float32",
+        slots_max: int | None = None,
+        bytes_max: int | None = None,
+        requests_max: int | None = None,
+        rows_max: int | None = None,
+        wait_ms: float | None = None,
     ) -> None:
         self._limits = limits_of(slots_max=slots_max, bytes_max=bytes_max)
+        self._queueing: dict[str, Any] = limits_of(requests_max=requests_max, rows_max=rows_max) | wait_of(wait_ms)
         self._registry = registry
         self._closed = False
         self.device = device
@@ -159,17 +169,22 @@ class Hub:
         precision: str = "float32",
         slots_max: int | None = None,
         bytes_max: int | None = None,
+        requests_max: int | None = None,
+        rows_max: int | None = None,
+        wait_ms: float | None = None,
     ) -> Self:
         """Open a registry folder, or a database URL whose files lie under `artifacts`.
 
         `precision` is how the base model's weights are held: float32, bfloat16, float16 (CUDA), int8, or nf4 (CUDA, by bitsandbytes). The
         router's encoder stays float32, so that the same adapters are chosen.
         At most `slots_max` adapters (64 by default) of `bytes_max` bytes together (2 GiB) stay loaded; of more, the least recently
-        used are loaded again when they are asked for. Raises RegistryNotFound, InvalidInput; the base, when it is first needed,
-        InvalidInput where this machine has no such precision.
+        used are loaded again when they are asked for. Of `submit`, at most `requests_max` requests wait (1,024), and at most `rows_max`
+        (64) share a batch, which the oldest of them waits `wait_ms` (3) for. Raises RegistryNotFound, InvalidInput; the base, when it
+        is first needed, InvalidInput where this machine has no such precision.
         """
-        registry = Registry.open(path, artifacts=artifacts)
-        return cls(registry, device=device, precision=precision, slots_max=slots_max, bytes_max=bytes_max)
+        limits: dict[str, Any] = limits_of(slots_max=slots_max, bytes_max=bytes_max, requests_max=requests_max, rows_max=rows_max)
+        limits |= wait_of(wait_ms)    # before anything is opened
+        return cls(Registry.open(path, artifacts=artifacts), device=device, precision=precision, **limits)
 
     def close(self) -> None:
         """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
@@ -308,7 +323,7 @@ class Hub:
             if self._queue is None:
                 from adapter_hub.engine.queue import RequestQueue
 
-                self._queue = RequestQueue(self.engine)
+                self._queue = RequestQueue(self.engine, **self._queueing)
             return self._queue
 
     @property
@@ -374,8 +389,8 @@ class Hub:
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
         with _IMPORTING:
-            from adapter_hub.adapters.checks import check_acts, check_fits
-            from adapter_hub.adapters.weights import adapter_of
+            from adapter_hub.adapters.checks import check_acts, check_fits, without_copies
+            from adapter_hub.adapters.weights import adapter_of, settings_of
             from adapter_hub.routing.statistics import build_state
 
         check_name(name)
@@ -383,6 +398,8 @@ class Hub:
         tags = texts_of("tags", tags)
         names = texts_of("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
+        self._check_named_base(settings_of(found).base_model_name_or_path, assume_base)
+        found = without_copies(found, self.base)
         adapter = adapter_of(
             found,
             labels=names or found.labels,
@@ -390,7 +407,6 @@ class Hub:
             generation=generation,
             problem_type=problem_type or found.problem_type,
         )
-        self._check_named_base(adapter, assume_base)
         settings = self.engine.check(adapter)
         check_fits(adapter, self.base)
         check_acts(adapter, self.base)
@@ -462,9 +478,8 @@ class Hub:
             files |= {file: _jsonl(given) for file, given in texts if given}
         return files
 
-    def _check_named_base(self, adapter: Adapter, assume_base: bool) -> None:
+    def _check_named_base(self, named: str | None, assume_base: bool) -> None:
         """The base that adapter_config.json names must have this base's content. Raises WrongBase."""
-        named = adapter.settings.base_model_name_or_path
         if assume_base or named == self.base.id:
             return
         hint = "If it was trained on the same weights, pass assume_base=True (`--assume-base`)."
@@ -473,11 +488,17 @@ class Hub:
         from adapter_hub.base_model import FrozenBase
 
         try:
-            other = FrozenBase.load(named, local=True).fingerprint    # a file from elsewhere names it: nothing is downloaded for that
+            other = FrozenBase.load(named, local=True)    # a file from elsewhere names it: nothing is downloaded for that
         except ModelNotFound:
             raise WrongBase(f"the adapter was made for {named!r}, this registry serves {self.base.id!r}.", hint=hint) from None
-        if other != self.base.fingerprint:
-            raise WrongBase(f"the adapter was made for {named!r}, whose weights differ from {self.base.id!r}.", hint="Open its registry.")
+        if other.fingerprint != self.base.fingerprint:
+            differing = self.base.differences(other)
+            if not {"weights", "config", "tokenizer"} & set(differing):
+                hint = "The weights are the same: to run it with this base's, pass assume_base=True (`--assume-base`)."
+            else:
+                hint = "Open its registry."
+            fact = f"the adapter was made for {named!r}, which differs from {self.base.id!r} in its {' and '.join(differing)}"
+            raise WrongBase(f"{fact}.", hint=hint)
 
     def learn(
         self,
@@ -576,6 +597,7 @@ class Hub:
         max_false_reject: float | None = None,
         generation: Generation = None,
         mix: int = 1,
+        truncate: bool = True,
     ) -> list[Prediction]:
         """Answer each text by the adapter it belongs to, in one mixed batch. Aligned with `texts`.
 
@@ -583,6 +605,7 @@ class Hub:
         own chat template and is routed by its last message. `generation` is one mapping for all or one for each: the names of
         transformers, and `seed`, and `chat`: True, by which a text is one message of such a conversation, after a `system` text if
         there is one. What is too long is cut and `truncated`: first the oldest questions with their answers, then the text's end.
+        With `truncate=False` it is refused instead, by InvalidInput with its position, its length in tokens and what there is room for.
 
         `adapters` names them instead of routing: one for all, or one each, where None is the base model and a mapping to weights,
         {"legal": 0.7, "tax": 0.3}, a mixture: the adapters answer together, each as much as its share of the weights.
@@ -593,7 +616,7 @@ class Hub:
         """
         found = inputs_of(texts)
         decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
-        outputs = self.engine.predict(_requests(found, answering), generation=generation)
+        outputs = self.engine.predict(_requests(found, answering, truncate), generation=generation)
         return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
 
     def stream(
@@ -603,6 +626,7 @@ class Hub:
         max_false_reject: float | None = None,
         generation: Mapping[str, Any] | None = None,
         mix: int = 1,
+        truncate: bool = True,
     ) -> PredictionStream:
         """The text that `predict` gives this one input, piece by piece as it is written; who writes it, and why, is said at once.
 
@@ -611,7 +635,7 @@ class Hub:
         """
         found = inputs_of([text])
         [decision], [answering] = self._chosen(found, adapters, max_false_reject, mix)
-        [request] = _requests(found, [answering])
+        [request] = _requests(found, [answering], truncate)
         return PredictionStream(decision, answering, self.engine.stream(request, generation=generation))
 
     def submit(
@@ -621,19 +645,22 @@ class Hub:
         max_false_reject: float | None = None,
         generation: Mapping[str, Any] | None = None,
         timeout: float | None = None,
+        mix: int = 1,
+        truncate: bool = True,
     ) -> Future[Prediction]:
         """The future of what `predict([text], …)` answers: for many small requests from many threads, which share batches.
 
         It is routed at once, together with what other threads submit meanwhile, unless `adapter` is named. Then it waits some
-        milliseconds for others in this hub's queue (see `RequestQueue`); where that is full, at most `timeout` seconds for room. Who
-        shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in float32 (in fewer bits as far as
-        those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged by the time its request runs
-        is told by that future alone, e.g. as CorruptVersion or NotRoutable.
+        milliseconds for others in this hub's queue (see `RequestQueue`; its limits are `Hub.open`'s); where that is full, at most
+        `timeout` seconds for room. Who shares the batch depends on timing, so numbers agree with those of `predict` within 1e-5 in
+        float32 (in fewer bits as far as those reach: rarely another label wins), not byte for byte. An adapter that is damaged or purged
+        by the time its request runs is told by that future alone, e.g. as CorruptVersion or NotRoutable; so is a text that is too long,
+        with `truncate=False`.
         Raises QueueFull, and as `predict`.
         """
         texts = inputs_of([text])
-        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, 1, gathered=True)
-        [request] = _requests(texts, [answering])
+        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, mix, gathered=True)
+        [request] = _requests(texts, [answering], truncate)
         return self.queue.submit(request, generation, timeout=timeout, then=partial(Prediction.of, decision, answering))
 
     def _chosen(
@@ -703,9 +730,13 @@ class Hub:
         *,
         overwrite: bool = False,
         generation: Mapping[str, Any] | None = None,
+        truncate: bool = True,
         progress: Callable[[Progress], None] | None = None,
     ) -> Summary:
         """The batch job: every row of `input` answered into `output`, in order; bad rows to OUTPUT.errors.jsonl.
+
+        A row has `text`, or where it has none `messages`: a conversation, as `predict` takes them (in CSV as JSON).
+        An answer to an input that was cut says `truncated`; with `truncate=False` a row that is too long is a bad one.
 
         The router is held as it is at the start, also by a job that is resumed after the registry has changed: the same versions
         and calibration answer to the end. It is refused where they cannot, or an option is another one.
@@ -723,14 +754,15 @@ class Hub:
             "router": router.digest,
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
+            "truncate": truncate,
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
-        def answer(texts: Sequence[str]) -> list[dict[str, Any] | HubError]:
-            decisions = self._route(router, texts, 1, rate, encoder)
+        def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
+            decisions = self._route(router, [question_of(text) for text in texts], 1, rate, encoder)
             answered: list[dict[str, Any] | HubError] = []
-            found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions]), generation=generation)
+            found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions], truncate), generation=generation)
             for decision, one in zip(decisions, found, strict=True):
                 if isinstance(one, Exception) and not isinstance(one, HubError):
                     raise one    # not a row's fault: the job stops, and can be resumed
@@ -745,7 +777,7 @@ class Hub:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
-    def explain(self, text: str, k: int = 3, max_false_reject: float | None = None) -> Explanation:
+    def explain(self, text: Input, k: int = 3, max_false_reject: float | None = None) -> Explanation:
         """Where a text goes and why: the `k` best candidates, their closest exemplars, the reason in words. Raises InvalidInput.
 
         The exemplars' texts are shown where the registry keeps them (`keep = "text"` in hub.toml).
@@ -979,11 +1011,14 @@ class Hub:
         return self.registry.history(name)
 
 
-def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering]) -> list[Request]:
+def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering], truncate: bool) -> list[Request]:
+    """Raises InvalidInput."""
+    if not isinstance(truncate, bool):
+        raise InvalidInput(f"truncate={truncate!r} is neither True nor False.", hint="False refuses what is too long.")
     with _IMPORTING:
         from adapter_hub.engine.engine import Request
 
-    return [Request(text, adapter) for text, adapter in zip(texts, answering, strict=True)]
+    return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
 
 
 def _check_options(started: Mapping[str, Any], options: Mapping[str, str]) -> None:

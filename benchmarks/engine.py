@@ -35,6 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 PARTS: dict[str, Callable[[Settings, Path], Figures]] = {
     part.__name__: part for part in (forward, classification, generation, prefill, decode, loading, slots, memory, threads, jobs)
 }
+SIZES = (1, 8, 64)    # rows of a batch
 CAUSAL = ("generation", "prefill", "decode")    # the parts that --seven-b is for
 # What the project promises: at most, and for throughput at least.
 BARS = {
@@ -84,11 +85,23 @@ def rounded(value: Any) -> Any:
     return [round(v, 4) for v in value] if isinstance(value, list) else round(value, 4)
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    if unknown := [size for size in text.split(",") if size not in map(str, SIZES)]:
+        raise argparse.ArgumentTypeError(f"{', '.join(map(repr, unknown))} is none of {','.join(map(str, SIZES))}")
+    return tuple(map(int, text.split(",")))
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default=None, metavar="NAMES", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--rows", default=None, metavar="N,…", help="some of 1,8,64: sizes of a batch, where a part has several")
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--rows", type=sizes, default=None, metavar="N,…", help="some of 1,8,64: sizes of a batch, where a part has several")
     parser.add_argument("--quick", action="store_true", help="small models, few rounds: does it run?")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seven-b", action="store_true", help=f"{', '.join(CAUSAL)} of a 7B-shaped model in bfloat16; others are left out")
@@ -99,8 +112,12 @@ def main() -> int:
     names = given.only.split(",") if given.only else [*(CAUSAL if given.seven_b else PARTS)]
     if unknown := sorted(set(names) - set(CAUSAL if given.seven_b else PARTS)):
         parser.error(f"--only: there is no {', '.join(unknown)}{' with --seven-b' if given.seven_b else ''}")
+    if "jobs" in names and given.only and given.data is None:    # a whole run leaves them out
+        parser.error("--only jobs needs --data DIR, the folder with clinc150")
+    if given.data and not (given.data / "clinc150").is_dir():
+        parser.error(f"--data: there is no folder {given.data / 'clinc150'}")
     logging.getLogger("adapter_hub").setLevel(logging.ERROR)    # adapters that take turns are what `slots` measures
-    rows = tuple(map(int, given.rows.split(","))) if given.rows else (8,) if given.quick else (1, 8, 64)
+    rows = given.rows or ((8,) if given.quick else SIZES)
     settings = Settings(2 if given.quick else given.rounds, rows, given.quick, given.device, given.seven_b, given.data, not given.no_peft)
     out: Path | None = given.out
     if out is None and not (given.only or given.rows or given.quick):
@@ -114,7 +131,8 @@ def main() -> int:
         report |= {key: rounded(value) for key, value in found.items()}
         where = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
         machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {where}"
-        report["parts"][name + (" 7B" if given.seven_b else "") + (f", rows {given.rows}" if given.rows else "")] = part | {"machine": machine}
+        some = f", rows {','.join(map(str, rows))}" if given.rows else ""
+        report["parts"][name + (" 7B" if given.seven_b else "") + some] = part | {"machine": machine}
         report["bars_missed"] = [key for key, value in report.items() if key in BARS | AT_LEAST and missed(key, value)]
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -370,7 +370,7 @@ def test_ctrl_c_says_the_command_that_goes_on_with_every_option(made: Path, tmp_
 
     monkeypatch.setattr(job, "Progress", Stopped)
     source, output = lines(tmp_path / "in.jsonl", [{"text": f"row {i}"} for i in range(300)]), str(tmp_path / "out.jsonl")
-    options = ["--max-false-reject", "0.0", "--generation", '{"max_new_tokens": 5}', "--slots-max", "3"]
+    options = ["--max-false-reject", "0.0", "--generation", '{"max_new_tokens": 5}', "--slots-max", "3", "--no-truncate"]
     code, _, err = invoke("--registry", str(made / "registry"), "--device", "cpu", "run", source, output, *options)
     assert code == 130
     [words] = examples(err.replace("Go on with: ", "\n  "))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 from typer.testing import CliRunner
 
 from adapter_hub.batch.job import Progress
@@ -27,6 +27,7 @@ from adapter_hub.errors import (
     AdapterNotFound,
     CorruptVersion,
     DataRemains,
+    DoesNotFit,
     HubError,
     InvalidInput,
     LabelsRequired,
@@ -324,7 +325,7 @@ def test_an_adapter_of_another_base_needs_to_be_vouched_for(hub: Hub, tmp_path: 
     with pytest.raises(WrongBase, match="'someone/else', this registry serves"):
         hub.register("e", elsewhere, labels=["a", "b"])
     other = make_adapter(hub.base, tmp_path / "o", base_name=str(tiny_model(tmp_path / "other", seed=5)))
-    with pytest.raises(WrongBase, match="whose weights differ"):
+    with pytest.raises(WrongBase, match=r"which differs from .* in its weights\."):
         hub.register("o", other, labels=["a", "b"])
     assert hub.list() == []
     assert str(hub.register("e", elsewhere, labels=["a", "b"], assume_base=True)) == "e@1"
@@ -450,8 +451,21 @@ def test_slots_and_bytes_that_are_given_bound_what_stays_loaded(filled: Hub, cap
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
     for act in (Hub.open, Hub.create):
         for name in ("slots_max", "bytes_max"):
-            with pytest.raises(InvalidInput, match=f"{name}=0 leaves no room"):
-                act(root, **{name: 0})
+            for wrong in (0, "x", True, 1.5):
+                with pytest.raises(InvalidInput) as caught:
+                    act(root, **{name: wrong})
+                assert str(caught.value) == f"{name}={wrong!r} is not a whole number of at least 1. Give one, or leave it out."
+
+
+def test_the_limits_of_the_queue_are_the_hubs_to_open_with(filled: Hub) -> None:
+    with Hub.open(filled.registry.layout.root, requests_max=1, rows_max=1, wait_ms=60_000) as hub:    # the first is a whole batch: it does not wait
+        assert hub.submit("the cat sleeps", "animals").result(60).label == filled.predict(["the cat sleeps"], adapters="animals")[0].label
+    with Hub.open(filled.registry.layout.root, requests_max=1, rows_max=9, wait_ms=0) as hub:
+        assert hub.submit("the cat sleeps", "animals", timeout=60).result(60).label
+    whole, time = "a whole number", "a time in milliseconds"
+    for name, wrong, fact in (("requests_max", 0, whole), ("rows_max", "x", whole), ("wait_ms", -1, time), ("wait_ms", "x", time)):
+        with pytest.raises(InvalidInput, match=f"{name}={wrong!r} is not {fact}"):
+            Hub.open(filled.registry.layout.root, **{name: wrong})
 
 
 def test_what_is_submitted_from_many_threads_is_answered_as_predict_does(filled: Hub) -> None:
@@ -722,8 +736,8 @@ def test_settings_that_no_request_could_run_are_refused_before_they_are_kept_for
     with pytest.raises(InvalidInput, match=message):
         hub.register("writer", adapter, ["write a poem"], **facts)
     assert hub.list() == []
-    hub.register("writer", adapter, ["write a poem"], generation={"max_new_tokens": 4, "temperature": 2})
-    assert hub.show("writer").generation == {"max_new_tokens": 4, "temperature": 2.0}
+    hub.register("writer", adapter, ["write a poem"], generation={"max_new_tokens": 4, "do_sample": True, "temperature": 2})
+    assert hub.show("writer").generation == {"max_new_tokens": 4, "do_sample": True, "temperature": 2.0}
 
 
 def test_what_was_checked_is_what_is_stored(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,7 +774,7 @@ def test_another_base_is_told_by_its_own_name_also_where_its_limit_is_smaller(hu
     facts = json.loads((small / "tokenizer_config.json").read_text())
     (small / "tokenizer_config.json").write_text(json.dumps(facts | {"model_max_length": 64}))
     other = make_adapter(hub.base, tmp_path / "o", base_name=str(small))
-    with pytest.raises(WrongBase, match="whose weights differ"):
+    with pytest.raises(WrongBase, match=r"which differs from .* in its weights\."):
         hub.register("o", other, labels=["a", "b"])
 
 
@@ -1034,3 +1048,80 @@ def test_a_job_is_not_resumed_at_another_precision(filled: Hub, tmp_path: Path, 
 def test_a_long_text_is_cut_and_the_prediction_says_so(filled: Hub) -> None:
     long, short = filled.predict(["word " * 20_000, "word"], adapters="colours")
     assert long.truncated and not short.truncated and long.to_json()["truncated"] is True
+
+
+def test_what_is_too_long_is_refused_where_that_is_wanted(filled: Hub, tmp_path: Path) -> None:
+    long, limit = "word " * 20_000, filled.config.max_tokens
+    whole = len(filled.base.tokenizer(long, verbose=False)["input_ids"])
+    fact = f"colours@1: the input has {whole} tokens, and there is room for {limit}."
+    with pytest.raises(InvalidInput, match="text 2 of 2, " + fact):
+        filled.predict(["word", long], adapters="colours", truncate=False)
+    with pytest.raises(InvalidInput, match=fact):
+        filled.submit(long, "colours", truncate=False).result()
+    with pytest.raises(InvalidInput, match="truncate='no' is neither True nor False"):
+        filled.predict(["word"], truncate="no")    # type: ignore[arg-type]
+    source, output, root = tmp_path / "in.jsonl", tmp_path / "out.jsonl", str(filled.registry.layout.root)
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("the cat sleeps", long, "the dog runs")))
+    refused = CliRunner().invoke(app, ["run", str(source), str(output), "--no-truncate", "--max-false-reject", "0", "--registry", root])
+    assert refused.exit_code == 1 and [row.text for row in read_examples(output)] == ["the cat sleeps", "the dog runs"]
+    [error] = map(json.loads, (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines())
+    assert error["line"] == 2 and f"the input has {whole} tokens, and there is room for {limit}." in error["reason"]
+    one = CliRunner().invoke(app, ["predict", long, "--no-truncate", "--registry", root])
+    assert one.exit_code == 2 and f"{whole} tokens" in one.stderr
+
+
+def test_what_is_submitted_may_be_answered_by_several_together(filled: Hub) -> None:
+    text = "the cat sleeps"
+    [wanted] = filled.predict([text], max_false_reject=0, mix=2)
+    assert filled.submit(text, max_false_reject=0, mix=2).result().mixture == wanted.mixture
+
+
+def llama_hub(tmp_path: Path) -> Hub:
+    return Hub.create(tmp_path / "registry", base_model=tiny_model(tmp_path / "llama", "llama"), encoder="hash")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "q_proj"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_the_bases_own_layers_that_peft_saves_beside_an_adapter_are_dropped(tmp_path: Path, target: str, kind: str) -> None:
+    """Previously they were refused even where they were the base's."""
+    hub = llama_hub(tmp_path)
+    folder = make_adapter(hub.base, tmp_path / "plain", target_modules=[target], seed=5)
+    model = load_peft(hub.base, folder)
+    model.peft_config["default"].base_model_name_or_path = hub.base.id
+    model.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    tensors = load((tmp_path / "whole" / "adapter_model.safetensors").read_bytes())
+    copies = [key for key in tensors if "lora" not in key]
+    assert copies
+    stored = {key: tensor.to(getattr(torch, kind)) if key in copies else tensor for key, tensor in tensors.items()}
+    (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(save(stored))
+    hub.register("plain", folder, ["x"])
+    found = [hub.register("whole", tmp_path / "whole", ["x"])]
+    found += [hub.register("memory", model, ["x"])] if kind == "float32" else []
+    for ref in found:
+        with safe_open(hub.registry.open_version(ref) / "adapter_model.safetensors", framework="pt") as kept:
+            assert sorted(kept.keys()) == sorted(set(tensors) - set(copies))
+        mine, plain = (hub.predict(["tell me more"], adapters=str(name), generation={"max_new_tokens": 12})[0].text for name in (ref, "plain"))
+        assert mine == plain
+    stored[copies[0]] = stored[copies[0]] * 1.5
+    (tmp_path / "whole" / "adapter_model.safetensors").write_bytes(save(stored))
+    with pytest.raises(DoesNotFit, match=rf"tensor '{copies[0]}' is the base's own layer, and differs from it by up to "):
+        hub.register("other", tmp_path / "whole", ["x"])
+
+
+def test_of_another_base_it_is_said_what_differs(tmp_path: Path) -> None:
+    """Previously it was the weights, whatever it was."""
+    hub = llama_hub(tmp_path)
+    other = shutil.copytree(hub.base.path, tmp_path / "other")
+    folder = make_adapter(hub.base, tmp_path / "a", base_name=str(other))
+    (other / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    with pytest.raises(WrongBase) as caught:
+        hub.register("a", folder, ["x"])
+    assert caught.value.fact == f"the adapter was made for {str(other)!r}, which differs from {hub.base.id!r} in its chat template."
+    assert caught.value.hint == "The weights are the same: to run it with this base's, pass assume_base=True (`--assume-base`)."
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    weights = load_file(other / "model.safetensors")
+    (other / "model.safetensors").write_bytes(save({key: tensor + 1 for key, tensor in weights.items()}, metadata={"format": "pt"}))
+    with pytest.raises(WrongBase, match=r"in its weights and config and chat template\. Open its registry\."):
+        hub.register("a", folder, ["x"])
+    assert hub.register("a", folder, ["x"], assume_base=True).version == 1

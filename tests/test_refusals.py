@@ -118,6 +118,30 @@ CASES: dict[str, tuple[Callable[[Path], Any], type[HubError], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ({"use_qalora": True}, "Train without it."),
+        ({"peft_type": "IA3"}, "Train a LoRA, or make one of it with peft.convert_to_lora."),
+        (
+            {"init_lora_weights": "pissa"},
+            "Save it with save_pretrained(folder, path_initial_model_for_weight_conversion=…): that makes a plain LoRA of it.",
+        ),
+        ({"task_type": "QUESTION_ANS"}, "Name one that it was trained for."),
+        ({"use_dora": True, "target_modules": ["word_embeddings"]}, "Train without use_dora, or leave embeddings out of target_modules."),
+        ({"modules_to_save": ["query"], "target_modules": ["value"]}, "Adapt that module instead (target_modules), and train again."),
+    ],
+)
+def test_the_next_step_fits_the_option_that_is_refused(hub: Hub, tmp_path: Path, option: dict[str, Any], hint: str) -> None:
+    """Previously each was told to convert the adapter to a plain LoRA."""
+    made = option if "target_modules" in option else {}
+    folder = make_adapter(hub.base, tmp_path / "adapter", **made)
+    config(**({} if made else option))(folder)
+    with pytest.raises(UnsupportedOption) as caught:
+        hub.register("broken", folder, ["three"], labels=["a", "b"])
+    assert caught.value.hint == hint
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_broken_adapter_is_refused_and_nothing_is_stored(hub: Hub, tmp_path: Path, case: str) -> None:
     spoil, error, message = CASES[case]

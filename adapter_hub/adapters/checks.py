@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -29,11 +30,15 @@ from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.patterns import matches_end
-from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta, outputs_of
+from adapter_hub.adapters.source import AdapterFiles
+from adapter_hub.adapters.weights import ELSEWHERE, KEY_PREFIX, Adapter, LoraDelta, outputs_of, settings_of, tensors_of
 from adapter_hub.base_model import BUILDING, BaseKind, FrozenBase
 from adapter_hub.errors import DoesNotFit, NoEffect, UnsupportedOption, WrongBase
 from adapter_hub.precision import Precision, float_weight
 
+_WITHOUT_COPIES = "Save it with save_pretrained(folder, save_embedding_layers=False)."
+_ADAPT_IT = "Adapt that module instead (target_modules), and train again."
+_NO_DORA = "Train without use_dora, or leave embeddings out of target_modules."
 PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
 
 _AUTO: dict[tuple[BaseKind, TaskType | None], tuple[Any, ...]] = {
@@ -67,6 +72,36 @@ def skeletons(base: FrozenBase, task_type: TaskType | None, outputs: int = 2) ->
         yield model
 
 
+def without_copies(files: AdapterFiles, base: FrozenBase) -> AdapterFiles:
+    """The files without the base's own tensors, which PEFT saves too where an embedding or the output layer is adapted, or when told to.
+
+    Each must be the base's, but for the rounding of the type in which it is stored or held. Raises DoesNotFit naming one that differs,
+    CorruptAdapter, UnsupportedOption. Of another shape it stays, for `check_fits` to say why.
+    """
+    settings, tensors, model = settings_of(files), tensors_of(files), cast(Any, base.model)
+    vocabulary = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    copies = []
+    for key, tensor in sorted(tensors.items()):
+        name, _, part = key.removeprefix(KEY_PREFIX).rpartition(".")
+        module = base.modules.get(base.canonical(name.removesuffix(".base_layer")))
+        saved = any(matches_end(pattern, name) for pattern in settings.modules_to_save)
+        if not name.endswith(".base_layer") and (module not in vocabulary or saved):
+            continue
+        own = getattr(module, part, None)
+        if not isinstance(own, Tensor) or own.shape != tensor.shape:
+            continue
+        own = own.detach().cpu()
+        if not own.is_floating_point():
+            raise DoesNotFit(f"tensor {key!r} cannot be compared with the base's own at {base.precision}.", hint=_WITHOUT_COPIES)
+        if not torch.equal(own.to(tensor.dtype), tensor) and not torch.equal(tensor.to(own.dtype), own):
+            most = float((own.double() - tensor.double()).abs().max())
+            fact = f"tensor {key!r} is the base's own layer, and differs from it by up to {most:.2g}: it was trained on another base, or whole"
+            raise DoesNotFit(f"{fact}.", hint="Register it with a registry for that base, or train LoRA on the layer alone.")
+        copies.append(key)
+    kept = {key: tensor for key, tensor in tensors.items() if key not in copies}
+    return replace(files, weights=save(kept, metadata={"format": "pt"})) if copies else files
+
+
 def check_fits(adapter: Adapter, base: FrozenBase) -> None:
     """Every tensor has its place in the base, every place that the config names has its tensor, and the shapes are equal.
 
@@ -82,13 +117,14 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
     for name in adapter.head:
         # A pooler that the base's files lack is not in `inside`, and still no head.
         if base.canonical(name) in inside or name.startswith(base.model.base_model_prefix + "."):
-            raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole")
+            raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole", hint=_ADAPT_IT)
     for name, delta in adapter.deltas.items():
         module = base.modules.get(base.canonical(name))
         if not isinstance(module, nn.Embedding if delta.embedding else nn.Linear | Conv1D):
-            raise UnsupportedOption("target_modules", name, f"a {type(module).__name__} cannot be adapted, only linear modules and embeddings")
+            reason = f"a {type(module).__name__} cannot be adapted, only linear modules and embeddings"
+            raise UnsupportedOption("target_modules", name, reason, hint=ELSEWHERE)
         if delta.embedding and delta.magnitude is not None:
-            raise UnsupportedOption("use_dora", True, f"{name} is an embedding, and only linear modules are run as DoRA")
+            raise UnsupportedOption("use_dora", True, f"{name} is an embedding, and only linear modules are run as DoRA", hint=_NO_DORA)
 
 
 def _check_vocabulary(adapter: Adapter, base: FrozenBase) -> None:
@@ -109,7 +145,7 @@ def _check_vocabulary(adapter: Adapter, base: FrozenBase) -> None:
         if name in found and not saved:
             raise DoesNotFit(
                 f"tensor '{name}.weight' is the base's own, saved by PEFT's save_embedding_layers.",
-                hint="Save it with save_pretrained(folder, save_embedding_layers=False).",
+                hint=_WITHOUT_COPIES,
             )
 
 
@@ -191,9 +227,9 @@ def _check_rows(adapter: Adapter, base: FrozenBase) -> None:
     one, many = (_leading_sizes(base, list(modules.values()), rows) for rows in (1, len(PROBE)))
     for name, module in modules.items():
         if not one[module]:
-            raise UnsupportedOption("target_modules", name, "the base does not call this module, so adapting it does nothing")
+            raise UnsupportedOption("target_modules", name, "the base does not call this module, so adapting it does nothing", hint=ELSEWHERE)
         if many[module] != [size * len(PROBE) for size in one[module]]:
-            raise UnsupportedOption("target_modules", name, "the base gives this module an input that all rows of a batch share")
+            raise UnsupportedOption("target_modules", name, "the base gives this module an input that all rows of a batch share", hint=ELSEWHERE)
 
 
 def _leading_sizes(base: FrozenBase, modules: list[nn.Module], rows: int) -> dict[nn.Module, list[int]]:

@@ -84,18 +84,18 @@ def parse_config(config: Mapping[str, Any], source: object = "adapter_config.jso
         raise CorruptAdapter(str(source), "it is not a JSON object")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise UnsupportedOption("peft_type", kind, "only LORA adapters are executed")
+        hint = "Train a LoRA, or make one of it with peft.convert_to_lora."
+        raise UnsupportedOption("peft_type", kind, "only LORA adapters are executed", hint=hint)
     for key, value in config.items():
         if key not in _EXECUTED and key not in _INERT and not _is_default(key, value):
             raise UnsupportedOption(key, value, *([_REASONS[key]] if key in _REASONS else []))
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and not (isinstance(init, str) and init in _HARMLESS_INITS):
-        raise UnsupportedOption(
-            "init_lora_weights", init, "it alters the base's weights; save with path_initial_model_for_weight_conversion to get a plain LoRA"
-        )
+        hint = "Save it with save_pretrained(folder, path_initial_model_for_weight_conversion=…): that makes a plain LoRA of it."
+        raise UnsupportedOption("init_lora_weights", init, "it alters the base's weights", hint=hint)
     task = config.get("task_type")
     if task is not None and not (isinstance(task, str) and task in TaskType.__members__):
-        raise UnsupportedOption("task_type", task, f"known are {', '.join(TaskType)}")
+        raise UnsupportedOption("task_type", task, f"known are {', '.join(TaskType)}", hint="Name one that it was trained for.")
     targets = config.get("target_modules")
     try:
         settings = LoraSettings(

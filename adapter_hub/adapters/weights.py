@@ -20,6 +20,7 @@ from adapter_hub.errors import CorruptAdapter, DoesNotFit, InvalidInput, LabelsR
 # i inputs of a module, o its outputs, r rank
 KEY_PREFIX = "base_model.model."
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)    # torch cannot test eight bits for NaN
+ELSEWHERE = "Leave that module out of target_modules, and train again."
 _DTYPES_SHOWN = "float32, bfloat16 or float16"
 
 
@@ -81,11 +82,7 @@ def adapter_of(
     """Parse PEFT's two files, which do not say the problem type: one output is a regression, several are one label among them.
 
     Raises CorruptAdapter, UnsupportedOption, NonFinite, DoesNotFit (half a pair), LabelsRequired, InvalidInput."""
-    settings = parse_config(_json_of(files), files.origin)
-    try:
-        tensors = load(files.weights)
-    except (SafetensorError, KeyError, ValueError) as error:    # a type or shape that torch does not know
-        raise CorruptAdapter(files.origin, f"{ADAPTER_WEIGHTS} is not a whole safetensors file ({error})") from error
+    settings, tensors = settings_of(files), tensors_of(files)
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise DoesNotFit(f"tensor {key!r} is {tensor.dtype}, not floating point of 16 bits or more.", hint=f"Save it in {_DTYPES_SHOWN}.")
@@ -95,6 +92,19 @@ def adapter_of(
     problem = _checked_problem(settings, head, problem_type)
     _check_labels(settings, head, labels, problem)
     return Adapter(settings, deltas, head, labels, problem, _checked_template(prompt_template), dict(generation or {}))
+
+
+def settings_of(files: AdapterFiles) -> LoraSettings:
+    """Raises CorruptAdapter, UnsupportedOption."""
+    return parse_config(_json_of(files), files.origin)
+
+
+def tensors_of(files: AdapterFiles) -> dict[str, Tensor]:
+    """Raises CorruptAdapter."""
+    try:
+        return load(files.weights)
+    except (SafetensorError, KeyError, ValueError) as error:    # a type or shape that torch does not know
+        raise CorruptAdapter(files.origin, f"{ADAPTER_WEIGHTS} is not a whole safetensors file ({error})") from error
 
 
 def outputs_of(head: Mapping[str, Tensor]) -> int:
@@ -140,7 +150,7 @@ def _paired(settings: LoraSettings, tensors: Mapping[str, Tensor]) -> tuple[dict
         elif part in ("A", "B", "magnitude_vector"):
             parts.setdefault(module, {})[part] = tensor
         else:
-            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is neither a linear module's nor an embedding's")
+            raise UnsupportedOption("target_modules", module, f"tensor {key!r} is neither a linear module's nor an embedding's", hint=ELSEWHERE)
     deltas = {}
     for module, found in sorted(parts.items()):
         wanted = ("A", "B", "magnitude_vector") if settings.use_dora else ("A", "B")
@@ -190,7 +200,7 @@ def _check_labels(
     if problem_type is ProblemType.REGRESSION and labels is None:
         return
     if settings.task_type is TaskType.TOKEN_CLS and outputs == 1:
-        raise UnsupportedOption("num_labels", 1, "a head of one output gives every token the same label")
+        raise UnsupportedOption("num_labels", 1, "a head of one output gives every token the same label", hint="Train a head of two labels or more.")
     if not labels:
         raise LabelsRequired(f"the adapter's head has {outputs} outputs without names.", hint="Pass labels=[…], one for each output, in order.")
     if len(labels) != outputs:

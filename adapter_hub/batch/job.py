@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
+from adapter_hub.engine.chat import Conversation, input_of
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, OutOfMemory, UnreadableFile, storage_error
-from adapter_hub.examples import BadRow, RowReader, fault, format_of, read_rows
+from adapter_hub.examples import BadRow, RowReader, format_of, read_rows
 from adapter_hub.registry.artifacts import sync_folder
 
 JSON = Any
-Answer = Callable[[Sequence[str]], Sequence[Mapping[str, JSON] | HubError]]    # a row's fault may stand in its place
+Answer = Callable[[Sequence[str | Conversation]], Sequence[Mapping[str, JSON] | HubError]]    # a row's fault may stand in its place
 CHUNK_ROWS = 256
 BEGIN_AGAIN = "Begin again with overwrite=True (`--overwrite`)."
 
@@ -108,9 +109,10 @@ def run_job(
 ) -> Summary:
     """Answer every row of `input` into `output`; the suffixes say the formats (JSONL, CSV, TSV, Parquet).
 
-    A row out is the row in plus what `answer` gives for its text. An input's `label` is kept as `target`, any other field whose
-    name the answer needs as `input_<name>`. Bad rows go to OUTPUT.errors.jsonl. `settings` is everything the answers depend on;
-    `facts` is kept for `interrupted` to tell. To resume a job that is done tells what it did, and does nothing.
+    A row out is the row in plus what `answer` gives for its `text`, or for its `messages` where it has no text. An input's `label` is
+    kept as `target`, any other field whose name the answer needs as `input_<name>`. Bad rows go to OUTPUT.errors.jsonl. `settings` is
+    everything the answers depend on; `facts` is kept for `interrupted` to tell. To resume a job that is done tells what it did, and
+    does nothing.
     Raises UnreadableFile, InvalidInput (output exists, or the job cannot be resumed with this input and settings), RegistryError.
     """
     source, files = Path(input), JobFiles(Path(output))
@@ -184,7 +186,7 @@ def _done(reader: RowReader, files: JobFiles) -> Summary:
         if line in failed:
             continue
         answer = next(answered, None)
-        if isinstance(row, BadRow) or not isinstance(answer, dict) or answer.get("text") != row.get("text"):
+        if isinstance(row, BadRow) or not isinstance(answer, dict) or _asked(answer) != _asked(row):
             raise InvalidInput(f"{str(files.output)!r} exists, and does not answer line {line} of this input.", hint=BEGIN_AGAIN)
         counts[answer.get("adapter") or None] += 1
     if next(answered, None) is not None:
@@ -192,6 +194,13 @@ def _done(reader: RowReader, files: JobFiles) -> Summary:
     adapters = {name: count for name, count in counts.items() if name is not None}
     state = _State("", "", counts.total() + len(failed), failed=len(failed), abstained=counts[None], adapters=adapters)
     return _summary(state, files, time.perf_counter() - started, 0)
+
+
+def _asked(row: Mapping[str, JSON]) -> str | Conversation | None:
+    try:
+        return input_of(row)
+    except InvalidInput:
+        return None
 
 
 def _summary(state: _State, files: JobFiles, seconds: float, rows_now: int) -> Summary:
@@ -229,19 +238,21 @@ def _answer_all(
 
 def _answer_chunk(chunk: Sequence[tuple[int, Any]], answer: Answer, state: _State, out: IO[bytes], bad: IO[bytes]) -> None:
     faults: dict[int, str] = {}
-    good: list[tuple[int, dict[str, JSON]]] = []
+    good: list[tuple[int, str | Conversation]] = []
     for line, row in chunk:
-        reason = row.reason if isinstance(row, BadRow) else fault(row)
-        if reason:
-            faults[line] = reason
-        else:
-            good.append((line, row))
+        try:
+            if isinstance(row, BadRow):
+                faults[line] = f"the row {row.reason}"
+            else:
+                good.append((line, input_of(row)))
+        except InvalidInput as error:
+            faults[line] = error.fact.removesuffix(".")
     answers = dict(_answered(good, answer))
     counts = Counter(state.adapters)
     for line, row in chunk:
         answered = answers.get(line)
         if answered is None or isinstance(answered, HubError):
-            reason = f"the row {faults[line]}" if answered is None else str(answered)
+            reason = faults[line] if answered is None else str(answered)
             raw = row.raw if isinstance(row, BadRow) else json.dumps(row, ensure_ascii=False, default=str)[:200]
             bad.write(line_of({"line": line, "reason": reason, "row": raw}))
             state.failed += 1
@@ -254,12 +265,12 @@ def _answer_chunk(chunk: Sequence[tuple[int, Any]], answer: Answer, state: _Stat
     state.adapters = dict(counts)
 
 
-def _answered(rows: Sequence[tuple[int, dict[str, JSON]]], answer: Answer) -> Iterator[tuple[int, Mapping[str, JSON] | HubError]]:
+def _answered(rows: Sequence[tuple[int, str | Conversation]], answer: Answer) -> Iterator[tuple[int, Mapping[str, JSON] | HubError]]:
     """(line, answer or the error of that row). A fault in the midst is found by halving, so that it fails its own row only."""
     if not rows:
         return
     try:
-        found = answer([row["text"] for _, row in rows])
+        found = answer([asked for _, asked in rows])
     except ROW_FAULTS as error:
         if len(rows) == 1:
             yield rows[0][0], error

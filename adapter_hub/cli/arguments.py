@@ -9,13 +9,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapter_hub.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from adapter_hub.engine.chat import Conversation
 
 JSON = Any
 
@@ -57,18 +60,17 @@ Rate = Annotated[
     typer.Option("--max-false-reject", metavar="RATE", callback=_share, help="Share of belonging inputs that may be turned away, 0-1."),
 ]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Inputs; without any, --file or one a line on stdin.")]
-File = Annotated[str, typer.Option("--file", help="JSONL, CSV or Parquet with `text`, or .txt with one input a line; - is stdin.")]
+File = Annotated[str, typer.Option("--file", help="JSONL, CSV or Parquet with `text` or `messages`, or .txt with one input a line; - is stdin.")]
+Truncate = Annotated[bool, typer.Option("--truncate/--no-truncate", help="Cut an input that is too long, or refuse it.")]
 Generation = Annotated[str, typer.Option(help='Generation settings as JSON, e.g. {"max_new_tokens": 64}.')]
 
 
-def read_texts(texts: Sequence[str] | None, file: str) -> list[str]:
+def read_inputs(texts: Sequence[str] | None, file: str) -> Sequence[str | Conversation]:
     """The inputs of route and predict: from the command line, a file, or stdin. Raises InvalidInput."""
     if texts and file:
         raise InvalidInput("both TEXT and --file were given.", hint="Give one of them.")
     if file and file != "-" and not file.endswith(".txt"):
-        from adapter_hub.examples import read_examples
-
-        return [example.text for example in read_examples(Path(file))]
+        return list(_inputs(file))
     if not texts and not file and sys.stdin.isatty():
         raise InvalidInput("there is no input.", hint="Give TEXT, --file FILE, or lines on stdin.")
     try:
@@ -77,6 +79,16 @@ def read_texts(texts: Sequence[str] | None, file: str) -> list[str]:
     except UnicodeError as error:
         raise InvalidInput(f"{file or 'the input'} is not UTF-8: {error}.") from error
     return found
+
+
+def _inputs(file: str) -> Iterator[str | Conversation]:
+    from adapter_hub.engine.chat import input_of
+    from adapter_hub.examples import BadRow, read_rows
+
+    for number, row in read_rows(file):
+        if isinstance(row, BadRow):
+            raise InvalidInput(f"{file}, line {number}: the row {row.reason}.", hint="Mend or remove the row.")
+        yield input_of(row, f"{file}, line {number}: the row")
 
 
 def _lines(text: str) -> list[str]:

@@ -160,15 +160,20 @@ def events(documents: Sequence[Mapping[str, JSON]]) -> None:
     rows([{key: document.get(key) for key in ("at", "kind", "version", "alias", "previous", "reason")} for document in documents])
 
 
+def _worded(document: Mapping[str, JSON]) -> Mapping[str, JSON]:
+    """With a `text`: of a conversation its last message."""
+    return document if "text" in document else {**document, "text": document["messages"][-1]["content"]}
+
+
 def decisions(documents: Sequence[Mapping[str, JSON]]) -> None:
     columns = ("text", "adapter", "score", "threshold", "margin", "reason")
-    table(columns, [[document.get(column) for column in columns] for document in documents])
+    table(columns, [[document.get(column) for column in columns] for document in map(_worded, documents)])
 
 
 def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
     """Each decision in words: the score against its threshold, then the candidates, best first."""
     for document in documents:
-        print(shown(document.get("text"), chars_max=200))
+        print(shown(_worded(document)["text"], chars_max=200))
         where = document.get("adapter") or "the base model (the router abstains)"
         print(f"  goes to {shown(where)}: {shown(document.get('reason'))}")
         if document.get("words"):
@@ -185,7 +190,7 @@ def explanations(documents: Sequence[Mapping[str, JSON]]) -> None:
             for near in neighbours:
                 if near.get("adapter") == candidate.get("adapter"):
                     print(f"       like {shown(near.get('likeness'))}: {_near(near)}")
-        known = {"text", "adapter", "reason", "score", "threshold", "margin", "candidates", "words", "neighbours"}
+        known = {"text", "messages", "adapter", "reason", "score", "threshold", "margin", "candidates", "words", "neighbours"}
         for key, value in document.items():
             if key not in known and value not in EMPTY:
                 print(f"  {key}: {shown(value, chars_max=400)}")
@@ -230,7 +235,7 @@ def reembedded(document: Mapping[str, JSON]) -> None:
 
 def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:
     columns = ("text", "adapter", "answer", "score", "reason")
-    drawn = [{**document, "answer": _answer(document), "adapter": _answering(document)} for document in documents]
+    drawn = [{**_worded(document), "answer": _answer(document), "adapter": _answering(document)} for document in documents]
     table(columns, [[document.get(column) for column in columns] for document in drawn])
 
 

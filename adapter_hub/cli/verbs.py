@@ -28,10 +28,11 @@ from adapter_hub.cli.arguments import (
     Ref,
     Registry,
     Texts,
+    Truncate,
     complete_ref,
     json_object,
     label_names,
-    read_texts,
+    read_inputs,
     read_utf8,
     shown_url,
 )
@@ -55,6 +56,7 @@ from adapter_hub.cli.console import (
 from adapter_hub.errors import HubError, InvalidInput
 
 if TYPE_CHECKING:
+    from adapter_hub.engine.chat import Conversation
     from adapter_hub.hub import Hub
     from adapter_hub.training.config import TrainConfig
 
@@ -410,7 +412,7 @@ def route(
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Say which adapter each input belongs to, if any."""
-    inputs, hub = read_texts(texts, file), _open(ctx, registry)
+    inputs, hub = read_inputs(texts, file), _open(ctx, registry)
     found: Sequence[Any] = (
         [hub.explain(text, k=k or 3, max_false_reject=max_false_reject) for text in inputs]
         if explain
@@ -427,36 +429,41 @@ def predict(
     adapter: Annotated[str, typer.Option(metavar="REF", help="Answer with this one; do not route.", autocompletion=complete_ref)] = "",
     mix: Annotated[int, typer.Option("--mix", metavar="K", help="Let the K best candidates answer together, where they can.", min=1)] = 1,
     generation: Generation = "",
+    truncate: Truncate = True,
     stream: Annotated[bool, typer.Option("--stream", help="Write the text of one input as it comes, and nothing else.")] = False,
     max_false_reject: Rate = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Answer each input with the adapter it belongs to."""
-    inputs, settings = read_texts(texts, file), json_object("--generation", generation)
+    inputs, settings = read_inputs(texts, file), json_object("--generation", generation)
     if stream and (as_json or len(inputs) != 1):
         raise InvalidInput("--stream writes the text of one input as it comes.", hint="Give one input, and no --json.")
     hub = _open(ctx, registry)
+    asked: dict[str, Any] = {"adapters": adapter or None, "max_false_reject": max_false_reject, "generation": settings, "mix": mix}
+    asked["truncate"] = truncate
     if stream:
-        for text in hub.stream(inputs[0], adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix):
+        for text in hub.stream(inputs[0], **asked):
             piece(text)
         piece("\n")
         return
-    found = hub.predict(inputs, adapters=adapter or None, max_false_reject=max_false_reject, generation=settings, mix=mix)
+    found = hub.predict(inputs, **asked)
     emit(_beside(inputs, found), as_json, predictions)
 
 
-def _beside(texts: Sequence[str], found: Iterable[Any]) -> list[dict[str, JSON]]:
-    return [{"text": text} | item.to_json() for text, item in zip(texts, found, strict=True)]
+def _beside(inputs: Sequence[str | Conversation], found: Iterable[Any]) -> list[dict[str, JSON]]:
+    given = ({"text": one} if isinstance(one, str) else {"messages": one.to_json()} for one in inputs)
+    return [one | item.to_json() for one, item in zip(given, found, strict=True)]
 
 
 @_verb("run", "adapter-hub run inbox.jsonl answers.jsonl --max-false-reject 0.05")
 def run(
     ctx: typer.Context,
-    input: Annotated[str, typer.Argument(metavar="INPUT", help="Rows with `text`: .jsonl, .csv or .parquet.")],
+    input: Annotated[str, typer.Argument(metavar="INPUT", help="Rows with `text`, or a conversation's `messages`: .jsonl, .csv or .parquet.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the answered rows go; its suffix says the format.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUTPUT that exists.")] = False,
     generation: Generation = "",
+    truncate: Truncate = True,
     max_false_reject: Rate = None,
     slots_max: Annotated[int | None, typer.Option(min=1, help="Adapters that stay loaded at once, 64 by default.")] = None,
     registry: Registry = "registry", as_json: AsJson = False,
@@ -468,10 +475,10 @@ def run(
         try:
             summary = hub.run(
                 input, output, resume=resume, overwrite=overwrite, max_false_reject=max_false_reject, generation=settings,
-                progress=lambda at: show(at.rows, at.share),
+                truncate=truncate, progress=lambda at: show(at.rows, at.share),
             )
         except KeyboardInterrupt:
-            again = _resuming(ctx, registry, input, output, max_false_reject, generation, slots_max)
+            again = _resuming(ctx, registry, input, output, max_false_reject, generation, slots_max, truncate)
             typer.echo(f"interrupted; what is done is kept. Go on with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
     emit(summary, as_json, facts)
@@ -480,12 +487,14 @@ def run(
 
 
 def _resuming(
-    ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str, slots_max: int | None
+    ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str, slots_max: int | None,
+    truncate: bool,
 ) -> str:
     """The command that goes on with this job, each option that it depends on included."""
     before = {"--registry": shown_url(registry)} | {f"--{key}": value for key, value in ctx.find_root().obj.items()}
     after = {"--max-false-reject": max_false_reject, "--generation": generation or None, "--slots-max": slots_max}
     words: list[Any] = ["adapter-hub", *_options(before), "run", input, output, "--resume", *_options(after)]
+    words += [] if truncate else ["--no-truncate"]
     return shlex.join(map(str, words))
 
 

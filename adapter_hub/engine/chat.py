@@ -5,12 +5,13 @@ How a conversation becomes tokens is the base's own chat template, which `Frozen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import text_fault
+from adapter_hub.examples import fault, text_fault
 
 ROLES = ("system", "user", "assistant")
 _HINT = 'A conversation is [{"role": "user", "content": "…"}, …], and ends with a user.'
@@ -37,6 +38,9 @@ class Conversation:
         if not messages or messages[-1]["role"] != "user":
             raise InvalidInput(f"{name} does not end with a user's message.", hint=_HINT)
         return cls(tuple((message["role"], message["content"]) for message in messages))
+
+    def to_json(self) -> list[dict[str, str]]:
+        return [{"role": role, "content": content} for role, content in self.messages]
 
     @property
     def question(self) -> str:
@@ -65,3 +69,21 @@ class Conversation:
 def question_of(text: str | Conversation) -> str:
     """What a text or a conversation asks."""
     return text.question if isinstance(text, Conversation) else text
+
+
+def input_of(row: object, name: str = "the row") -> str | Conversation:
+    """What a row of a file asks: its `text`, or where it has none its `messages`, which may be JSON in a cell of a table.
+
+    Raises InvalidInput with the name and the reason.
+    """
+    if not isinstance(row, Mapping) or "messages" not in row or row.get("text") not in (None, ""):
+        if reason := fault(row):
+            raise InvalidInput(f"{name} {reason}.", hint="A row has a text, or messages of a role and a content each.")
+        return str(row["text"])    # type: ignore[index]
+    messages = row["messages"]
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except (ValueError, RecursionError):
+            raise InvalidInput(f"{name} has messages that are not JSON.", hint=_HINT) from None
+    return Conversation.of(messages, f"{name}'s conversation")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,6 +54,7 @@ class Request:
 
     text: str | Conversation                # a conversation where the row generates
     adapter: AdapterRef | Mixture | None    # resolved
+    truncate: bool = True                   # a text that is too long is cut; else refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Output:
     tokens: tuple[TokenLabel, ...] | None = None   # TOKEN_CLS
     vector: NDArray[np.float32] | None = None      # embeddings, and the base's rows on an encoder: (d,)
     text: str | None = None                        # generation: what was added to the prompt
-    truncated: bool = False                        # the input was longer than the base's max_tokens
+    truncated: bool = False                        # the input was longer than there was room for, and cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,15 @@ class _Asked:
     facts: Sequence[Facts]
     settings: Sequence[Settings | None]    # None: hidden states are enough
     encoded: Sequence[Encoded]
+
+
+class _TooLong(InvalidInput):
+    """Rows that are not to be cut, and would have to be: by position, each with its own error."""
+
+    def __init__(self, faults: Mapping[int, InvalidInput], count: int) -> None:
+        i, first = next(iter(faults.items()))
+        super().__init__(_positioned(i, count) + first.fact, hint=first.hint)
+        self.faults = faults
 
 
 class Engine:
@@ -127,6 +137,7 @@ class Engine:
         `seed` alone, so rows of one text and seed get one answer; without a seed each draws anew.
         Adapters may answer together where they agree in task, labels, prompt template and generation settings, and none is a DoRA.
         The order in which a mixture names them changes nothing, and a mixture of one is that adapter. All must be resident at once.
+        A text that is too long is cut, which its output says, or refused: see `Request.truncate`.
         Raises InvalidInput for an empty text or one that its adapter cannot take (with its position), an unknown generation setting,
         settings that leave no token to draw, or adapters that do not mix, and what `load` raises. Where the adapters do not fit into the
         slots together, a warning says what loading them again costs.
@@ -167,9 +178,29 @@ class Engine:
             if fault := text_fault(question_of(request.text)):
                 raise InvalidInput(f"text {position} of {len(requests)} {fault}.", hint="Remove it or write its text.")
         shares = [canonical(request.adapter) for request in requests]
-        facts = [self._facts(row) for row in shares]
-        settings = [self._settings(fact, call) for fact, call in zip(facts, calls, strict=True)]
-        return _Asked(shares, facts, settings, self._encode([request.text for request in requests], facts, settings, shares))
+        refs = _refs(shares)
+        try:
+            return self._read(requests, shares, [self._facts(row, refs) for row in shares], calls)
+        except BaseException:    # nothing runs that could use what was read
+            self.slots.release(refs)
+            raise
+
+    def _read(self, requests: Sequence[Request], shares: Sequence[Shares], facts: Sequence[Facts], calls: Sequence[Settings]) -> _Asked:
+        """Raises InvalidInput."""
+        settings: list[Settings | None] = []
+        for i, (fact, call) in enumerate(zip(facts, calls, strict=True)):
+            with _named(i, shares):
+                settings.append(self._settings(fact, call))
+        encoded = self._encode([request.text for request in requests], facts, settings, shares)
+        if faults := {i: self._too_long(encoded[i], settings[i], shares[i]) for i, one in enumerate(requests) if encoded[i].cut and not one.truncate}:
+            raise _TooLong(faults, len(requests))
+        return _Asked(shares, facts, settings, encoded)
+
+    def _too_long(self, ids: Encoded, settings: Settings | None, shares: Shares) -> InvalidInput:
+        """What is said of a row that is not to be cut."""
+        more = "" if settings is None else ", ask for fewer new tokens"
+        fact = f"{_who(shares)}: the input has {len(ids) + ids.cut} tokens, and there is room for {self._limit(settings)}."
+        return InvalidInput(fact, hint=f"Shorten it{more}, or let it be cut: truncate=True (`--truncate`).")
 
     def answers(
         self, requests: Sequence[Request], *, generation: Settings | Sequence[Settings | None] | None = None
@@ -181,14 +212,22 @@ class Engine:
         """
         calls = _calls(generation, len(requests))
         asked = [canonical(request.adapter) for request in requests]
-        faults = {shares: self._fault(shares) for shares in dict.fromkeys(asked)}
-        sound = [i for i, shares in enumerate(asked) if not faults[shares]]
-        found = iter(self._halved([requests[i] for i in sound], [calls[i] for i in sound]))
-        return [faults[shares] or next(found) for shares in asked]
+        refs = _refs(asked)
+        try:
+            faults = {shares: self._fault(shares, refs) for shares in dict.fromkeys(asked)}
+            sound = [i for i, shares in enumerate(asked) if not faults[shares]]
+            found = iter(self._halved([requests[i] for i in sound], [calls[i] for i in sound]))
+            return [faults[shares] or next(found) for shares in asked]
+        finally:
+            self.slots.release(refs)
 
     def _halved(self, requests: Sequence[Request], calls: Sequence[Settings]) -> list[Output | Exception]:
         try:
             return [*self.predict(requests, generation=calls)]
+        except _TooLong as error:    # the others stay one request
+            faults, kept = error.faults, [i for i in range(len(requests)) if i not in error.faults]
+            found = iter(self._halved([requests[i] for i in kept], [calls[i] for i in kept]) if kept else ())
+            return [faults.get(i) or next(found) for i in range(len(requests))]
         except Exception as error:    # whatever it is, the neighbours have no part in it
             if len(requests) == 1:
                 return [error]
@@ -196,9 +235,9 @@ class Engine:
         parts = (slice(middle), slice(middle, None))
         return [one for part in parts for one in self.answers(requests[part], generation=calls[part])]
 
-    def _fault(self, shares: Shares) -> Exception | None:
+    def _fault(self, shares: Shares, beside: Collection[AdapterRef]) -> Exception | None:
         try:
-            self._facts(shares)
+            self._facts(shares, beside)
         except Exception as error:
             return error
         return None
@@ -235,7 +274,8 @@ class Engine:
             for row, fact, one, count in zip(asked.shares, asked.facts, kind, tokens, strict=True)
         ]
         known = {ref: self.slots.facts(ref) for ref in {ref for row in asked.shares for ref, _ in row}}
-        sizes, mergeable = {ref: fact.bytes for ref, fact in known.items()}, {ref for ref, fact in known.items() if fact.mergeable}
+        sizes = {ref: fact.bytes for ref, fact in known.items()}
+        mergeable = {ref: fact.merge_from for ref, fact in known.items() if fact.merge_from is not None}
         places = {"slots_max": self.slots.slots_max, "bytes_max": self.slots.bytes_max}
         plan = plan_batches(rows, sizes=sizes, mergeable=mergeable, **places)
         coming = forecast(plan, sizes, **places)
@@ -250,17 +290,17 @@ class Engine:
 
     def mixable(self, refs: Sequence[AdapterRef]) -> list[AdapterRef]:
         """The first of these versions, and those of the others that can answer together with it."""
-        first, *others = [(ref, self.slots.facts(ref)) for ref in refs]
+        first, *others = [(ref, self.slots.facts(ref, refs)) for ref in refs]
         return [first[0], *(other[0] for other in others if obstacle(first, other) is None)]
 
-    def _facts(self, shares: Shares) -> Facts:
-        """Of a row's adapters, which agree. Raises InvalidInput where they do not."""
+    def _facts(self, shares: Shares, beside: Collection[AdapterRef] = ()) -> Facts:
+        """Of a row's adapters, which agree. `beside` are all of the request. Raises InvalidInput where they do not."""
         if not shares:
             return _BASE
         if len(shares) > self.slots.slots_max:
             have = f"this engine holds {self.slots.slots_max}"
             raise InvalidInput(f"a mixture of {len(shares)} adapters needs them all at once, and {have}.", hint="Mix fewer, or raise slots_max.")
-        first, *others = [(ref, self.slots.facts(ref)) for ref, _ in shares]
+        first, *others = [(ref, self.slots.facts(ref, beside)) for ref, _ in shares]
         for other in others:
             if reason := obstacle(first, other):
                 raise InvalidInput(f"{first[0]} and {other[0]} cannot answer together: {reason}.", hint="Ask each by itself.")
@@ -272,6 +312,7 @@ class Engine:
         Raises InvalidInput, as every later request would.
         """
         settings = check_generation(adapter.generation)
+        merged({}, settings)    # what could never matter is a mistake
         facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, settings)
         self._encode(["text"], [facts], [self._settings(facts, {})])
         return settings
@@ -298,7 +339,7 @@ class Engine:
         plain: dict[int, list[tuple[int, str]]] = {}    # by limit: many texts are read at once
         for i, (text, row) in enumerate(zip(texts, settings, strict=True)):
             with _named(i, shares):
-                limit = self.base.max_tokens if row is None else self._prompt_limit(int(row["max_new_tokens"]))
+                limit = self._limit(row)
                 if (conversation := _conversation(text, facts[i], row)) is not None:
                     found[i] = self._in_chat(conversation, facts[i], limit)
                 else:
@@ -318,7 +359,8 @@ class Engine:
                 return self.base.encode([_prompt(facts, text[:characters])], max_tokens=limit)[0].truncated
 
             text = text[: _fitting(f"the prompt template {(facts.prompt_template or '')[:60]!r}", cut, len(text), limit)]
-            ids = replace(self.base.encode([_prompt(facts, text)], max_tokens=limit)[0], truncated=True)
+            fitting = self.base.encode([_prompt(facts, text)], max_tokens=limit)[0]
+            ids = replace(fitting, cut=len(ids) + ids.cut - len(fitting))
         return _of_text(facts, text, ids)
 
     def _in_chat(self, conversation: Conversation, facts: Facts, limit: int) -> Encoded:
@@ -328,7 +370,8 @@ class Engine:
             return self.base.encode_chat(some.asking(_prompt(facts, some.question)).messages)
 
         ids = encoded(conversation)
-        if len(ids) <= limit:
+        whole = len(ids)
+        if whole <= limit:
             return ids
         *older, last = conversation.questions
         kept = bisect.bisect_left(older, True, key=lambda at: len(encoded(conversation.since(at))) <= limit)
@@ -339,7 +382,11 @@ class Engine:
             what = "the chat template, with the system text," if conversation.messages[0][0] == "system" else "the chat template"
             characters = _fitting(what, lambda count: len(encoded(conversation.asking(text[:count]))) > limit, len(text), limit)
             ids = encoded(conversation.asking(text[:characters]))
-        return replace(ids, truncated=True)
+        return replace(ids, cut=whole - len(ids))
+
+    def _limit(self, settings: Settings | None) -> int:
+        """Tokens that there is room for in the input of a row. Raises InvalidInput."""
+        return self.base.max_tokens if settings is None else self._prompt_limit(int(settings["max_new_tokens"]))
 
     def _prompt_limit(self, new: int) -> int:
         """Longest prompt when `new` tokens are to be written. Raises InvalidInput."""
@@ -447,6 +494,10 @@ class Engine:
         return {i: Output(text=text, truncated=one.truncated) for i, text, one in zip(batch.rows, texts, encoded, strict=True)}
 
 
+def _refs(shares: Sequence[Shares]) -> set[AdapterRef]:
+    return {ref for row in shares for ref, _ in row}
+
+
 def _out_of_memory(error: Exception) -> bool:
     """torch says it of a device by its own class, of the CPU in words alone."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -483,9 +534,15 @@ def _named(i: int, shares: Sequence[Shares]) -> Iterator[None]:
     except InvalidInput as error:
         if not shares:
             raise
-        position = f"text {i + 1} of {len(shares)}, " if len(shares) > 1 else ""
-        who = " and ".join(str(ref) for ref, _ in shares[i]) or "the base model"
-        raise InvalidInput(f"{position}{who}: {error.fact}", hint=error.hint) from error
+        raise InvalidInput(f"{_positioned(i, len(shares))}{_who(shares[i])}: {error.fact}", hint=error.hint) from error
+
+
+def _positioned(i: int, count: int) -> str:
+    return f"text {i + 1} of {count}, " if count > 1 else ""
+
+
+def _who(shares: Shares) -> str:
+    return " and ".join(str(ref) for ref, _ in shares) or "the base model"
 
 
 def _conversation(text: str | Conversation, facts: Facts, settings: Settings | None) -> Conversation | None:

@@ -33,6 +33,8 @@ _ALLOWED: Mapping[str, tuple[type | tuple[type, ...], str]] = {
 # What a row has for itself, whoever stands beside it in a batch. Beams of a batch end together, so they share all but the chat.
 _CHAT = ("chat", "system")
 _PER_ROW = ("max_new_tokens", "stop_strings", "seed", *_CHAT)
+# What draws are made by: without do_sample there are none.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 # A row that is done is run along until the last one is: at most so many times longer than it asked for.
 RIDE_MAX = 8
 _AT_LEAST_ONE = ("max_new_tokens", "num_beams")
@@ -99,6 +101,16 @@ def kinds(rows: Sequence[Settings], tokens: Sequence[int], tokens_limit: int | N
 
 
 def merged(adapter: Mapping[str, Any], call: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-    """Defaults, then the adapter's own, then the call's; as sorted pairs, so that they can be compared."""
-    settings = {**DEFAULTS, **adapter, **(call or {})}
+    """Defaults, then the adapter's own, then the call's; as sorted pairs, so that they can be compared.
+
+    Where nothing is drawn, what an adapter draws by is left out, and raises InvalidInput where the call says it.
+    """
+    call = call or {}
+    settings = {**DEFAULTS, **adapter, **call}
+    if not settings["do_sample"]:
+        for key in _SAMPLING:
+            if key in call:
+                hint = 'Give {"do_sample": true} as well, or leave it out.'
+                raise InvalidInput(f"{key}={call[key]!r} only matters with do_sample=True.", hint=hint)
+            settings.pop(key, None)
     return tuple(sorted((key, tuple(value) if isinstance(value, list) else value) for key, value in settings.items()))

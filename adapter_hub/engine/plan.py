@@ -6,6 +6,7 @@ so the same bytes. What must be loaded for a batch is asked separately, by `evic
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,11 @@ from dataclasses import dataclass, replace
 from adapter_hub.refs import AdapterRef
 
 BATCH_ROWS_MAX = 64
-# Rows of one adapter from which a merged copy pays: making it costs about as much as a forward of ten rows, and saves 4 to 10 % of each.
-MERGE_ROWS_MIN = 256
+# Measured on one thread, for MiniLM and a base of width 1,024 at ranks 8 and 32: a merged copy takes as long as the forward of 125 to 226
+# tokens, whatever the base's size, and a number of an adapter as long as 1.5 to 3.7 weights of the base.
+MERGE_TOKENS = 160
+ADAPTER_COST = 2.5
+MERGE_GAIN_MIN = 2    # a copy is made where it saves so many times what it costs: a machine's noise is as large as the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,17 @@ class Forecast:
         return 0.0 if self.fits else self.loads * load_ms
 
 
+def merge_tokens_min(weights: int, numbers: int) -> float:
+    """The tokens of one adapter from which a merged copy of the base pays; `weights` are those it touches, `numbers` its own A and B.
+
+    In units of one token's product with one weight, n tokens cost n (w + c a) mixed and m w + n w merged, for w weights, a numbers,
+    m = MERGE_TOKENS and c = ADAPTER_COST: merging saves n c a for m w. It pays g = MERGE_GAIN_MIN times over from n = g m w / (c a).
+    Of w = Σ i o and a = Σ r (i + o) that is proportional to the base's width over the adapter's rank. Rows of one adapter that are
+    run by themselves without merging (grouped) save nothing over mixed ones but loads, and are so only where places are too few.
+    """
+    return MERGE_GAIN_MIN * MERGE_TOKENS * weights / (ADAPTER_COST * numbers)
+
+
 def plan_batches(
     rows: Sequence[Row],
     *,
@@ -84,19 +99,22 @@ def plan_batches(
     rows_max: int = BATCH_ROWS_MAX,
     bytes_max: int | None = None,
     sizes: Mapping[AdapterRef, int] = {},
-    mergeable: Collection[AdapterRef] = (),
+    mergeable: Mapping[AdapterRef, float] = {},
 ) -> BatchPlan:
     """Group rows by kind and length into batches of at most `rows_max` rows and `slots_max` distinct adapters of `bytes_max` together.
 
-    No row may need more adapters than that by itself; one adapter may be larger than `bytes_max`, alone. Those of the mergeable that
-    have MERGE_ROWS_MIN rows of a kind get batches of their own, one adapter after another, before the mixed ones.
+    No row may need more adapters than that by itself; one adapter may be larger than `bytes_max`, alone. Those of the
+    `mergeable` that have as many tokens of a kind as stand beside them (`merge_tokens_min`) get batches of their own, one adapter after
+    another, before the mixed ones.
     """
     kinds = list(dict.fromkeys(row.kind for row in rows))
     batches = []
     for kind in kinds:
         found = [i for i, row in enumerate(rows) if row.kind == kind]
-        counts = Counter(rows[i].adapters for i in found)
-        for refs in sorted(refs for refs, count in counts.items() if count >= MERGE_ROWS_MIN and len(refs) == 1 and refs[0] in mergeable):
+        tokens = Counter[tuple[AdapterRef, ...]]()
+        for i in found:
+            tokens[rows[i].adapters] += rows[i].tokens
+        for refs in sorted(refs for refs, count in tokens.items() if len(refs) == 1 and count >= mergeable.get(refs[0], math.inf)):
             own = sorted((i for i in found if rows[i].adapters == refs), key=lambda i: -rows[i].tokens)
             batches += [replace(_batch(kind, rows, own[at : at + rows_max]), merged=True) for at in range(0, len(own), rows_max)]
             found = [i for i in found if rows[i].adapters != refs]

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapter_hub.adapters.config import ProblemType, TaskType
@@ -20,7 +21,7 @@ from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.heads import Head, Heads
 from adapter_hub.engine.lora_layers import MixedLayers
 from adapter_hub.engine.merged import mergeable, merged
-from adapter_hub.engine.plan import evictions
+from adapter_hub.engine.plan import evictions, merge_tokens_min
 from adapter_hub.engine.table import Form, Table
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.refs import AdapterRef
@@ -48,8 +49,12 @@ class Facts:
     generation: Mapping[str, Any] = field(default_factory=dict)
     form: Form | None = None    # None: the base model
     bytes: int = 0              # that it takes while it is resident
-    mergeable: bool = False     # into a copy of the base
+    merge_from: float | None = None    # tokens from which a merged copy of the base pays; None: it cannot be merged
     problem_type: ProblemType | None = None    # SEQ_CLS
+
+
+_Made = tuple[Facts, Mapping[Any, Any], Head | None]
+_Read = tuple[int, Adapter, _Made]    # how often it was evicted before; as it came; as it is placed
 
 
 def _bytes_of(adapter: Adapter) -> int:
@@ -112,14 +117,30 @@ class Slots:
         with self._lock:
             return sum(table.bytes for table in self._tables.values())
 
-    def facts(self, ref: AdapterRef) -> Facts:
-        """Loads the adapter the first time it is asked for."""
+    def facts(self, ref: AdapterRef, beside: Collection[AdapterRef] = ()) -> Facts:
+        """Reads the adapter the first time it is asked for, and places it where none goes for it that is needed `beside` it.
+
+        Where there is no such place it waits, read, for `hold`, as long as `read_ahead` would let it: `release` lets go of it.
+        """
         with self._lock:
-            known = self._facts.get(ref)
-        if known is None:
-            with self.hold([ref]) as [adapter]:
-                known = adapter.facts    # kept nowhere else where it was purged meanwhile
-        return known
+            if known := self._facts.get(ref):
+                return known
+            evicted, future = self._evicted.get(ref, 0), self._ahead.pop(ref, None)
+        adapter = future.result() if future else self._read(ref)
+        made = self._made(ref, adapter)
+        with self._lock:
+            if self._evicted.get(ref, 0) == evicted:    # else purged while it was read, and kept nowhere
+                self._facts[ref] = made[0]
+                if self._room_beside(made[0].bytes, beside):
+                    self._leave(self._placed([ref], {ref: (evicted, adapter, made)}, beside)[ref])
+                elif len(self._ahead) < self.slots_max:
+                    self._ahead[ref] = Future()
+                    self._ahead[ref].set_result(adapter)
+        return made[0]
+
+    def _room_beside(self, size: int, beside: Collection[AdapterRef]) -> bool:
+        staying = [adapter.facts.bytes for ref, adapter in self._resident.items() if adapter.holders or ref in beside]
+        return not staying or (len(staying) < self.slots_max and sum(staying) + size <= self.bytes_max)
 
     def sizes(self, refs: Iterable[AdapterRef]) -> dict[AdapterRef, int]:
         """Bytes of those that were loaded before. Loads nothing."""
@@ -194,23 +215,26 @@ class Slots:
                     self._make_room(held)
 
     def _held(self, refs: Sequence[AdapterRef]) -> dict[AdapterRef, Resident]:
-        read: dict[AdapterRef, tuple[int, Adapter]] = {}
+        read: dict[AdapterRef, _Read] = {}
         while True:
             with self._lock:
                 absent = [ref for ref in refs if ref not in self._resident and ref not in read]
                 if not absent:
-                    return self._placed(refs, {ref: adapter for ref, adapter in read.items() if ref not in self._resident})
+                    return self._placed(refs, {ref: one for ref, one in read.items() if ref not in self._resident}, refs)
                 evicted = {ref: self._evicted.get(ref, 0) for ref in absent}
                 ahead = {ref: self._ahead.pop(ref, None) for ref in absent}
-            # Files are read outside the lock, so that other batches go on.
+            # Files are read and tensors made outside the lock, so that other batches go on.
             for ref, future in ahead.items():
-                read[ref] = evicted[ref], future.result() if future else self._read(ref)
+                adapter = future.result() if future else self._read(ref)
+                started = time.perf_counter()
+                read[ref] = evicted[ref], adapter, self._made(ref, adapter)
+                self.load_ms.add(1000 * (time.perf_counter() - started), 0)    # counted when they were read
 
-    def _placed(self, refs: Sequence[AdapterRef], read: Mapping[AdapterRef, tuple[int, Adapter]]) -> dict[AdapterRef, Resident]:
+    def _placed(self, refs: Sequence[AdapterRef], read: Mapping[AdapterRef, _Read], keep: Collection[AdapterRef]) -> dict[AdapterRef, Resident]:
         started = time.perf_counter()
-        made = {ref: self._made(ref, adapter) for ref, (_, adapter) in read.items()}
+        made = {ref: own for ref, (_, _, own) in read.items()}
         if made:
-            self._make_room(refs, len(made), sum(facts.bytes for facts, *_ in made.values()))
+            self._make_room({*refs, *keep}, len(made), sum(facts.bytes for facts, *_ in made.values()))
         held = {}
         for ref in refs:
             if ref in made:
@@ -228,7 +252,7 @@ class Slots:
                 self._resident.move_to_end(ref)
             adapter.holders += 1
             held[ref] = adapter
-        if made:    # counted when they were read
+        if made:
             self.load_ms.add(1000 * (time.perf_counter() - started), 0)
         return held
 
@@ -239,12 +263,17 @@ class Slots:
         for ref in evictions(sizes, idle, loads, loads_bytes, slots_max=self.slots_max, bytes_max=self.bytes_max):
             self._drop(ref)
 
-    def _made(self, ref: AdapterRef, adapter: Adapter) -> tuple[Facts, Mapping[Any, Any], Head | None]:
+    def _made(self, ref: AdapterRef, adapter: Adapter) -> _Made:
         generation = check_generation(adapter.generation, f"the settings of {ref}")    # a manifest may come from elsewhere
         form, updates = Form.of(adapter), self._layers.bind(adapter)
         size = sum(update.bytes(form.rank) for update in updates.values())
-        whole = mergeable(self._base, updates, self.bytes_max)
-        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, whole, adapter.problem_type)
+        merge_from = None
+        if mergeable(self._base, updates, self.bytes_max):
+            weights = sum(cast(Tensor, module.weight).numel() for module in updates)
+            # Of an embedding's A a token looks one column up.
+            widths = ((1 if isinstance(module, nn.Embedding) else update.a.shape[1]) + update.b.shape[1] for module, update in updates.items())
+            merge_from = merge_tokens_min(weights, form.rank * sum(widths))
+        facts = Facts(adapter.task_type, adapter.labels, adapter.prompt_template, generation, form, size, merge_from, adapter.problem_type)
         return facts, updates, self._heads.of(adapter) if adapter.head else None
 
     def merged(self, ref: AdapterRef, held: Resident) -> PreTrainedModel:

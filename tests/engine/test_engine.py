@@ -577,12 +577,13 @@ def test_a_template_without_room_for_a_text_and_settings_that_cannot_run_are_ref
         ({"generation": {"bad_words_ids": [[5]]}}, "'bad_words_ids' is not a generation setting"),
         ({"generation": {"max_new_tokens": 5000}}, "max_new_tokens=5000 leaves no room for a prompt"),
         ({"generation": {"temperature": "hot"}}, "temperature='hot' is not"),
+        ({"generation": {"temperature": 2}}, "temperature=2.0 only matters with do_sample=True"),
     ):
         with pytest.raises(InvalidInput, match=fact):
             engine.check(read_adapter(folder, **read))
     with pytest.raises(InvalidInput, match="generation 1: int holds no settings"):
         engine.predict([Request("x", None)], generation=[1])    # type: ignore[arg-type]
-    assert engine.check(read_adapter(folder, generation={"temperature": 2})) == {"temperature": 2.0}
+    assert engine.check(read_adapter(folder, generation={"do_sample": True, "temperature": 2})) == {"do_sample": True, "temperature": 2.0}
 
 
 def test_settings_of_a_manifest_from_elsewhere_are_checked_when_it_is_loaded(llama: FrozenBase, tmp_path: Path) -> None:
@@ -665,6 +666,9 @@ def test_weights_that_no_row_could_draw_from_are_refused_as_torch_refuses_them(b
         ({"do_sample": 1}, "do_sample=1 is not true or false"),
         ({"top_p": "high"}, "top_p='high' is not"),
         ({"max_new_tokens": 256}, "leaves no room for a prompt"),
+        ({"temperature": 0.7}, "temperature=0.7 only matters with do_sample=True. Give {\"do_sample\": true} as well, or leave it out."),
+        ({"top_p": 0.9, "do_sample": False}, "top_p=0.9 only matters with do_sample=True."),
+        ({"seed": 3}, "seed=3 only matters with do_sample=True."),
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(llama: FrozenBase, tmp_path: Path, settings: dict[str, Any], fact: str) -> None:
@@ -673,9 +677,21 @@ def test_an_impossible_setting_is_refused_by_name(llama: FrozenBase, tmp_path: P
     assert fact in str(caught.value)
 
 
+def test_what_an_adapter_samples_by_is_left_out_where_a_call_does_not_sample(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    greedy, sampling = (shelf.put(name, {"labels": None}, task_type="CAUSAL_LM") for name in ("greedy", "sampling"))
+    shelf.folders[sampling] = shelf.folders[greedy][0], {"labels": None, "generation": {"do_sample": True, "temperature": 3, "seed": 1}}
+    engine = Engine(llama, shelf.load)
+    plain, drawn = engine.predict([Request("hello", greedy), Request("hello", sampling)], generation={"do_sample": False, "max_new_tokens": 12})
+    assert plain.text == drawn.text
+    with pytest.raises(InvalidInput, match=r"text 2 of 2, greedy@1: temperature=2\.0 only matters"):
+        engine.predict([Request("hello", sampling), Request("hello", greedy)], generation={"temperature": 2})
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 2}, {"repetition_penalty": 2}, {"top_p": 1}, {"length_penalty": -1, "num_beams": 2}])
 def test_a_whole_number_will_do_where_a_fraction_may_stand(llama: FrozenBase, tmp_path: Path, settings: dict[str, Any]) -> None:
-    engine, more = Engine(llama, Shelf(llama, tmp_path).load), {"max_new_tokens": 4, "seed": 1, "do_sample": "num_beams" not in settings}
+    engine, more = Engine(llama, Shelf(llama, tmp_path).load), dict[str, Any]({"max_new_tokens": 4})
+    more |= {} if "num_beams" in settings else {"do_sample": True, "seed": 1}
     whole, fraction = (
         engine.predict([Request("hello", None)], generation={**more, **{key: kind(value) for key, value in settings.items() if key != "num_beams"}})
         for kind in (int, float)
@@ -714,3 +730,48 @@ def test_a_seq2seq_model_writes_as_many_tokens_as_it_has_positions_and_no_more(b
 def test_a_long_prompt_leaves_room_for_what_is_written(llama: FrozenBase, tmp_path: Path) -> None:
     [output] = Engine(llama, Shelf(llama, tmp_path).load).predict([Request("word " * 2_000, None)], generation={"max_new_tokens": 8})
     assert output.truncated and output.text is not None
+
+
+def test_an_input_that_is_not_to_be_cut_is_refused_with_its_length_and_its_neighbours_are_answered(shelf: Shelf) -> None:
+    engine, refs = Engine(shelf.base, shelf.load), list(shelf.folders)
+    limit = shelf.base.max_tokens
+    whole = [len(shelf.base.tokenizer("x " * n, verbose=False)["input_ids"]) for n in range(limit)]
+    fits = max(n for n, tokens in enumerate(whole) if tokens <= limit)
+    texts = ["short", "word " * 2_000, "x " * fits, "x " * (fits + 1)]
+    found = engine.answers([Request(text, refs[0], truncate=False) for text in texts])
+    assert [type(one) for one in found] == [Output, InvalidInput, Output, InvalidInput]
+    assert numbers([o for o in found if isinstance(o, Output)]) == numbers(engine.predict([Request(texts[i], refs[0]) for i in (0, 2)]))
+    fact = f"a0@1: the input has {whole[fits + 1]} tokens, and there is room for {limit}. "
+    hint = "Shorten it, or let it be cut: truncate=True (`--truncate`)."
+    assert str(found[3]) == fact + hint
+    with pytest.raises(InvalidInput) as caught:
+        engine.predict([Request("short", None), Request(texts[3], refs[0], truncate=False), Request(texts[1], None)])
+    assert str(caught.value) == f"text 2 of 3, {fact}{hint}"
+
+
+def test_a_prompt_that_is_not_to_be_cut_has_room_beside_what_is_to_be_written(llama: FrozenBase, tmp_path: Path) -> None:
+    shelf = Shelf(llama, tmp_path)
+    ref = shelf.put("writer", {"prompt_template": "Q: {text}\nA:", "labels": None}, task_type="CAUSAL_LM")
+    text = "word " * 600
+    whole = len(llama.tokenizer(f"Q: {text}\nA:", verbose=False)["input_ids"])
+    [fault] = Engine(llama, shelf.load).answers([Request(text, ref, truncate=False)], generation={"max_new_tokens": 20})
+    room = llama.tokens_limit - 20
+    assert isinstance(fault, InvalidInput) and fault.fact == f"writer@1: the input has {whole} tokens, and there is room for {room}."
+    assert fault.hint == "Shorten it, ask for fewer new tokens, or let it be cut: truncate=True (`--truncate`)."
+
+
+def test_what_a_request_needs_is_read_once_where_places_are_few_and_lets_nobody_go_to_be_planned(shelf: Shelf) -> None:
+    """Previously each was placed to be planned, so the places were empty of it when it ran: twice as many reads."""
+    refs = list(shelf.folders)
+    engine = Engine(shelf.base, shelf.load, slots_max=3)
+    expected = Engine(shelf.base, shelf.load).predict(requests(list(refs)))
+    shelf.reads.clear()
+    for one, other in zip(engine.predict(requests(list(refs))), expected, strict=True):
+        assert np.allclose(numbers_of(one), numbers_of(other), atol=1e-5)
+    assert sorted(shelf.reads) == sorted(refs) and not engine.slots._ahead
+    with pytest.raises(InvalidInput):    # what was read for a request that is refused is let go
+        engine.predict([Request("x", ref) for ref in refs], generation={"bogus": 1})
+    shelf.put("late")
+    with pytest.raises(InvalidInput):
+        engine.predict([Request("x", None), *requests(list(shelf.folders)), Request("", None)])
+    assert not engine.slots._ahead

@@ -131,8 +131,8 @@ def test_rows_of_any_limits_and_stop_strings_get_the_tokens_that_peft_gives_each
         assert output.text == world.alone(ref, world.asked(text), **own)
 
 
-def test_rows_that_differ_in_limits_stops_and_seeds_share_their_forwards(llama: World, forwards: list[int]) -> None:
-    settings = [{"max_new_tokens": 2}, {"max_new_tokens": 12}, {"stop_strings": "e", "max_new_tokens": 6}, {"max_new_tokens": 9, "seed": 3}]
+def test_rows_that_differ_in_limits_and_stops_share_their_forwards(llama: World, forwards: list[int]) -> None:
+    settings = [{"max_new_tokens": 2}, {"max_new_tokens": 12}, {"stop_strings": "e", "max_new_tokens": 6}, {"max_new_tokens": 9}]
     llama.engine.predict([Request(text, ref) for text, ref in zip(TEXTS, llama.answering, strict=True)], generation=settings)
     assert set(forwards) == {4} and len(forwards) <= 12
 
@@ -618,3 +618,43 @@ def test_the_command_line_writes_a_stream_as_it_comes(hub: Hub) -> None:
     for more in (["--json"], ["hello again"]):
         refused = CliRunner().invoke(app, [*args, "--stream", *more])
         assert refused.exit_code == 2 and "--stream writes the text of one input as it comes" in refused.stderr
+
+
+def test_rows_of_a_file_may_be_conversations(hub: Hub, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "the weather today"}, {"role": "assistant", "content": "rain"}]
+    talk.append({"role": "user", "content": "what is the balance"})
+    rows: list[dict[str, Any]] = [{"id": 1, "messages": talk}, {"id": 2, "text": "what is the balance"}, {"id": 3, "messages": talk[:2]}]
+    rows += [{"id": 4, "text": None, "messages": talk}, {"id": 5, "text": "what is the balance", "messages": talk}, {"id": 6}]
+    own = {"max_new_tokens": 8}
+    wanted = [p.text for p in hub.predict([talk, "what is the balance", talk, "what is the balance"], max_false_reject=0, generation=own)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub.run(source, tmp_path / "out.jsonl", max_false_reject=0, generation=own)
+    answered = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["output"] for row in answered] == wanted and answered[0]["messages"] == talk and "text" not in answered[0]
+    assert [json.loads(line)["reason"] for line in (tmp_path / "out.jsonl.errors.jsonl").read_text().splitlines()] == [
+        "the row's conversation does not end with a user's message", "the row has no 'text', only 'id'",
+    ]
+    for suffix in (".csv", ".parquet"):    # what one job wrote, another reads; a job that is done knows its input again
+        good = tmp_path / "good.jsonl"
+        good.write_text("".join(json.dumps({"messages": talk, "id": i}) + "\n" for i in range(2)))
+        table, again = tmp_path / f"table{suffix}", tmp_path / f"again{suffix}.jsonl"
+        hub.run(good, table, max_false_reject=0, generation=own)
+        assert hub.run(good, table, resume=True, max_false_reject=0, generation=own).answered == 2
+        hub.run(table, again, max_false_reject=0, generation=own)
+        assert [json.loads(line)["output"] for line in again.read_text().splitlines()] == [wanted[0]] * 2
+
+
+def test_the_command_line_reads_conversations_from_a_file(hub: Hub, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "the weather"}, {"role": "assistant", "content": "rain"}, {"role": "user", "content": "what is the balance"}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    root = ["--file", str(tmp_path / "in.jsonl"), "--registry", str(hub.registry.layout.root), "--max-false-reject", "0"]
+    answered = CliRunner().invoke(app, ["predict", *root, "--json", "--generation", '{"max_new_tokens": 8}'])
+    [wanted] = hub.predict([talk], max_false_reject=0, generation={"max_new_tokens": 8})
+    [row] = json.loads(answered.stdout)
+    assert row["messages"] == talk and row["output"] == wanted.text and row["adapter"] == "balance@1"
+    routed = CliRunner().invoke(app, ["route", *root])
+    assert routed.exit_code == 0 and "what is the balance" in routed.stdout and "balance@1" in routed.stdout
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"role": "me", "content": "x"}]}) + "\n")
+    refused = CliRunner().invoke(app, ["predict", *root])
+    assert refused.exit_code == 2 and "line 1: the row's conversation has the role 'me'" in refused.stderr

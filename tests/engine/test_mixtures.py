@@ -229,7 +229,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "count of labels": ("bert", {"outputs": 2}, {"labels": ("x", "y")}, "a@1 has 3 labels, b@1 has 2"),
     "template": ("bert", {}, {"prompt_template": "Q: {text}"}, "the prompt template of a@1 is none, that of b@1 is 'Q: {text}'"),
     "settings": ("llama", {}, {"generation": {"max_new_tokens": 5}}, "a@1 generates with max_new_tokens=64, b@1 with max_new_tokens=5"),
-    "a setting of one": ("llama", {}, {"generation": {"top_k": 3}}, "a@1 generates with top_k=None, b@1 with top_k=3"),
+    "a setting of one": ("llama", {}, {"generation": {"num_beams": 2}}, "a@1 generates with num_beams=1, b@1 with num_beams=2"),
 }
 
 

@@ -14,7 +14,7 @@ from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import BaseKind, FrozenBase
 from adapter_hub.engine import plan
 from adapter_hub.engine.engine import Engine, Output, Request
-from adapter_hub.engine.plan import MERGE_ROWS_MIN
+from adapter_hub.engine.plan import MERGE_TOKENS
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import SHAPES, make_adapter, tiny_model
 from tests.engine.reference import FORMS, distance, references
@@ -67,11 +67,11 @@ def load_from(folders: dict[AdapterRef, tuple[Path, str | None]], base: FrozenBa
     return load
 
 
-@pytest.mark.parametrize("merge_rows", [MERGE_ROWS_MIN, len(TEXTS)], ids=["mixed", "merged"])
+@pytest.mark.parametrize("merge_tokens", [MERGE_TOKENS * 1000, 0], ids=["mixed", "merged"])
 def test_one_mixed_batch_equals_peft_one_adapter_and_one_text_at_a_time(
-    base: FrozenBase, merge_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: FrozenBase, merge_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "MERGE_ROWS_MIN", merge_rows)    # all rows of an adapter, or none, run on a merged copy of the base
+    monkeypatch.setattr(plan, "MERGE_TOKENS", merge_tokens)    # all rows of an adapter, or none, run on a merged copy of the base
     fingerprint = base.compute_fingerprint()
     folders: dict[AdapterRef, tuple[Path, str | None]] = {}
     for task in TASKS[base.kind]:
@@ -86,15 +86,15 @@ def test_one_mixed_batch_equals_peft_one_adapter_and_one_text_at_a_time(
         for text, expected in zip(TEXTS, references(base, folder, task, TEXTS, max_new_tokens=NEW_TOKENS, do_sample=False), strict=True):
             assert_same(base, next(outputs), expected, task, text)
     assert base.compute_fingerprint() == fingerprint
-    assert (engine.slots._merged is not None) is (merge_rows == len(TEXTS))
+    assert (engine.slots._merged is not None) is (merge_tokens == 0)
 
 
-@pytest.mark.parametrize("merge_rows", [MERGE_ROWS_MIN, len(TEXTS)], ids=["mixed", "merged"])
+@pytest.mark.parametrize("merge_tokens", [MERGE_TOKENS * 1000, 0], ids=["mixed", "merged"])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_every_form_of_target_modules_binds_as_peft_binds_it(
-    base: FrozenBase, targets: str, merge_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: FrozenBase, targets: str, merge_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "MERGE_ROWS_MIN", merge_rows)
+    monkeypatch.setattr(plan, "MERGE_TOKENS", merge_tokens)
     task = TASKS[base.kind][0]
     folder = make_adapter(base, tmp_path / "a", task_type=task, outputs=3, target_modules=TARGETS[targets](base))
     ref = AdapterRef("a", 1)

@@ -8,8 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter_hub.engine import plan as plan_module
-from adapter_hub.engine.plan import Row, evictions, forecast, halves, next_batch, plan_batches
+from adapter_hub.engine.plan import (
+    ADAPTER_COST,
+    MERGE_GAIN_MIN,
+    MERGE_TOKENS,
+    Row,
+    evictions,
+    forecast,
+    halves,
+    merge_tokens_min,
+    next_batch,
+    plan_batches,
+)
 from adapter_hub.refs import AdapterRef
 
 Refs = tuple[AdapterRef, ...]
@@ -64,18 +74,34 @@ def test_halves_are_the_same_rows(rows: list[Row]) -> None:
             assert all(rows[i].adapters == segment.adapters for half in (first, second) for segment in half.segments for i in segment.rows)
 
 
-@given(rows_of, st.integers(1, 9), st.sets(st.sampled_from(REFS)))
-def test_many_rows_of_one_mergeable_adapter_are_batches_of_their_own(rows: list[Row], least: int, mergeable: set[AdapterRef]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "MERGE_ROWS_MIN", least)
-        batches = plan_batches(rows, slots_max=9, mergeable=mergeable).batches
+@given(rows_of, st.dictionaries(st.sampled_from(REFS), st.integers(1, 200)))
+def test_many_tokens_of_one_mergeable_adapter_are_batches_of_their_own(rows: list[Row], mergeable: dict[AdapterRef, int]) -> None:
+    batches = plan_batches(rows, slots_max=9, mergeable=mergeable).batches
     assert sorted(i for batch in batches for i in batch.rows) == list(range(len(rows)))
-    counts = Counter((row.kind, row.adapters) for row in rows)
+    tokens = Counter[tuple[str, Refs]]()
+    for row in rows:
+        tokens[str(row.kind), row.adapters] += row.tokens
     for batch in batches:
         for segment in batch.segments:
-            whole = len(segment.adapters) == 1 and segment.adapters[0] in mergeable and counts[batch.kind, segment.adapters] >= least
+            refs = segment.adapters
+            whole = len(refs) == 1 and refs[0] in mergeable and tokens[str(batch.kind), refs] >= mergeable[refs[0]]
             assert batch.merged is whole
             assert not whole or len(batch.segments) == 1
+
+
+@given(st.integers(1, 10**9), st.integers(1, 10**7))
+def test_a_merged_copy_pays_from_where_it_saves_what_it_costs_so_many_times(weights: int, numbers: int) -> None:
+    tokens = merge_tokens_min(weights, numbers)
+    mixed, merged = tokens * (weights + ADAPTER_COST * numbers), (MERGE_TOKENS + tokens) * weights
+    assert mixed - merged == pytest.approx((MERGE_GAIN_MIN - 1) * MERGE_TOKENS * weights, rel=1e-6)
+
+
+def test_a_copy_pays_for_fewer_tokens_the_higher_the_rank_and_the_narrower_the_base() -> None:
+    def least(width: int, rank: int) -> float:    # of a transformer's layer: four square modules, two of four times the width
+        return merge_tokens_min(12 * width**2, rank * (4 * 2 * width + 2 * 5 * width))
+
+    assert least(384, 8) / 16 == pytest.approx(256, rel=0.1)     # MiniLM's rows of 16 tokens: where measuring put it
+    assert least(384, 32) == pytest.approx(least(384, 8) / 4) and least(4096, 8) == pytest.approx(least(384, 8) * 4096 / 384)
 
 
 @given(st.lists(st.tuples(sets, st.integers(0, 2)), max_size=40))
