@@ -176,8 +176,7 @@ def applied(base: FrozenBase, adapter: Adapter) -> Iterator[None]:
     handles = []
     try:
         for name, delta in adapter.deltas.items():
-            module = base.modules[base.canonical(name)]
-            handles.append(module.register_forward_hook(_adding(_in_base_form(delta, base))))
+            handles.append(base.modules[base.canonical(name)].register_forward_hook(_adding(delta)))
         yield
     finally:
         for handle in handles:
@@ -196,12 +195,13 @@ def embedding_scale(module: nn.Embedding) -> float:
     return float(getattr(module, "embed_scale", 1.0))
 
 
-def _adding(delta: LoraDelta) -> Any:
+def _adding(read: LoraDelta) -> Any:
     thread = threading.get_ident()
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if threading.get_ident() != thread:    # others go on predicting while an adapter is checked
             return None
+        delta = _alike(read, output)    # some models keep single layers at float32: T5's last of a block, at float16
         if isinstance(module, nn.Embedding):
             return output + delta.scaling * embedding_scale(module) * (nn.functional.embedding(inputs[0], delta.a.T) @ delta.b.T)
         update = delta.scaling * (inputs[0] @ delta.a.T @ delta.b.T)
@@ -214,11 +214,10 @@ def _adding(delta: LoraDelta) -> Any:
     return hook
 
 
-def _in_base_form(delta: LoraDelta, base: FrozenBase) -> LoraDelta:
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(base.device, base.dtype)
-
-    return replace(delta, a=moved(delta.a), b=moved(delta.b), magnitude=None if delta.magnitude is None else moved(delta.magnitude))
+def _alike(delta: LoraDelta, output: Tensor) -> LoraDelta:
+    """Where this output is, and of its type."""
+    magnitude = None if delta.magnitude is None else delta.magnitude.to(output)
+    return replace(delta, a=delta.a.to(output), b=delta.b.to(output), magnitude=magnitude)
 
 
 def _check_rows(adapter: Adapter, base: FrozenBase) -> None:

@@ -147,3 +147,15 @@ def test_a_base_packed_by_bitsandbytes_runs_a_mixed_batch_as_one_adapter_at_a_ti
             mine, alone = numbers(next(outputs)), one_at_a_time(base, load(ref), text)
             assert distance(mine, alone) <= 8 * STEP * max(1.0, float(abs(alone).max()))
     assert base.compute_fingerprint() == exact.compute_fingerprint() and set(base.modules) == set(exact.modules)
+
+
+def test_a_layer_that_its_model_keeps_at_float32_is_adapted_at_float32(tmp_path: Path) -> None:
+    """As T5 keeps the last of each block where the rest is float16."""
+    base = FrozenBase.load(tiny_model(tmp_path / "base", "t5"), precision="bfloat16")
+    kept = [module.float() for name, module in base.modules.items() if name.endswith(".wo")]
+    folder = make_adapter(base, tmp_path / "one", task_type="SEQ_2_SEQ_LM", seed=1)
+    load = loads({AdapterRef("one", 1): (folder, "SEQ_2_SEQ_LM")}, base)
+    asked = [Request(text, ref) for ref in (None, AdapterRef("one", 1)) for text in TEXTS]
+    outputs = [output.text for output in Engine(base, load).predict(asked, generation={"max_new_tokens": 4, "min_new_tokens": 4})]
+    assert kept and all(module.weight.dtype == torch.float32 for module in kept)
+    assert outputs[: len(TEXTS)] != outputs[len(TEXTS) :]
