@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import shlex
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, Progress, Summary, interrupted, run_job
+from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture
@@ -41,7 +44,7 @@ from adapter_hub.examples import Example, as_examples, digest_of, read_examples
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
-from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NEGATIVES_FILE, Layout
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
@@ -49,10 +52,13 @@ from adapter_hub.routing.decision import Decision
 
 # What needs torch is imported by the methods that need it: listing and promoting take no seconds and no memory for models.
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from peft import PeftModel
 
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
+    from adapter_hub.continual.learner import Current, Lesson
     from adapter_hub.engine.engine import Engine, Request
     from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.routing.calibration import Calibration
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
     from adapter_hub.routing.router import Router
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
+    from adapter_hub.training.train import TrainResult
 
 log = logging.getLogger("adapter_hub")
 
@@ -79,9 +86,26 @@ class LearnReport:
     promoted: bool
     reason: str
     metrics: Mapping[str, float]
+    gate: GateReport    # stored with the version as gate.json
+
+    @property
+    def verdict(self) -> Verdict:
+        """The gate's: what "auto" does."""
+        return self.gate.verdict
 
     def to_json(self) -> dict[str, Any]:
-        return {"ref": str(self.ref), "promoted": self.promoted, "reason": self.reason, "metrics": dict(self.metrics)}
+        facts = {"ref": str(self.ref), "promoted": self.promoted, "verdict": str(self.verdict), "reason": self.reason}
+        return facts | {"metrics": dict(self.metrics), "gate": self.gate.to_json()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """An adapter that was checked, and all that is stored of it."""
+
+    adapter: Adapter
+    facts: VersionFacts
+    files: dict[str, Path | bytes]
+    state: RoutingState
 
 
 class Hub:
@@ -115,6 +139,8 @@ class Hub:
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
+        self._candidates: dict[AdapterRef, Adapter] = {}    # that are asked before they are stored
+        self._numbers = itertools.count(NUMBER_MAX + 1)
         self._settings: object = None    # what hub.toml looked like when it last named the encoder that this hub was opened with
 
     # ---- open and close -----------------------------------------------------------------------------------------
@@ -337,7 +363,9 @@ class Hub:
             return self._router
 
     def _load(self, ref: AdapterRef) -> Adapter:
-        """The adapter of a version, from the bytes that were checked against their digests."""
+        """The adapter of a version, from the bytes that were checked against their digests; or of a candidate, which is not stored yet."""
+        if candidate := self._candidates.get(ref):
+            return candidate
         with _IMPORTING:
             from adapter_hub.adapters.weights import adapter_of
 
@@ -388,13 +416,42 @@ class Hub:
         promoted (see `effect`).
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
+        check_name(name)
+        rows, held_out, refused = as_examples(examples), as_examples(evaluation), as_examples(negatives)
+        prepared = self._prepared(
+            name, source, rows, held_out, refused, description=description, labels=labels, tags=tags, assume_base=assume_base,
+            license=license, prompt_template=prompt_template, generation=generation, metrics=metrics, parent=parent,
+            training_data_digest=training_data_digest, problem_type=problem_type,
+        )  # fmt: skip
+        return self._added(name, prepared.facts, prepared.files, prepared.state, promote=promote)
+
+    def _prepared(
+        self,
+        name: str,
+        source: str | Path | PeftModel,
+        rows: Sequence[Example],
+        held_out: Sequence[Example],
+        refused: Sequence[Example],
+        *,
+        description: str = "",
+        labels: Sequence[str] | None = None,
+        tags: Iterable[str] = (),
+        assume_base: bool = False,
+        license: str | None = None,
+        prompt_template: str | None = None,
+        generation: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        parent: AdapterRef | None = None,
+        training_data_digest: str | None = None,
+        problem_type: str | None = None,
+        state: RoutingState | None = None,
+    ) -> _Prepared:
+        """What `register` stores, checked. `state` is that of the rows where there is one already. Raises as `register`; stores nothing."""
         with _IMPORTING:
             from adapter_hub.adapters.checks import check_acts, check_fits, without_copies
             from adapter_hub.adapters.weights import adapter_of, settings_of
             from adapter_hub.routing.statistics import build_state
 
-        check_name(name)
-        rows, held_out, refused = as_examples(examples), as_examples(evaluation), as_examples(negatives)
         tags = texts_of("tags", tags)
         names = texts_of("labels", labels) if labels is not None else None
         found = fetch_adapter(source)
@@ -413,7 +470,7 @@ class Hub:
         # Tags of tokens name pieces of an input, and a number's name says what is measured: not what an input is about.
         names_topics = adapter.problem_type in (ProblemType.SINGLE, ProblemType.MULTI)
         label_names = (adapter.labels or ()) if names_topics else ()
-        state = build_state(self.encoder, rows, description, held_out, label_names, refused)
+        state = state or build_state(self.encoder, rows, description, held_out, label_names, refused)
         facts = VersionFacts(
             base_model=self.base.id,
             base_fingerprint=self.base.fingerprint,
@@ -440,28 +497,35 @@ class Hub:
         if not state.count:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
-        return self._added(name, facts, files | self._routing_files(state, rows, held_out, refused), state, promote=promote)
+        return _Prepared(adapter, facts, files | self._routing_files(state, rows, held_out, refused), state)
 
     def _added(
         self, name: str, facts: VersionFacts, files: Mapping[str, Path | bytes], state: RoutingState, *, promote: bool, reason: str = ""
     ) -> AdapterRef:
         """Stored, and promoted if that is wanted and takes no more from the others than hub.toml allows: decided first, then one act."""
-        for other, count in self._live.twins(name, state).items():
-            log.warning("%d of the examples of %s are those of %s too, and go to either: an example should belong to one.", count, name, other)
+        self._warn_of_twins(name, state)
         worst = self._loses_too_much(name, state) if promote else None
         ref = self.registry.add(name, facts, files, promote=promote and worst is None, reason=reason)
         if worst is not None:
             log.warning("%s is registered and not promoted: %s.", ref, self._losing(worst))
         return ref
 
+    def _warn_of_twins(self, name: str, state: RoutingState) -> None:
+        for other, count in self._live.twins(name, state).items():
+            log.warning("%d of the examples of %s are those of %s too, and go to either: an example should belong to one.", count, name, other)
+
     def _loses_too_much(self, name: str, state: RoutingState) -> Taken | None:
         """Of the adapters in production, the one that loses most to a newcomer, if that is more than hub.toml allows."""
         if self.config.max_taken >= 1 or not state.count:    # without exemplars it takes nothing
             return None
+        found = self._effect_of(name, state)
+        return found.others[0] if found.most_taken > self.config.max_taken else None
+
+    def _effect_of(self, name: str, state: RoutingState, exemplars_max: int | None = None) -> Effect:
+        """Of a version that is not stored yet; with `exemplars_max` estimated on so many exemplars of all adapters together."""
         now = self._live.snapshot()
         version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
-        found = self._effect(now, AdapterRef(name, version + 1), state)    # the number it gets is not known yet
-        return found.others[0] if found.most_taken > self.config.max_taken else None
+        return self._effect(now, AdapterRef(name, version + 1), state, exemplars_max)    # the number it gets is not known yet
 
     def _losing(self, worst: Taken) -> str:
         allowed = f"hub.toml allows {100 * self.config.max_taken:.1f} %"
@@ -507,47 +571,135 @@ class Hub:
         validation: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
         config: TrainConfig | None = None,
         promote: str = "auto",
+        start: str = "auto",
         **facts: Any,
     ) -> LearnReport:
-        """Train a classifier adapter on rows with text and label, register it, and promote it by the rule named.
+        """Train a classifier adapter on rows with text and label, let the gate judge it, register it, and promote it by the rule named.
 
-        `promote` is "auto" (better than always answering the commonest label, and not worse than the version in
-        production on the same rows), "always" or "never". It is judged on rows that had no part in training: half of the
-        validation rows, the other half having chosen the epoch, or as many held out of `train`. As `register` does, neither
-        "auto" nor "always" promotes one that takes more from another adapter than `max_taken` in hub.toml allows. `facts` go to `register` (tags,
-        license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what `register` raises.
+        `promote` is "auto" (the gate's verdict, see `continual.gate`), "always" or "never"; "always" does not override `max_taken` in
+        hub.toml. What is held or rejected is stored too, and not promoted; each version keeps its verdict as gate.json. It is judged on
+        rows that had no part in training: half of the validation rows, the other half having chosen the epoch, or as many held out of
+        `train`.
+        A name that is in production already is learned on: new rows and new labels are added to what it knows, from its weights and with the
+        examples whose texts are kept (see `plan_lesson`); description, tags and license stay. `start="warm"` insists on its weights,
+        "cold" forgets it: the new rows replace the old ones.
+        `facts` go to `register` (tags, license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what
+        `register` raises; nothing is stored then.
         """
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
         with _IMPORTING:
+            from adapter_hub.continual.learner import plan_lesson
+            from adapter_hub.routing.statistics import build_state
             from adapter_hub.training.train import train_classifier
 
-        rows = rows_of(train)
-        held_out = rows_of(validation) if validation is not None else None
+        rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
+        evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
+        current = self._current(name)
+        newer, before, seen = None, None, []
+        if current is not None and start != "cold":
+            before, newer = self._live.state(current.ref), build_state(self.encoder, rows, "", evaluation, (), refused)
+            known = set(before.exemplars.keys)
+            seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
+        lesson = plan_lesson(name, rows, held_out, config, current, start, seen)
+        if lesson.parent is not None:
+            manifest = self.registry.manifest(lesson.parent)
+            facts = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license} | facts
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
-            result = train_classifier(self.base, rows, task=name, validation=held_out, config=config, folder=Path(folder))
-            facts = {"evaluation": held_out or (), "metrics": result.metrics, "training_data_digest": digest_of(rows)} | facts
-            ref = self.register(name, result.folder, rows, labels=result.labels, promote=False, assume_base=True, **facts)
-        good, reason = self._better(name, result.validation, result.metrics["accuracy"]) if promote == "auto" else (promote == "always", promote)
-        worst = self._loses_too_much(name, self._live.state(ref)) if good else None
-        if worst is not None:
-            good, reason = False, f"{reason}; but {self._losing(worst)}"
-        if good:
-            self.promote(ref, reason=reason)
-        return LearnReport(ref, good, reason, result.metrics)
+            result = train_classifier(
+                self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start
+            )
+            facts = {"metrics": result.metrics, "training_data_digest": digest_of(lesson.train), "parent": lesson.parent} | facts
+            prepared = self._prepared(
+                name, result.folder, rows, evaluation, refused, labels=result.labels, assume_base=True, state=newer, **facts
+            )
+        prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused)
+        report = judge(self._evidence(name, prepared, lesson, result, current), self._policy())
+        good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
+        reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
+        self._warn_of_twins(name, prepared.state)
+        gate = json.dumps(report.to_json() | {"start": lesson.start is not None}, ensure_ascii=False, indent=2).encode() + b"\n"
+        ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
+        return LearnReport(ref, good, reason, result.metrics, report)
 
-    def _better(self, name: str, validation: Sequence[Example], accuracy: float) -> tuple[bool, str]:
-        targets = [row.label for row in validation]
-        commonest = max(targets.count(label) for label in set(targets)) / len(targets)
-        if accuracy <= commonest:
-            return False, f"validation accuracy {accuracy:.3f} is not above always answering the commonest label ({commonest:.3f})"
-        if "production" not in self.registry.aliases(name):
-            return True, f"first version; validation accuracy {accuracy:.3f}, commonest label {commonest:.3f}"
-        answers = self.predict([row.text for row in validation], adapters=name)
-        current = sum(a.label == target for a, target in zip(answers, targets, strict=True)) / len(targets)
-        return accuracy >= current, f"validation accuracy {accuracy:.3f}, version in production {current:.3f}"
+    def _current(self, name: str) -> Current | None:
+        """The version in production, if it is a classifier of single labels."""
+        from adapter_hub.continual.learner import Current
 
+        version = self.registry.aliases(name).get(PRODUCTION) if name in self.registry.names() else None
+        if version is None:
+            return None
+        manifest = self.registry.manifest(AdapterRef(name, version))
+        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type is not None or not manifest.labels:
+            return None
+        exemplars, evaluation = (
+            tuple(row for row in self._kept(manifest.ref, file) if row.label in manifest.labels) for file in (EXEMPLARS_FILE, EVALUATION_FILE)
+        )
+        folder = self.registry.open_version(manifest.ref)
+        return Current(manifest.ref, folder, manifest.labels, manifest.peft, manifest.prompt_template is None, exemplars, evaluation)
+
+    def _with_memory(
+        self,
+        prepared: _Prepared,
+        lesson: Lesson,
+        result: TrainResult,
+        before: RoutingState | None,
+        rows: Sequence[Example],
+        evaluation: Sequence[Example],
+        refused: Sequence[Example],
+    ) -> _Prepared:
+        """What the version that it was learned from knew, it knows too; and where texts are kept, those that measured it."""
+        newer, parent = prepared.state, lesson.parent
+        state = before.succeeded(self.encoder, newer) if before is not None and parent is not None else newer
+        kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
+        if before is not None and len(kept) == before.count:
+            kept = [kept[row] for row in before.rows_before(newer)]
+        learned = {row.text for row in lesson.train} - {row.text for row in result.validation}
+        held = {row.text: row for row in (*evaluation, *(row for row in (*held_out, *result.validation) if row.text not in learned))}
+        files = self._routing_files(state, [*kept, *rows], [*held.values()], [*negatives, *refused])
+        return replace(prepared, files=prepared.files | files, state=state)
+
+    def _evidence(self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None) -> Evidence:
+        """What the gate judges by: the candidate is asked before it is stored."""
+        from adapter_hub.continual.learner import EXEMPLARS_MAX, Asked, evidence_of, routed_of
+
+        measured = {row.text for row in result.validation}
+        slices = {what: [row for row in given if row.text not in measured] for what, given in lesson.slices.items()}
+        texts = list(dict.fromkeys(row.text for rows in (result.validation, *slices.values()) for row in rows))
+        with self._candidate(name, prepared.adapter) as ref:
+            outputs = self.engine.predict(_requests(texts, [ref] * len(texts), True))
+        mine = dict(zip(texts, (output.label for output in outputs), strict=True))
+        theirs = None
+        if current is not None:
+            theirs = dict(zip(texts, (answer.label for answer in self.predict(texts, adapters=str(current.ref))), strict=True))
+        whole = self.config.max_taken < 1    # a limit is held to exactly
+        effect = self._effect_of(name, prepared.state, None if whole else EXEMPLARS_MAX) if prepared.state.count else None
+        faults = () if all(math.isfinite(score) for output in outputs for score in output.scores.values()) else ("its scores are not finite",)
+        # In fewer bits more rows go another way, and that is no fault.
+        trained = result.metrics["accuracy"] if self.precision == "float32" else None
+        asked = Asked(result.validation, slices, mine, theirs, routed_of(effect) if effect else (), faults, trained)
+        return evidence_of(lesson, asked, current, self._vectors)
+
+    def _vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        from adapter_hub.routing.features import extract
+
+        return extract(self.encoder, texts).dense
+
+    @contextmanager
+    def _candidate(self, name: str, adapter: Adapter) -> Iterator[AdapterRef]:
+        """A reference that the engine knows an adapter by which is not stored: of a number that no version has."""
+        ref = AdapterRef(name, next(self._numbers))
+        self._candidates[ref] = adapter
+        try:
+            yield ref
+        finally:
+            del self._candidates[ref]
+            self.engine.evict(ref)
+
+    def _policy(self) -> GatePolicy:
+        config = self.config
+        return GatePolicy(config.gate_level, config.gate_margin, config.gate_routed_margin, config.max_taken)
     def teach(
         self,
         ref: str | AdapterRef,
@@ -816,12 +968,16 @@ class Hub:
             raise InvalidInput(f"{newcomer} has no examples and no description: it takes nothing.", hint="Only its name reaches it.")
         return self._effect(self._live.snapshot(), newcomer, state)
 
-    def _effect(self, now: Router, newcomer: AdapterRef, state: RoutingState) -> Effect:
+    def _effect(self, now: Router, newcomer: AdapterRef, state: RoutingState, exemplars_max: int | None = None) -> Effect:
         from adapter_hub.routing.effect import effect
         from adapter_hub.routing.scoring import Scoring
 
-        production = {ref: self._live.state(ref) for ref in now.refs if ref != newcomer}
-        return effect(production, newcomer, state, now.calibration.scoring if now.calibration else Scoring())
+        states = {ref: self._live.state(ref) for ref in now.refs if ref != newcomer} | {newcomer: state}
+        if exemplars_max is not None:
+            share = exemplars_max / max(1, sum(one.count for one in states.values()))
+            states = {ref: one.thinned(share) for ref, one in states.items()}
+        state = states.pop(newcomer)
+        return effect(states, newcomer, state, now.calibration.scoring if now.calibration else Scoring())
 
     def settle(self) -> Router:
         """Wait until the router's head knows every version in production; returns that router, an immutable snapshot."""

@@ -247,6 +247,13 @@ def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path,
     report = json.loads(out)
     assert report["ref"] == "words@1" and code == (0 if report["promoted"] else 1), err
     assert {"accuracy", "choice_accuracy", "epoch"} <= report["metrics"].keys()
+    assert report["verdict"] == report["gate"]["verdict"] and report["gate"]["findings"][0]["check"] == "validation"
+    anew = ["learn", "words", str(tmp_path / "words.jsonl"), "--config", settings, "--start", "cold", *registry]
+    code, out, err = invoke(*anew, "--promote", "never")    # as it was asked: no failure
+    assert code == 0 and "words@2" in out and "reason: never; the gate: " in out, err
+    code, out, err = invoke(*anew, "--promote", "always")
+    assert code == 0 and "reason: always; the gate: " in out and "  promote: integrity" not in out, err
+    assert invoke("learn", "words", str(tmp_path / "words.jsonl"), "--start", "hot", *registry)[0] == 2
     assert invoke("promote", "words@1", *registry)[:2] == (0, "production is now words@1\n")
 
     asked = [{"text": "paint the gate red", "id": 1}, {"text": ""}, {"text": "zebra number 40", "label": "zebra"}]

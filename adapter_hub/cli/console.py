@@ -86,6 +86,18 @@ def in_full(document: Mapping[str, JSON]) -> None:
                 print(f"  {shown(said, chars_max=10_000)}")
 
 
+def learned(document: Mapping[str, JSON]) -> None:
+    """What `learn` made, whether it is in production, and what each check of the gate found."""
+    gate = document["gate"]
+    facts({key: value for key, value in document.items() if key not in ("gate", "reason")})
+    line(f"reason: {document['reason']}")
+    for finding in gate["findings"]:
+        if finding["reason"]:
+            line(f"  {finding['verdict']}: {finding['check']}: {finding['reason']}")
+    for note in gate["notes"]:
+        line(f"  note: {note}")
+
+
 def verified(document: Mapping[str, JSON]) -> None:
     """What `verify` found. A folder that no reader sees is no damage, and not all that is well."""
     unregistered = document["unregistered"]

@@ -45,6 +45,7 @@ from adapter_hub.cli.console import (
     explanations,
     facts,
     in_full,
+    learned,
     line,
     piece,
     predictions,
@@ -211,16 +212,20 @@ def learn(
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet.")],
     validation: Annotated[str, typer.Option(help="Rows to judge it on; by default some are held out of TRAIN.")] = "",
     config: Annotated[str, typer.Option(help='Training settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
-    promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: where it is no worse than what is there.")] = "auto",
+    promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: unless the gate sees harm in it.")] = "auto",
+    start: Annotated[
+        Literal["auto", "warm", "cold"], typer.Option(help="Of a NAME in production: from its weights, or anew without what it knew.")
+    ] = "auto",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Train an adapter on labelled rows and register it.
 
-    It is promoted where it earns that; exit code 1 where it does not.
+    A NAME in production learns on: it keeps its labels, and its examples where their texts are kept. A gate compares the result with what is
+    there and says why it promotes, holds or rejects it. Exit code 1 where it is not promoted.
     """
     settings = _train_config(config)
-    report = _open(ctx, registry).learn(name, train=train, validation=validation or None, config=settings, promote=promote)
-    emit(report, as_json, facts)
+    report = _open(ctx, registry).learn(name, train=train, validation=validation or None, config=settings, promote=promote, start=start)
+    emit(report, as_json, learned)
     if not report.promoted and promote != "never":
         raise typer.Exit(SOME_FAILED)
 

@@ -15,7 +15,8 @@ from adapter_hub.registry.artifacts import write_atomic
 
 MAX_TOKENS_MAX = 1_000_000
 KEEP = ("vectors", "text")
-POLICY = ("max_false_reject", "max_taken", "keep")    # keys of the [policy] table; the others stand at the top
+# Keys of the [policy] table; the others stand at the top.
+POLICY = ("max_false_reject", "max_taken", "keep", "gate_level", "gate_margin", "gate_routed_margin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,9 @@ class RegistryConfig:
     max_false_reject: float = 0.05    # share of belonging inputs that the router may turn away, 0-1
     max_taken: float = 1.0            # share of another adapter's inputs that a newcomer may take and still be promoted, 0-1; 1: no limit
     keep: str = "vectors"             # what is stored of the examples: "vectors", or "text" as well
+    gate_level: float = 0.05          # how rarely the gate may see harm where there is none, above 0 to 0.5
+    gate_margin: float = 0.02         # share of an adapter's old inputs, and of all others' inputs, that a learned version may lose, 0-1
+    gate_routed_margin: float = 0.05    # share of one other adapter's inputs that it may lose, 0-1
 
     def __post_init__(self) -> None:
         for key, (allowed, test) in _RULES.items():
@@ -55,8 +59,11 @@ _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     ),
     "base_fingerprint": ("a fingerprint, or empty", _text),
     "encoder_fingerprint": ("a fingerprint, or empty", _text),
-    "max_false_reject": ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
-    "max_taken": ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
+    **dict.fromkeys(
+        ("max_false_reject", "max_taken", "gate_margin", "gate_routed_margin"),
+        ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
+    ),
+    "gate_level": ("a number above 0, at most 0.5", lambda value: _number(value) and 0 < float(str(value)) <= 0.5),
     "keep": ('"vectors" or "text"', lambda value: value in KEEP),
 }
 
@@ -122,6 +129,13 @@ max_taken = {config.max_taken!r}
 
 # What is stored of the examples given to `register`: "vectors", or "text" to keep the texts as well.
 keep = {_toml(config.keep)}
+
+# The gate of `adapter-hub learn`. What a new version may lose and still be promoted: of the inputs that the version in production was made
+# for, and of all other adapters' inputs together (gate_margin); of those of one other adapter (gate_routed_margin). gate_level is how
+# rarely it may see harm where there is none, above 0 to 0.5: a smaller one promotes more.
+gate_level = {config.gate_level!r}
+gate_margin = {config.gate_margin!r}
+gate_routed_margin = {config.gate_routed_margin!r}
 """
 
 

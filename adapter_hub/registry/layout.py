@@ -16,6 +16,7 @@ PEFT_CONFIG = "adapter_config.json"
 EXEMPLARS_FILE = "exemplars.jsonl"      # texts that were given to the router; where the policy keeps them
 EVALUATION_FILE = "evaluation.jsonl"
 NEGATIVES_FILE = "negatives.jsonl"
+GATE_FILE = "gate.json"                # why a version that was learned was promoted, held or rejected
 DATA_FILES = ("adapter_model.safetensors", "routing.safetensors")    # what a version learned: its weights, its exemplars' vectors
 IGNORED = ("catalog.sqlite", "catalog.sqlite-*", ".catalogue", "index/", ".staging/")    # derived, or of this machine
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,33 @@ class RoutingState:
             raise InvalidInput(f"{fact}.", hint="Give examples that belong to it.")
         refused = self.negatives.without(new + refused) + refused
         return _classified(encoder, exemplars, labels, self.evaluation, refused, from_description=described)
+
+    def succeeded(self, encoder: Encoder, newer: RoutingState) -> RoutingState:
+        """The state of a version that learned more: what `newer` knows, after those exemplars of this one that are none of newer's.
+
+        `newer` holds against this one as in `extended`; `rows_before` says which exemplars stay. `encoder` is that of both.
+        """
+        before = self.rows_before(newer)
+        exemplars = self.exemplars[before] + newer.exemplars
+        labels = [state.class_names[state.classes[row]] for state, rows in ((self, before), (newer, range(newer.count))) for row in rows]
+        evaluation, refused = self.evaluation.without(newer.evaluation) + newer.evaluation, self.negatives.without(newer.exemplars + newer.negatives)
+        return _classified(encoder, exemplars, labels, evaluation, refused + newer.negatives)
+
+    def rows_before(self, newer: RoutingState) -> list[int]:
+        """The exemplars that stay in `succeeded`, in their order; a description gives way to real examples."""
+        return [] if self.from_description else self.exemplars.rows_without(newer.exemplars + newer.negatives)
+
+    def thinned(self, share: float) -> RoutingState:
+        """With about `share` of the exemplars of each class, evenly spread, and at least two: for estimates that need not know all."""
+        if share >= 1 or self.from_description:
+            return self
+        kept: list[int] = []
+        for number in range(len(self.class_names)):
+            rows = np.flatnonzero(self.classes == number)
+            count = min(len(rows), max(2, round(share * len(rows))))
+            kept += rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)].tolist()
+        kept.sort()
+        return replace(self, exemplars=self.exemplars[kept], classes=self.classes[kept])
 
     def _kept(self, refused: Encodings) -> list[int]:
         """The exemplars that are not refused. A description stays: it stands for the adapter."""

@@ -50,6 +50,12 @@ def output_layer(model: PreTrainedModel) -> nn.Linear | None:
     return found[0] if len(found) == 1 else None
 
 
+def output_name(model: PreTrainedModel) -> str | None:
+    """Of the output layer, among the model's modules."""
+    layer = output_layer(model)
+    return next((name for name, module in model.named_modules() if layer is not None and module is layer), None)
+
+
 def _inputs_of(layer: nn.Linear, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> NDArray[np.float64]:
     """What reaches `layer` for each row, (n, h)."""
     seen: list[Tensor] = []

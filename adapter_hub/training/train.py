@@ -39,7 +39,8 @@ from adapter_hub.examples import Example
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import check_task, split, task_seed
 from adapter_hub.training.evaluate import classifier_metrics
-from adapter_hub.training.probe import start_from_probe
+from adapter_hub.training.probe import output_name, start_from_probe
+from adapter_hub.training.warm import Start, start_from
 
 EVAL_BATCH_ROWS = 64
 # One text has one segment: GPT-2 would add an embedding for token_type_ids that no other input of it gets.
@@ -68,12 +69,14 @@ def train_classifier(
     validation: Sequence[Example] | None = None,
     config: TrainConfig | None = None,
     folder: Path,
+    start: Start | None = None,
 ) -> TrainResult:
     """Train a LoRA classifier on a copy of `base`; the epoch that is best on rows it was not trained on is written to `folder`.
 
     The same rows, config, task name, threads and package versions give the same bytes, whatever ran before: trainings of one process
     wait for each other. Half of the validation rows choose the epoch, the others measure it; without any, training rows are held out
-    for both, of every label its share. Raises InvalidInput, with the position of the row where a row is at fault.
+    for both, of every label its share. It begins with the weights of `start` where one is given: its labels must be among those of the rows.
+    Raises InvalidInput, with the position of the row where a row is at fault.
     """
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
@@ -87,10 +90,13 @@ def train_classifier(
     with _own_randomness(seed), _quiet(not config.progress), tempfile.TemporaryDirectory(prefix="train-") as scratch:
         tokenizer, classifier = _tokenizer_copy(base), _classifier_copy(base, labels)
         features, choosing, measuring = (_features(tokenizer, base.max_tokens, labels, part) for part in parts)
-        if config.probe:
+        output = output_name(classifier)
+        if config.probe and (start is None or start.labels != labels):
             start_from_probe(classifier, _batches(tokenizer, features), np.array([row["labels"] for row in features]))
         with _building():
             model = get_peft_model(classifier, _lora_config(config))
+        if start is not None:
+            start_from(model, start, labels, output)
         trainer = _trainer(model, tokenizer, features, choosing, config, seed, Path(scratch))
         trainer.train()
         metrics = _chosen(trainer) | _measured(trainer, measuring)

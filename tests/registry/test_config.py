@@ -17,7 +17,7 @@ printable = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filte
 @given(base=printable, encoder=printable, tokens=st.integers(1, 10**6), rate=st.floats(0, 1), keep=st.sampled_from(["vectors", "text"]))
 def test_any_configuration_is_read_back_as_it_was_written(tmp_path_factory, base, encoder, tokens, rate, keep):
     path = tmp_path_factory.mktemp("config") / "hub.toml"
-    config = RegistryConfig(base, encoder, tokens, "sha256:1", "sha256:2", max_false_reject=rate, keep=keep)
+    config = RegistryConfig(base, encoder, tokens, "sha256:1", "sha256:2", max_false_reject=rate, keep=keep, gate_margin=rate, gate_level=0.01)
     write_config(path, config)
     assert read_config(path) == config
 
@@ -39,6 +39,8 @@ def test_the_defaults_are_filled_in(tmp_path):
         ("policy = 3", "policy = 3 is not a table"),
         ("[policy]\nmax_false_reject = 1.5", "policy.max_false_reject = 1.5 is not a number from 0 to 1"),
         ("[policy]\nmax_false_reject = nan", "policy.max_false_reject = nan is not a number from 0 to 1"),
+        ("[policy]\ngate_level = 0.0", "policy.gate_level = 0.0 is not a number above 0, at most 0.5"),
+        ("[policy]\ngate_margin = -1", "policy.gate_margin = -1 is not a number from 0 to 1"),
         ('[policy]\nkeep = "all"', "policy.keep = 'all' is not \"vectors\" or \"text\""),
         ('[policy]\nkepe = "text"', "policy.kepe is not a key. Did you mean policy.keep?"),
         ("maxtokens = 8", "maxtokens is not a key. Did you mean max_tokens?"),
@@ -72,4 +74,4 @@ def test_bytes_that_are_not_text_and_a_missing_file(tmp_path):
 def test_people_find_an_explanation_above_each_setting():
     lines = render_config(RegistryConfig("b", "hash", 8)).splitlines()
     bare = [line for before, line in itertools.pairwise(lines) if " = " in line and not (before.startswith("#") or " = " in before)]
-    assert bare == [] and sum(" = " in line for line in lines) == 8
+    assert bare == [] and sum(" = " in line for line in lines) == 11

@@ -268,3 +268,23 @@ def test_other_bytes_are_refused(data: bytes) -> None:
         RoutingState.from_bytes(build_state(ENCODER, ROWS).to_bytes()[:-3])
     with pytest.raises(CorruptVersion, match="not a routing file"):
         RoutingState.from_bytes(safetensors.numpy.save({"codes": np.zeros((1, 2), np.int8)}))
+
+
+def test_a_successor_knows_both_and_what_is_newer_holds() -> None:
+    newer = build_state(ENCODER, [Example("send money", "transfer"), Example("lost it", "lost")], evaluation=[Example("it is gone")])
+    older = build_state(ENCODER, ROWS, evaluation=HELD_OUT, negatives=[Example("lost it"), Example("the weather")])
+    both = older.succeeded(ENCODER, newer)
+    assert older.rows_before(newer) == [0, 1, 2]
+    told = [*ROWS[:3], Example("send money", "transfer"), Example("lost it", "lost")]
+    assert same(both, build_state(ENCODER, told, evaluation=[*HELD_OUT, Example("it is gone")], negatives=[Example("the weather")]))
+    assert same(build_state(ENCODER, [], "cards").succeeded(ENCODER, newer), newer)
+    assert newer.succeeded(ENCODER, newer).count == newer.count    # learned again, nothing is there twice
+
+
+def test_a_thinned_state_has_its_share_of_each_class_and_at_least_two(make_world: Callable[..., Any]) -> None:
+    state = make_world(1, 3).state(0, 20, evaluation=4)
+    thin = state.thinned(0.2)
+    assert np.bincount(thin.classes).tolist() == [4, 4, 4] and thin.class_names == state.class_names
+    assert len(thin.evaluation) == 12 and set(thin.exemplars.keys) <= set(state.exemplars.keys)
+    assert np.bincount(state.thinned(0.0).classes).tolist() == [2, 2, 2] and state.thinned(1.0) is state
+    assert RoutingState.from_bytes(thin.to_bytes()).digest == thin.digest

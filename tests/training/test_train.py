@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapter_hub.adapters.checks import check_acts, check_fits
 from adapter_hub.adapters.weights import read_adapter
@@ -27,6 +28,7 @@ from adapter_hub.testing import load_peft, tiny_model
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import split, task_seed
 from adapter_hub.training.train import TrainResult, train_classifier
+from adapter_hub.training.warm import Start
 
 WORDS = {
     "fruit": ("apple", "pear", "plum", "fig"),
@@ -221,3 +223,34 @@ def test_bad_rows_write_nothing(base: FrozenBase, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="training row 3 has a text that is empty"):
         train_classifier(base, [*ROWS[:2], Example(" ", "fruit")], config=CONFIG, folder=tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+SKY = [Example(frame.format("sky"), "air") for frame in FRAMES]
+STILL = replace(CONFIG, learning_rate=1e-12, epochs=1)    # the weights stay where they begin
+
+
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_warm_start_begins_with_the_old_weights_and_the_heads_rows_of_the_old_labels(tmp_path: Path, shape: str, dora: bool) -> None:
+    base = FrozenBase.load(tiny_model(tmp_path / shape, shape))
+    short = replace(CONFIG, epochs=2, use_dora=dora)
+    old = train_classifier(base, ROWS[:24], config=short, folder=tmp_path / "old")
+    start, still = Start(old.folder, old.labels), replace(STILL, use_dora=dora)
+    new = train_classifier(base, [*ROWS[:24], *SKY], config=still, folder=tmp_path / "new", start=start)
+    assert new.labels == ("air", *old.labels)
+    before, after = (load_file(result.folder / FILES[1]) for result in (old, new))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        kept = after[key] if after[key].shape == tensor.shape else after[key][1:]
+        assert torch.allclose(kept, tensor, atol=1e-6), key
+    assert sum(after[key].shape != tensor.shape for key, tensor in before.items()) == (2 if shape == "bert" else 1)    # the output layer's
+
+
+def test_a_start_that_does_not_fit_is_refused_with_the_reason(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
+    start = Start(trained.folder, trained.labels)
+    with pytest.raises(InvalidInput, match=r"lora_A\.weight of \(4, 32\) is \(2, 32\) here"):
+        train_classifier(base, ROWS, config=replace(CONFIG, r=2), folder=tmp_path, start=start)
+    with pytest.raises(InvalidInput, match="has no place here"):
+        train_classifier(base, ROWS, config=replace(CONFIG, target_modules=("query",)), folder=tmp_path, start=start)
+    with pytest.raises(InvalidInput, match="the label 'animal' is not among those to learn"):
+        train_classifier(base, [row for row in ROWS if row.label != "animal"], config=CONFIG, folder=tmp_path, start=start)

@@ -1,0 +1,224 @@
+"""Whether a candidate goes live. Pure: evidence in, verdict out; no files, no torch, nothing drawn at random.
+
+| the candidate | verdict |
+|---|---|
+| has a fault: the engine answers otherwise than it was trained, its numbers are not finite | reject |
+| is right no more often than always answering the commonest label | reject |
+| is the first version (or no row is new to the version in production), and worse than a linear probe on the frozen encoder | reject |
+| is worse than the version in production, on rows that neither was trained on | hold |
+| answers what that one was made for worse, by more than `margin` | hold |
+| lacks a label that that one knows | hold |
+| lets fewer inputs of the other adapters reach them: of all by more than `margin`, of one by more than `routed_margin` | hold |
+| takes more from one of them than `max_taken` | hold |
+| anything else: better, or not to be told apart | promote |
+
+A reject outweighs a hold. *Worse* is told by a paired bootstrap (Efron and Tibshirani 1993, ch. 16; Koehn 2004): of all samples, drawn with
+replacement from the rows that were judged, fewer than `level` have the candidate at least as good. Few rows cannot tell: one row that
+each of the two wins is added, so that five rows of one mind are the fewest that count at 5 %. What one row decides is no evidence.
+"""
+
+# n rows
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+LABELS_SHOWN = 6
+DECIMALS = 9    # of a probability: what the Fourier transform rounds is far below
+
+
+class Verdict(StrEnum):
+    PROMOTE = "promote"
+    HOLD = "hold"        # it may harm what is there: a person decides
+    REJECT = "reject"    # it is of no use
+
+
+_GRAVITY = list(Verdict)
+
+
+@dataclass(frozen=True, slots=True)
+class GatePolicy:
+    """What counts as harm. The `gate_…` settings and `max_taken` of hub.toml."""
+
+    level: float = 0.05            # of the bootstrap, above 0 to 0.5: how rarely harm may be seen where there is none
+    margin: float = 0.02           # share of old inputs, and of all other adapters' inputs, that may be lost, 0-1
+    routed_margin: float = 0.05    # share of one other adapter's inputs that may be lost, 0-1
+    max_taken: float = 1.0         # share of one other adapter's inputs that the candidate may take, 0-1; not even "always" overrides it
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Whether candidate and reference were right, on the same rows."""
+
+    reference: str                 # who, in words: "banking@2", "a linear probe"
+    candidate_right: tuple[bool, ...]
+    reference_right: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.candidate_right) != len(self.reference_right):
+            raise ValueError(f"{len(self.candidate_right)} rows of the candidate stand beside {len(self.reference_right)} of {self.reference}")
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, gained, lost): of candidate against reference."""
+        pairs = list(zip(self.candidate_right, self.reference_right, strict=True))
+        return len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What the router would change for the inputs of one other adapter."""
+
+    adapter: str
+    inputs: int     # that were looked at
+    gained: int     # would reach it, and do not now
+    lost: int       # reach it now, and would not
+    taken: float    # share of its inputs, 0-1, that would go to the candidate instead
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that a verdict rests on."""
+
+    validation: Paired
+    commonest_right: int | None = None             # rows of `validation` that have the commonest label; None where all have the same one
+    probed: bool = True                            # the reference is a linear probe, not the version in production
+    slices: Mapping[str, Paired] = field(default_factory=dict)    # old inputs, by what they are
+    lost_labels: tuple[str, ...] = ()              # that the version in production knows and the candidate does not
+    routed: tuple[Routed, ...] = ()
+    faults: tuple[str, ...] = ()                   # of integrity, in words
+    notes: tuple[str, ...] = ()                    # what could not be looked at, in words
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: what it found, and what follows from it alone."""
+
+    check: str
+    verdict: Verdict
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"check": self.check, "verdict": str(self.verdict), "reason": self.reason, "numbers": dict(self.numbers)}
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """The verdict and all that it rests on; stored with the version as gate.json."""
+
+    verdict: Verdict
+    reason: str
+    findings: tuple[Finding, ...]
+    policy: GatePolicy
+    notes: tuple[str, ...] = ()
+
+    @property
+    def forbidden(self) -> str:
+        """Why not even a person's "always" puts it into production; empty where that may."""
+        return next((found.reason for found in self.findings if found.check == "max_taken" and found.verdict is not Verdict.PROMOTE), "")
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"verdict": str(self.verdict), "reason": self.reason, "policy": asdict(self.policy)}
+        return facts | {"findings": [found.to_json() for found in self.findings], "notes": list(self.notes)}
+
+
+def judge(evidence: Evidence, policy: GatePolicy) -> GateReport:
+    """The gravest verdict of all checks, and in words why."""
+    findings = tuple(_findings(evidence, policy))
+    verdict = max((found.verdict for found in findings), key=_GRAVITY.index)
+    compared, *others = [found for found in findings if found.check == "validation"] + [found for found in findings if found.check != "validation"]
+    against = [found.reason for found in others if found.verdict is not Verdict.PROMOTE]
+    return GateReport(verdict, "; but ".join(filter(None, [compared.reason, ", and ".join(against)])), findings, policy, evidence.notes)
+
+
+def _findings(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
+    yield _validation(evidence, policy)
+    yield Finding("integrity", Verdict.REJECT if evidence.faults else Verdict.PROMOTE, ", and ".join(evidence.faults))
+    for name, pairs in evidence.slices.items():
+        yield _slice(name, pairs, policy)
+    if evidence.lost_labels:
+        shown = ", ".join(map(repr, evidence.lost_labels[:LABELS_SHOWN])) + (", …" if len(evidence.lost_labels) > LABELS_SHOWN else "")
+        reason = f"it no longer knows {len(evidence.lost_labels)} of the labels in production ({shown})"
+        yield Finding("labels", Verdict.HOLD, reason, {"lost": len(evidence.lost_labels)})
+    if evidence.routed:
+        yield from _routing(evidence.routed, policy)
+
+
+def _validation(evidence: Evidence, policy: GatePolicy) -> Finding:
+    rows, gained, lost = evidence.validation.counts
+    right, commonest = sum(evidence.validation.candidate_right), evidence.commonest_right
+    numbers = _numbers(rows, gained, lost) | {"right": right, "reference_right": right - gained + lost}
+    if commonest is not None:
+        numbers["commonest_right"] = commonest
+    accuracy = f"validation accuracy {_share(right, rows)}"
+    if not rows:
+        return Finding("validation", Verdict.PROMOTE, "no row was left to judge it on", numbers)
+    if commonest is not None and right <= commonest:
+        reason = f"{accuracy} is not above always answering the commonest label ({_share(commonest, rows)})"
+        return Finding("validation", Verdict.REJECT, reason, numbers)
+    beside = f"{accuracy}, {evidence.validation.reference} {_share(right - gained + lost, rows)}"
+    if is_worse(rows, gained, lost, policy.level):
+        verdict = Verdict.REJECT if evidence.probed else Verdict.HOLD
+        return Finding("validation", verdict, f"{beside}: worse on {lost} of {rows} rows, better on {gained}", numbers)
+    better = is_worse(rows, lost, gained, policy.level)
+    return Finding("validation", Verdict.PROMOTE, f"{beside}: {'better' if better else 'not to be told apart'} on {rows} rows", numbers)
+
+
+def _slice(name: str, pairs: Paired, policy: GatePolicy) -> Finding:
+    rows, gained, lost = pairs.counts
+    harmed = _harmed(rows, gained, lost, policy.margin, policy.level)
+    said = f"of {rows} {name} it answers {lost} wrongly that {pairs.reference} has right, and {gained} the other way round"
+    return Finding(name, Verdict.HOLD if harmed else Verdict.PROMOTE, said, _numbers(rows, gained, lost))
+
+
+def _routing(routed: Sequence[Routed], policy: GatePolicy) -> Iterator[Finding]:
+    inputs, gained, lost = (sum(getattr(other, name) for other in routed) for name in ("inputs", "gained", "lost"))
+    harmed = _harmed(inputs, gained, lost, policy.margin, policy.level)
+    said = f"of {inputs} inputs of all other adapters {lost} would no longer reach theirs, and {gained} would that do not now"
+    yield Finding("routing", Verdict.HOLD if harmed else Verdict.PROMOTE, said, _numbers(inputs, gained, lost))
+    for other in routed:
+        # Looked at one by one, many adapters would show harm by chance: each gets its part of the level (Bonferroni).
+        if _harmed(other.inputs, other.gained, other.lost, policy.routed_margin, policy.level / len(routed)):
+            said = f"of {other.inputs} inputs of {other.adapter} {other.lost} would no longer reach it, and {other.gained} would that do not now"
+            yield Finding(f"routing of {other.adapter}", Verdict.HOLD, said, _numbers(other.inputs, other.gained, other.lost))
+    most = max(routed, key=lambda other: other.taken)
+    above = policy.max_taken < 1 and most.taken > policy.max_taken
+    said = f"it would take {100 * most.taken:.1f} % of the inputs of {most.adapter}, hub.toml allows {100 * policy.max_taken:.1f} %"
+    yield Finding("max_taken", Verdict.HOLD if above else Verdict.PROMOTE, said, {"taken": most.taken})
+
+
+def _harmed(rows: int, gained: int, lost: int, margin: float, level: float) -> bool:
+    """More is lost than the margin, and not by chance."""
+    return lost - gained > margin * rows and is_worse(rows, gained, lost, level)
+
+
+def is_worse(rows: int, gained: int, lost: int, level: float) -> bool:
+    """Whether of all bootstrap samples fewer than `level` have the candidate at least as good as its reference."""
+    return lost > gained and chance_of_no_loss(rows, gained, lost) < level
+
+
+def chance_of_no_loss(rows: int, gained: int, lost: int) -> float:
+    """The share, 0-1, of bootstrap samples in which at least as many rows are gained as are lost.
+
+    Of the samples of every one that could be drawn, not of some: the sum of n draws from {1, 0, -1} has a distribution in closed form, the
+    n-th power of the characteristic function of one draw. So there is no seed, and a row more that is right never makes the share smaller.
+    """
+    import numpy as np  # here: to list and to promote costs no numpy
+
+    gained, lost, n = gained + 1, lost + 1, rows + 2    # a row that each wins
+    turns = np.exp(2j * np.pi * np.fft.fftfreq(2 * n + 1))
+    powers = ((gained * np.conj(turns) + lost * turns + (n - gained - lost)) / n) ** n
+    sums = np.real(np.fft.ifft(powers))    # P(sum = 0), P(1), …, P(n), P(-n), …, P(-1)
+    return round(float(np.clip(sums[: n + 1].sum(), 0, 1)), DECIMALS)
+
+
+def _numbers(rows: int, gained: int, lost: int) -> dict[str, float]:
+    return {"rows": rows, "gained": gained, "lost": lost, "chance_of_no_loss": chance_of_no_loss(rows, gained, lost)}
+
+
+def _share(right: int, rows: int) -> str:
+    return f"{right / max(rows, 1):.3f}"

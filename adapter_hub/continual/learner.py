@@ -1,0 +1,268 @@
+"""What a version is learned from, and the evidence on what came of it. `gate` judges, `hub` trains, measures and registers.
+
+A name that is in production already is learned on: the new rows together with the kept examples of the version in production (replay),
+from its weights where they fit (warm). Rows that this version knows cannot say which of the two is better: both are compared on rows that
+are new to both, and on those that were kept to evaluate it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_hub.continual.gate import Evidence, Paired, Routed
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
+from adapter_hub.refs import AdapterRef
+from adapter_hub.training.config import ALL_LINEAR, TrainConfig
+from adapter_hub.training.data import check_task, hold_out, task_seed
+
+if TYPE_CHECKING:
+    from adapter_hub.routing.effect import Effect
+    from adapter_hub.training.warm import Start
+
+# n rows, d width of the encoder
+STARTS = ("auto", "warm", "cold")
+SLICE_ROWS_MAX = 1_000        # of the old inputs that both versions are asked
+EXEMPLARS_MAX = 2_000         # of all adapters together, on which the effect of a newcomer is estimated: its cost grows with their cube
+PROBE_CELLS_MAX = 20_000_000  # rows x labels; beyond, the class means are the probe
+PENALTY_INVERSE = 10.0        # sklearn's C, on unit vectors
+ITERATIONS_MAX = 300
+LABELS_SHOWN = 5               # in one message
+REPLAYED = "replayed examples"
+EVALUATION = "old evaluation inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """The version in production, as far as learning on needs it."""
+
+    ref: AdapterRef
+    folder: Path
+    labels: tuple[str, ...]
+    peft: Mapping[str, Any]                  # adapter_config.json
+    plain: bool = True                       # its input is the text alone, without a prompt template
+    exemplars: tuple[Example, ...] = ()      # those whose texts are kept and whose labels its head has
+    evaluation: tuple[Example, ...] = ()     # likewise, of its evaluation inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What to train on, from what, and what to ask afterwards."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...] | None
+    config: TrainConfig
+    start: Start | None = None                      # warm
+    parent: AdapterRef | None = None                # whose weights or examples are in it
+    unseen: bool = False                            # the version in production was trained on none of the validation rows
+    slices: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    lost_labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_lesson(
+    name: str,
+    rows: Sequence[Example],
+    validation: Sequence[Example] | None,
+    config: TrainConfig | None,
+    current: Current | None,
+    start: str,
+    seen: Collection[int] = (),
+) -> Lesson:
+    """How `rows` are learned. `seen` are the positions (from 0) of rows that are examples of `current` already.
+
+    "cold" starts from the base and replays nothing: the new rows take the place of the old. "warm" starts from the weights in production, or
+    is refused with the reason; "auto" does so where they fit. Both replay what texts are kept; where none are, the rows must have every
+    label that there was. Raises InvalidInput with the position of the row that is at fault.
+    """
+    if start not in STARTS:
+        raise InvalidInput(f"start={start!r} is not a way to start.", hint=f"Use {', '.join(map(repr, STARTS))}.")
+    if config is not None and not isinstance(config, TrainConfig):
+        raise InvalidInput(f"the training config is {type(config).__name__}, not a TrainConfig.", hint="Use TrainConfig.from_dict for a mapping.")
+    if not rows:
+        raise InvalidInput("there is nothing to learn: no rows were given.", hint='A row to learn from is {"text": …, "label": …}.')
+    if current is None:
+        if start == "warm":
+            raise InvalidInput(f"{name} has no classifier in production to start from.", hint='Use start="auto" (`--start auto`).')
+        check_task(rows, validation)
+        return Lesson(tuple(rows), _given(validation), config or TrainConfig())
+    if start == "cold":
+        lost = sorted(set(current.labels) - set(check_task(rows, validation)))
+        lesson = Lesson(
+            tuple(rows), _given(validation), config or TrainConfig(), lost_labels=tuple(lost), notes=("a cold start: nothing is replayed",)
+        )
+        return _compared(lesson, rows, current, seen)
+    # What is said now holds against what was said before; and what measures it stays out of training.
+    texts = {row.text for row in (*rows, *current.evaluation, *(validation or ()))}
+    replayed = [row for row in current.exemplars if row.text not in texts]
+    labels = check_task([*rows, *replayed], validation)
+    if lost := sorted(set(current.labels) - set(labels)):
+        shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
+        fact = f"{len(lost)} labels of {current.ref} would be lost ({shown}): no row has them, and no text of theirs is kept."
+        hint = 'Give rows of these labels too. start="cold" (`--start cold`) makes a version without them; keep = "text" in hub.toml keeps texts.'
+        raise InvalidInput(fact, hint=hint)
+    fault = _warm_fault(current, config)
+    if fault and start == "warm":
+        raise InvalidInput(f"{current.ref} is nothing to start from: {fault}.", hint='Use start="auto" (`--start auto`).')
+    notes = [f"{len(replayed)} examples of {current.ref} are replayed" if replayed else f"no text of {current.ref} is kept that could be replayed"]
+    notes.append(f"its weights are not: {fault}" if fault else f"it starts from the weights of {current.ref}")
+    lesson = Lesson(
+        (*rows, *replayed), _given(validation), _shaped(config, None if fault else current),
+        start=None if fault else _start(current), parent=current.ref, notes=tuple(notes),
+    )  # fmt: skip
+    lesson = _compared(lesson, rows, current, seen)
+    slices = {REPLAYED: _spread(replayed)} | dict(lesson.slices)
+    return replace(lesson, slices={what: given for what, given in slices.items() if given})
+
+
+def _given(validation: Sequence[Example] | None) -> tuple[Example, ...] | None:
+    return None if validation is None else tuple(validation)
+
+
+def _start(current: Current) -> Start:
+    from adapter_hub.training.warm import Start
+
+    return Start(current.folder, current.labels)
+
+
+def _compared(lesson: Lesson, rows: Sequence[Example], current: Current, seen: Collection[int]) -> Lesson:
+    """With rows that tell which is better: given ones, or some held out of those that are new; and with the old ones that are none of either."""
+    known = {row.text for row in current.exemplars} | {rows[position].text for position in seen}
+    unseen = lesson.validation is not None and not known & {row.text for row in lesson.validation}
+    if lesson.validation is None:
+        new = [row for row in rows if row.text not in known]
+        share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
+        try:
+            _, held = hold_out(new, share, seed)    # half of it will choose the epoch
+        except (InvalidInput, ValueError):
+            held = []
+        out = {row.text for row in held}
+        rest = [row for row in lesson.train if row.text not in out]
+        if held and {row.label for row in rest} == {row.label for row in lesson.train}:
+            lesson, unseen = replace(lesson, train=tuple(rest), validation=tuple(held)), True
+    learned = {row.text for row in (*lesson.train, *(lesson.validation or ()))}
+    old = [row for row in current.evaluation if row.text not in learned]
+    return replace(lesson, unseen=unseen, slices={EVALUATION: _spread(old)} if old else {})
+
+
+def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:
+    """At most SLICE_ROWS_MAX of them, evenly spread."""
+    places = np.linspace(0, len(rows) - 1, min(len(rows), SLICE_ROWS_MAX)).astype(int)
+    return tuple(rows[place] for place in places)
+
+
+def _warm_fault(current: Current, config: TrainConfig | None) -> str:
+    """Why its weights are no start for this config, to be read after a colon; empty where they are."""
+    peft = current.peft
+    if not current.plain:
+        return "it has a prompt template, and is trained on the text alone"
+    if peft.get("rank_pattern") or peft.get("alpha_pattern"):
+        return "its rank differs from module to module"
+    if config is None:
+        return ""
+    for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora"), ("use_dora", "use_dora")):
+        if (wanted := getattr(config, ours)) != (found := peft.get(theirs, False)):
+            return f"it has {theirs}={found!r}, and the config says {wanted!r}"
+    targets = peft.get("target_modules")
+    adapted = {targets} if isinstance(targets, str) else set(targets or ())
+    wanted = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
+    return "" if config.target_modules == ALL_LINEAR or adapted <= wanted else "it adapts modules that the config does not name"
+
+
+def _shaped(config: TrainConfig | None, current: Current | None) -> TrainConfig:
+    """The config, or where none was given the usual one in the shape of what it starts from."""
+    if config is not None or current is None:
+        return config or TrainConfig()
+    peft, targets = current.peft, current.peft["target_modules"]
+    return replace(
+        TrainConfig(), r=peft["r"], alpha=peft["lora_alpha"], use_rslora=bool(peft.get("use_rslora")), use_dora=bool(peft.get("use_dora")),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+    )  # fmt: skip
+
+
+# ---- evidence -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the candidate and the version in production answered, by text."""
+
+    validation: Sequence[Example]
+    slices: Mapping[str, Sequence[Example]]
+    candidate: Mapping[str, str | None]
+    current: Mapping[str, str | None] | None = None
+    routed: tuple[Routed, ...] = ()
+    faults: tuple[str, ...] = ()
+    trained_accuracy: float | None = None    # on the validation rows, as training measured it; None: not to be compared
+
+
+def evidence_of(
+    lesson: Lesson, asked: Asked, current: Current | None, vectors: Callable[[Sequence[str]], NDArray[np.float32]]
+) -> Evidence:
+    """What the gate judges by. `vectors` (texts to (n, d)) is the frozen encoder."""
+    notes, faults, rows = list(lesson.notes), list(asked.faults), asked.validation
+    if current is not None and asked.current is not None and lesson.unseen:
+        validation, first = _paired(rows, asked.candidate, asked.current, str(current.ref)), False
+    else:
+        measured = {row.text for row in rows}
+        train = [row for row in lesson.train if row.text not in measured]
+        found = vectors([row.text for row in (*train, *rows)])
+        answers = linear_probe(found[: len(train)], [row.label for row in train], found[len(train) :])
+        probed = dict(zip((row.text for row in rows), answers, strict=True))
+        validation, first = _paired(rows, asked.candidate, probed, "a linear probe of the encoder"), True
+        if current is not None:
+            notes.append(f"{current.ref} may know the validation rows: on them it is not compared with")
+    right = sum(validation.candidate_right)
+    if asked.trained_accuracy is not None and abs(right - asked.trained_accuracy * len(rows)) > 1.5:    # one may go either way by rounding
+        faults.append(f"in use it answers {right} of {len(rows)} validation rows rightly, {asked.trained_accuracy * len(rows):.0f} in training")
+    slices = {}
+    if current is not None and asked.current is not None:
+        slices = {what: _paired(given, asked.candidate, asked.current, str(current.ref)) for what, given in asked.slices.items() if given}
+    return Evidence(
+        validation, commonest_right(rows), probed=first, slices=slices, lost_labels=lesson.lost_labels, routed=asked.routed,
+        faults=tuple(faults), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def linear_probe(
+    train: NDArray[np.floating[Any]], labels: Sequence[str | None], asked: NDArray[np.floating[Any]]
+) -> list[str | None]:
+    """What a logistic regression on the vectors (n, d) answers to `asked`: how far a skill gets without an adapter."""
+    names, targets = np.unique(np.array([label or "" for label in labels]), return_inverse=True)
+    if len(targets) * len(names) > PROBE_CELLS_MAX:
+        means = np.array([train[targets == number].mean(axis=0) for number in range(len(names))])
+        return list(names[(asked @ means.T - (means**2).sum(axis=1) / 2).argmax(axis=1)])
+    if len(names) == 1:
+        return [str(names[0])] * len(asked)
+    from sklearn.linear_model import LogisticRegression
+
+    return list(names[LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit(train, targets).predict(asked)])
+
+
+def commonest_right(rows: Sequence[Example]) -> int | None:
+    """How many have the commonest label; None where all have the same one, so that nothing is told apart."""
+    counts = Counter(row.label for row in rows)
+    return max(counts.values()) if len(counts) > 1 else None
+
+
+def _paired(rows: Sequence[Example], candidate: Mapping[str, str | None], reference: Mapping[str, str | None], name: str) -> Paired:
+    """Their answers to `rows`, as right or wrong."""
+    mine, theirs = (tuple(answers[row.text] == row.label for row in rows) for answers in (candidate, reference))
+    return Paired(name, mine, theirs)
+
+
+def routed_of(effect: Effect) -> tuple[Routed, ...]:
+    """What the router would change for each other adapter, in rows."""
+    found = []
+    for other in effect.others:
+        net, lost = round((other.after - other.before) * other.inputs), round(other.taken * other.inputs)
+        lost = max(lost, -net)    # what goes to a third one is lost too
+        found.append(Routed(str(other.adapter), other.inputs, net + lost, lost, other.taken))
+    return tuple(found)

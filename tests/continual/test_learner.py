@@ -1,0 +1,243 @@
+"""Learning on: what a lesson is made of, what a new version keeps of the old one, and what the gate says of it. Real tiny models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load
+
+from adapter_hub.continual.gate import GatePolicy, Verdict, judge
+from adapter_hub.continual.learner import EVALUATION, REPLAYED, Asked, Current, evidence_of, linear_probe, plan_lesson
+from adapter_hub.errors import HubError, InvalidInput
+from adapter_hub.examples import Example
+from adapter_hub.hub import Hub
+from adapter_hub.refs import AdapterRef
+from adapter_hub.testing import make_adapter, tiny_model
+from adapter_hub.training.config import TrainConfig
+
+CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
+PEFT = {"r": 4, "lora_alpha": 16, "use_rslora": False, "use_dora": False, "target_modules": ["query", "value"]}
+
+
+def texts(rows: Iterable[Example] | None) -> set[str]:
+    return {row.text for row in rows or ()}
+
+
+def rows(*words: str, count: int = 12, frame: str = "{} number {}") -> list[Example]:
+    return [Example(frame.format(word, i), word) for word in words for i in range(count)]
+
+
+OLD = tuple(rows("apple", "zebra"))
+CURRENT = Current(AdapterRef("words", 1), Path("."), ("apple", "zebra"), PEFT, exemplars=OLD, evaluation=tuple(rows("apple", "zebra", count=2)))
+
+
+# ---- the lesson -----------------------------------------------------------------------------------------------------
+
+
+def test_new_rows_are_learned_beside_the_old_ones_without_those_that_measure() -> None:
+    new = rows("mango", "apple", frame="fresh {} {}")
+    lesson = plan_lesson("words", new, None, CONFIG, CURRENT, "auto")
+    assert lesson.parent == CURRENT.ref and lesson.start is not None and lesson.start.labels == CURRENT.labels
+    assert texts(CURRENT.evaluation).isdisjoint(texts(lesson.train))
+    assert set(lesson.slices) == {REPLAYED, EVALUATION} and texts(lesson.slices[EVALUATION]) == texts(CURRENT.evaluation)
+    assert len(lesson.slices[REPLAYED]) == 20 and texts(lesson.slices[REPLAYED]) <= texts(lesson.train)
+
+
+def test_the_two_versions_are_compared_on_rows_that_are_new_to_both() -> None:
+    new = rows("mango", "apple", frame="fresh {} {}")
+    lesson = plan_lesson("words", [*OLD, *new], None, CONFIG, CURRENT, "auto")
+    assert lesson.unseen and lesson.validation and texts(lesson.validation) <= texts(new)
+    assert texts(lesson.validation).isdisjoint(texts(lesson.train))
+    assert texts(lesson.validation) | texts(lesson.train) == texts(OLD) | texts(new)
+    again = plan_lesson("words", OLD, None, CONFIG, CURRENT, "auto")
+    assert not again.unseen and again.validation is None
+    given = plan_lesson("words", new, OLD[:4], CONFIG, CURRENT, "auto")
+    assert not given.unseen and texts(OLD[:4]).isdisjoint(texts(given.train))
+    seen = plan_lesson("words", new, None, CONFIG, replace(CURRENT, exemplars=(), evaluation=()), "cold", range(len(new)))
+    assert not seen.unseen    # by their vectors: the texts are not kept
+
+
+def test_what_is_said_now_holds_against_what_was_said_before() -> None:
+    lesson = plan_lesson("words", [Example(OLD[5].text, "zebra"), *rows("apple", frame="fresh {} {}")], None, CONFIG, CURRENT, "auto")
+    assert [row.label for row in lesson.train if row.text == OLD[5].text] == ["zebra"]
+
+
+def test_without_the_kept_texts_old_labels_must_be_among_the_new_rows() -> None:
+    bare = replace(CURRENT, exemplars=(), evaluation=())
+    with pytest.raises(InvalidInput, match=r"1 labels of words@1 would be lost \('zebra'\).*start=\"cold\".*keep = \"text\""):
+        plan_lesson("words", rows("apple", "mango", frame="fresh {} {}"), None, CONFIG, bare, "auto")
+    lesson = plan_lesson("words", rows("apple", "mango", frame="fresh {} {}"), None, CONFIG, bare, "cold")
+    assert lesson.lost_labels == ("zebra",) and lesson.parent is None and lesson.start is None
+    whole = plan_lesson("words", rows("apple", "zebra", "mango", frame="fresh {} {}"), None, CONFIG, bare, "auto")
+    assert whole.start is not None and whole.notes[0] == "no text of words@1 is kept that could be replayed"
+
+
+@pytest.mark.parametrize(
+    ("config", "current", "says"),
+    [
+        (replace(CONFIG, r=8), CURRENT, "it has r=4, and the config says 8"),
+        (replace(CONFIG, use_dora=True), CURRENT, "it has use_dora=False, and the config says True"),
+        (replace(CONFIG, target_modules=("query",)), CURRENT, "it adapts modules that the config does not name"),
+        (CONFIG, replace(CURRENT, plain=False), "it has a prompt template"),
+        (None, replace(CURRENT, peft=PEFT | {"rank_pattern": {"query": 8}}), "its rank differs from module to module"),
+    ],
+)
+def test_weights_that_do_not_fit_are_no_start_and_it_is_said_why(config: TrainConfig | None, current: Current, says: str) -> None:
+    new = rows("mango", frame="fresh {} {}")
+    lesson = plan_lesson("words", new, None, config, current, "auto")
+    assert lesson.start is None and lesson.parent == current.ref and any(says in note for note in lesson.notes)
+    with pytest.raises(InvalidInput, match="words@1 is nothing to start from"):
+        plan_lesson("words", new, None, config, current, "warm")
+
+
+def test_without_a_config_the_shape_of_the_old_one_is_taken() -> None:
+    config = plan_lesson("words", rows("mango", frame="fresh {} {}"), None, None, CURRENT, "auto").config
+    assert (config.r, config.alpha, config.target_modules) == (4, 16, ("query", "value"))
+
+
+def test_the_probe_answers_as_one_would_by_the_vectors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.eye(3)[[0, 0, 1, 1, 2]]
+    assert linear_probe(vectors, ["a", "a", "b", "b", "c"], np.eye(3)) == ["a", "b", "c"]
+    assert linear_probe(vectors, ["a"] * 5, np.eye(3)) == ["a"] * 3
+    monkeypatch.setattr("adapter_hub.continual.learner.PROBE_CELLS_MAX", 1)    # by the means
+    assert linear_probe(vectors, ["a", "a", "b", "b", "c"], np.eye(3)) == ["a", "b", "c"]
+
+
+def test_a_candidate_that_answers_otherwise_in_use_than_in_training_is_rejected() -> None:
+    lesson = plan_lesson("words", OLD, None, CONFIG, None, "auto")
+    right = {row.text: row.label for row in OLD}
+    asked = Asked(OLD[6:18], {}, right, trained_accuracy=0.5)
+    report = judge(evidence_of(lesson, asked, None, lambda texts: np.eye(len(texts), dtype=np.float32)), GatePolicy())
+    assert report.verdict is Verdict.REJECT and "in use it answers 12 of 12 validation rows rightly, 6 in training" in report.reason
+
+
+# ---- a hub that learns on -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "bert", "bert")
+
+
+@pytest.fixture(scope="module")
+def taught(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Registries that have learned `words` once: one keeps texts, one keeps vectors."""
+    found = {}
+    for keep in ("text", "vectors"):
+        found[keep] = tmp_path_factory.mktemp(keep) / "registry"
+        Hub.create(found[keep], base_model=bert, encoder="hash")
+        settings = found[keep] / "hub.toml"
+        settings.write_text(settings.read_text().replace('keep = "vectors"', f'keep = "{keep}"'))
+        report = Hub.open(found[keep]).learn("words", OLD, config=CONFIG, description="Words.", tags=["w"], promote="always")
+        assert report.promoted
+    return found
+
+
+def opened(taught: Mapping[str, Path], keep: str, tmp_path: Path) -> Hub:
+    shutil.copytree(taught[keep], tmp_path / "registry")
+    return Hub.open(tmp_path / "registry")
+
+
+def weights(hub: Hub, ref: AdapterRef | str) -> dict[str, object]:
+    return dict(load(hub.registry.read(ref, "adapter_model.safetensors")))
+
+
+def test_the_gates_report_is_stored_with_the_version_that_it_judged(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "text", tmp_path)
+    report = hub.learn("letters", rows("alpha", "beta"), config=CONFIG)
+    stored = json.loads(hub.registry.read(report.ref, "gate.json"))
+    assert stored == report.gate.to_json() | {"start": False} and stored["verdict"] == str(report.verdict)
+    assert {"validation", "integrity", "routing", "max_taken"} <= {finding["check"] for finding in stored["findings"]}
+    assert "a linear probe of the encoder" in report.reason and hub.verify().ok
+    assert report.promoted == (report.verdict is Verdict.PROMOTE)
+    assert all(row.text not in json.dumps(stored) for row in rows("alpha", "beta"))
+
+
+def test_a_skill_learns_on_with_a_new_label_and_keeps_what_it_knew(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "text", tmp_path)
+    before = weights(hub, "words@1")
+    report = hub.learn("words", rows("mango"), config=replace(CONFIG, learning_rate=1e-9, epochs=1), promote="always")
+    manifest = hub.show(report.ref)
+    assert (str(report.ref), manifest.parent, manifest.labels) == ("words@2", "words@1", ("apple", "mango", "zebra"))
+    assert (manifest.description, manifest.tags) == ("Words.", ("w",)) and report.promoted
+    after = weights(hub, report.ref)
+    for key, old in before.items():    # so small a rate leaves them where they began
+        new = after[key][[0, 2]] if "classifier" in key else after[key]    # type: ignore[index]
+        assert np.allclose(new, old, atol=1e-5), key
+    exemplars, evaluation = ((hub.registry.folder(report.ref) / f"{what}.jsonl").read_text() for what in ("exemplars", "evaluation"))
+    assert exemplars.count("\n") == hub.state(report.ref).count == 36 and "apple" in evaluation and "mango" in evaluation
+    assert {"replayed examples", "old evaluation inputs"} <= {finding.check for finding in report.gate.findings}
+    assert {p.adapter.name for p in hub.predict(["apple number 3", "mango number 3"], max_false_reject=0) if p.adapter} == {"words"}
+
+
+def test_a_version_that_forgets_is_held_and_the_one_in_production_stays(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "text", tmp_path)
+    swapped = [Example(row.text, "zebra" if row.label == "apple" else "apple") for row in OLD]
+    report = hub.learn("words", swapped, config=CONFIG, start="cold", validation=rows("apple", "zebra", frame="{} item {}"))
+    assert report.verdict is not Verdict.PROMOTE and not report.promoted and hub.registry.aliases("words") == {"production": 1}
+    assert hub.registry.history("words")[-1].reason == report.reason
+    assert hub.registry.read(report.ref, "gate.json")
+    kept = hub.learn("words", rows("apple", "mango", frame="fresh {} {}"), config=CONFIG, start="cold")
+    assert kept.verdict is not Verdict.PROMOTE and "it no longer knows 1 of the labels in production ('zebra')" in kept.reason
+    assert not kept.promoted and hub.show(kept.ref).parent is None
+    assert hub.learn("words", rows("apple", "mango", frame="fresh {} {}"), config=CONFIG, start="cold", promote="always").promoted
+
+
+def test_where_only_vectors_are_kept_the_router_keeps_them_and_lost_labels_are_refused(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "vectors", tmp_path)
+    events = hub.registry.last_event()
+    with pytest.raises(InvalidInput, match="2 labels of words@1 would be lost"):
+        hub.learn("words", rows("mango", "cherry"), config=CONFIG)
+    assert hub.registry.last_event() == events
+    report = hub.learn("words", rows("apple", "zebra", "mango", frame="fresh {} {}"), config=CONFIG, promote="always")
+    assert hub.state(report.ref).count == 24 + 36 and "no text of words@1 is kept that could be replayed" in report.gate.notes
+    again = hub.learn("words", rows("apple", "zebra", "mango", frame="fresh {} {}"), config=CONFIG, promote="always")
+    assert hub.state(again.ref).count == 60 and "words@2 may know the validation rows: on them it is not compared with" in again.gate.notes
+
+
+@pytest.mark.parametrize("name", ["words", "new"])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([Example("a text")], "no label|too few"),
+        ([Example(" ", "apple"), *OLD], "row 1"),
+        ([*OLD, Example("a text")], "row 25 has no label"),
+        ([], "too few|nothing to learn"),
+    ],
+)
+def test_rows_that_cannot_be_learned_leave_the_registry_as_it_was(
+    taught: Mapping[str, Path], tmp_path: Path, name: str, given: list[Example], says: str
+) -> None:
+    hub = opened(taught, "text", tmp_path)
+    listed, events = [row.to_json() for row in hub.list()], hub.registry.last_event()
+    with pytest.raises(InvalidInput, match=says):
+        hub.learn(name, given, config=CONFIG)
+    for bad in ({"start": "hot"}, {"validation": [Example("x", "nobody")]}, {"validation": []}):
+        with pytest.raises(InvalidInput):
+            hub.learn(name, OLD, config=CONFIG, **bad)  # type: ignore[arg-type]
+    assert [row.to_json() for row in hub.list()] == listed and hub.registry.last_event() == events
+    assert not list((tmp_path / "registry" / "adapters").glob("new"))
+
+
+def test_one_class_and_a_start_that_is_not_there_are_refused(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "text", tmp_path)
+    with pytest.raises(InvalidInput, match="all 3 training rows have the label 'one'"):
+        hub.learn("new", rows("one", count=3), config=CONFIG)
+    with pytest.raises(InvalidInput, match="new has no classifier in production to start from"):
+        hub.learn("new", OLD, config=CONFIG, start="warm")
+    with pytest.raises(HubError, match="it has r=4, and the config says 8"):
+        hub.learn("words", rows("mango"), config=replace(CONFIG, r=8), start="warm")
+    assert hub.names() == ["words"]
+
+
+def test_an_adapter_that_was_registered_learns_on_too(bert: Path, tmp_path: Path) -> None:
+    hub = Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
+    hub.register("words", make_adapter(hub.base, tmp_path / "a", seed=1), OLD, labels=["zebra", "apple"])    # in another order
+    report = hub.learn("words", rows("apple", "zebra", "mango"), config=None, promote="always", validation=rows("mango", count=4, frame="a {} {}"))
+    assert report.promoted and hub.show(report.ref).parent == "words@1" and hub.show(report.ref).labels == ("apple", "mango", "zebra")
