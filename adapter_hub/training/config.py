@@ -10,6 +10,7 @@ from typing import Any, Self
 from adapter_hub.errors import InvalidInput
 
 _SEE = "See adapter_hub.training.config.TrainConfig."
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")    # transformers' names
 ALL_LINEAR = "all-linear"    # every linear layer of the transformer, the head excepted; PEFT's word
 
 
@@ -21,15 +22,20 @@ class TrainConfig:
     alpha: int = 16                        # updates are scaled by alpha / r (alpha / √r with rsLoRA)
     dropout: float = 0.05                  # share of the adapter's inputs dropped while training, 0 to below 1
     target_modules: tuple[str, ...] | str = ALL_LINEAR    # endings of module names, a regular expression, or "all-linear"
+    layers_share: float = 1.0              # share of the layers, from the top, that "all-linear" adapts; those below are computed once
     use_rslora: bool = False
     use_dora: bool = False
     epochs: int = 10                       # passes over the training rows, at most epochs_max
+    patience: int = 0                      # stop after so many epochs without a better one; 0 runs all
     steps_min: int = 100                   # small sets get more epochs, until the optimiser took this many steps
     epochs_max: int = 40
     learning_rate: float = 1e-3
     batch_size: int = 16
+    accumulation: int = 1                  # batches to a step of the optimiser
     warmup_ratio: float = 0.1              # share of the steps in which the rate rises from 0; then it falls to 0
+    schedule: str = "linear"               # how the rate falls: one of SCHEDULES
     weight_decay: float = 0.01
+    base_dropout: bool = True              # train with the base's own dropout, too
     label_smoothing: float = 0.05          # 0 to below 1; keeps the head from being surer than it is right
     probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
@@ -45,6 +51,8 @@ class TrainConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} is not true or false.", hint=_SEE)
+        if self.schedule not in SCHEDULES:
+            raise InvalidInput(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}.", hint=_SEE)
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
         if not endings or not all(isinstance(ending, str) and ending for ending in endings):
             raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")
@@ -74,6 +82,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": _COUNT,
     "steps_min": (_at_least(0), "a whole number of at least 0"),
     "epochs_max": _COUNT,
+    "patience": (_at_least(0), "a whole number of at least 0"),
+    "accumulation": _COUNT,
+    "layers_share": (lambda value: 0 < value <= 1, "a share above 0, at most 1"),
     "learning_rate": _POSITIVE,
     "batch_size": _COUNT,
     "warmup_ratio": _SHARE,
@@ -82,5 +93,5 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "validation_share": (lambda value: 0 < value < 1, "a share above 0 and below 1"),
     "seed": (_at_least(0), "a whole number of at least 0"),
 }
-_SWITCHES = ("use_rslora", "use_dora", "probe", "progress")
-_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed"})
+_SWITCHES = ("base_dropout", "use_rslora", "use_dora", "probe", "progress")
+_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed", "patience", "accumulation"})

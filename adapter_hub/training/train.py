@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,9 +39,10 @@ from transformers.utils import logging as transformers_logging
 from adapter_hub.base_model import BUILDING, RANDOMNESS, BaseKind, FrozenBase
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
-from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.data import check_task, split, task_seed
 from adapter_hub.training.evaluate import classifier_metrics
+from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.probe import start_from_probe
 
 EVAL_BATCH_ROWS = 64
@@ -85,15 +89,19 @@ def train_classifier(
     seed = task_seed(config.seed, task, labels)
     parts = split(rows, validation, config.validation_share, seed)
     with _own_randomness(seed), _quiet(not config.progress), tempfile.TemporaryDirectory(prefix="train-") as scratch:
-        tokenizer, classifier = _tokenizer_copy(base), _classifier_copy(base, labels)
+        tokenizer, classifier = _tokenizer_copy(base), _classifier_copy(base, labels, config)
         features, choosing, measuring = (_features(tokenizer, base.max_tokens, labels, part) for part in parts)
         if config.probe:
             start_from_probe(classifier, _batches(tokenizer, features), np.array([row["labels"] for row in features]))
         with _building():
-            model = get_peft_model(classifier, _lora_config(config))
-        trainer = _trainer(model, tokenizer, features, choosing, config, seed, Path(scratch))
-        trainer.train()
-        metrics = _chosen(trainer) | _measured(trainer, measuring)
+            model = get_peft_model(classifier, _lora_config(classifier, config))
+        once = [*features, *choosing, *measuring]
+        with computed_once(model, classifier, _batches(tokenizer, once)) as hidden:
+            for row, states in zip(once, hidden or (), strict=False):
+                row[HIDDEN] = states
+            trainer = _trainer(model, tokenizer, features, choosing, config, seed, Path(scratch))
+            trainer.train()
+            metrics = _chosen(trainer) | _measured(trainer, measuring)
         _write(model, base.id, Path(folder))
     return TrainResult(Path(folder), labels, metrics, tuple(parts.validation), time.perf_counter() - started)
 
@@ -105,14 +113,18 @@ def _tokenizer_copy(base: FrozenBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _classifier_copy(base: FrozenBase, labels: Sequence[str]) -> PreTrainedModel:
+def _classifier_copy(base: FrozenBase, labels: Sequence[str], config: TrainConfig) -> PreTrainedModel:
     """The base's weights once more, with a fresh head for these labels."""
+    own = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+    own.num_labels, own.id2label, own.label2id = len(labels), dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    if not config.base_dropout:
+        for name, value in vars(own).items():
+            if "drop" in name and isinstance(value, float):    # hidden_dropout_prob, attn_pdrop, dropout_rate, …
+                setattr(own, name, 0.0)
     with _building():
         model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
             base.path,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: number for number, label in enumerate(labels)},
+            config=own,
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,
@@ -122,7 +134,7 @@ def _classifier_copy(base: FrozenBase, labels: Sequence[str]) -> PreTrainedModel
     return model
 
 
-def _lora_config(config: TrainConfig) -> LoraConfig:
+def _lora_config(model: PreTrainedModel, config: TrainConfig) -> LoraConfig:
     targets = config.target_modules
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
@@ -130,6 +142,7 @@ def _lora_config(config: TrainConfig) -> LoraConfig:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=below(model, config) if targets == ALL_LINEAR else None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
@@ -144,15 +157,17 @@ def _trainer(
     seed: int,
     scratch: Path,
 ) -> Trainer:
-    steps_per_epoch = math.ceil(len(train) / config.batch_size)
+    steps_per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulation)
     epochs = min(max(config.epochs, math.ceil(config.steps_min / steps_per_epoch)), max(config.epochs, config.epochs_max))
     arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=epochs,
         learning_rate=config.learning_rate,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
         per_device_eval_batch_size=EVAL_BATCH_ROWS,
         warmup_steps=math.floor(config.warmup_ratio * epochs * steps_per_epoch),
+        lr_scheduler_type=config.schedule,
         weight_decay=config.weight_decay,
         label_smoothing_factor=config.label_smoothing,
         seed=seed,
@@ -171,15 +186,18 @@ def _trainer(
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=False,
         label_names=["labels"],
+        remove_unused_columns=False,
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        data_collator=partial(_collate, DataCollatorWithPadding(tokenizer)),
         train_dataset=train,
         eval_dataset=choosing,
         compute_metrics=_measure,
     )
+    if config.patience:
+        trainer.add_callback(EarlyStoppingCallback(config.patience))
     if not config.progress:
         trainer.remove_callback(PrinterCallback)
     return trainer
@@ -190,6 +208,13 @@ def _features(tokenizer: PreTrainedTokenizerBase, max_tokens: int, labels: Seque
     numbers = {label: number for number, label in enumerate(labels)}
     encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_tokens)
     return [{key: encoded[key][i] for key in MODEL_INPUTS} | {"labels": numbers[row.label or ""]} for i, row in enumerate(rows)]
+
+
+def _collate(collate: DataCollatorWithPadding, rows: Sequence[Features]) -> dict[str, torch.Tensor]:
+    batch = dict(collate([{key: value for key, value in row.items() if key != HIDDEN} for row in rows]))
+    if HIDDEN in rows[0]:
+        batch[HIDDEN] = torch.nn.utils.rnn.pad_sequence([row[HIDDEN] for row in rows], batch_first=True)
+    return batch
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Features]) -> Iterator[dict[str, torch.Tensor]]:
