@@ -124,7 +124,7 @@ def _grams(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     counted: Any = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=2**20, norm=None, binary=True, alternate_sign=False)
-    matrix = counted.transform(list(texts))
+    matrix = counted.transform(list(texts) or [""])
     matrix.sort_indices()
     return matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
 

@@ -178,8 +178,9 @@ class Spans(Task):
     def target(self, row: Example, ids: Encoded) -> list[int]:
         shift = 0 if self.prompt_template is None else self.prompt_template.index("{text}")
         found = []
-        for start, end in ((start - shift, end - shift) for start, end in ids.offsets):
-            if not 0 <= start < end <= len(row.text):    # special tokens, and those of the template
+        # A token may lie in the template and in the text, too; as for the engine, its part of the text counts.
+        for start, end in ((max(start - shift, 0), min(end - shift, len(row.text))) for start, end in ids.offsets):
+            if start >= end:    # special tokens, and those of the template
                 found.append(IGNORED)
                 continue
             # A token may begin with the space before its word.
