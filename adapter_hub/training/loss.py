@@ -47,10 +47,11 @@ def class_weights(targets: Sequence[int] | NDArray[np.int64], classes: int) -> T
     return torch.tensor(len(targets) / (classes * np.maximum(counts, 1)), dtype=torch.float32)
 
 
-def varied(inputs: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
+def varied(inputs: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
     """A batch as training sees it: with R-Drop twice, and with a share of the tokens hidden from the others, never a row's first or last."""
     if config.r_drop:
-        inputs = {key: torch.cat([value, value]) for key, value in inputs.items()}
+        # Among them may be a count of rows, which is one number.
+        inputs = {key: torch.cat([value, value]) if isinstance(value, Tensor) and value.ndim else value for key, value in inputs.items()}
     mask = inputs["attention_mask"]
     if config.token_dropout:
         inner = mask.clone()

@@ -6,6 +6,7 @@ and how it tokenizes. Which rows may be used is `data`'s to say, what they mean 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -41,7 +42,7 @@ from adapter_hub.base_model import BUILDING, RANDOMNESS, BaseKind, FrozenBase
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
-from adapter_hub.training.data import split, task_seed
+from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.probe import start_from_probe
@@ -118,27 +119,102 @@ def train_adapter(
     seed = task_seed(config.seed, task, job.labels)
     parts = split(rows, validation, config.validation_share, seed, job.stratum)
     report = report_of(rows, validation or ())
-    with _own_randomness(seed), _quiet(not config.progress), _checkpoints(checkpoint_folder, base, job, config, seed, rows, validation) as kept:
-        whole = _model_copy(base, job, config)
-        features, choosing, measuring = (job.features(base, part) for part in parts)
-        once = [*features, *choosing, *measuring]
-        _check_targets(features)
-        if config.probe and kind is Task:
-            start_from_probe(whole, _batches(features), np.array([row["labels"] for row in features]))
-        with _building():
-            model = get_peft_model(whole, _lora_config(whole, job, config))
-        model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
-        with computed_once(model, whole, _batches(once)) as hidden:
-            for row, states in zip(once, hidden or (), strict=False):
-                row[HIDDEN] = states
-            trainer = _trainer(model, job, features, choosing, config, seed, kept)
-            trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
-            metrics = _chosen(trainer) | _measured(trainer, job, measuring)
+    with (
+        _own_randomness(seed),
+        _quiet(not config.progress),
+        _checkpoints(checkpoint_folder, base, job, config, seed, rows, validation) as kept,
+        _set_up(base, job, config, parts) as (model, (features, choosing, measuring)),
+    ):
+        trainer = _trainer(model, job, features, choosing, config, seed, kept)
+        trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
+        metrics = _chosen(trainer) | _measured(trainer, job, measuring)
         _write(model, base.id, Path(folder))
     seconds = time.perf_counter() - started
     return TrainResult(
         Path(folder), job.labels, metrics, tuple(parts.validation), seconds, report, job.task_type, job.problem_type, prompt_template
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RateSweep:
+    """Losses of one short training whose learning rate rises from step to step by the same factor."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]    # of each step's batch, smoothed
+    suggested: float             # a third of the rate at which the loss is lowest: beyond that it rises again
+
+
+def find_learning_rate(
+    base: FrozenBase,
+    rows: Sequence[Example],
+    *,
+    task_type: str = TaskType.SEQ_CLS,
+    problem_type: str | None = None,
+    task: str = "",
+    config: TrainConfig | str | None = None,
+    rate_min: float = 1e-5,
+    rate_max: float = 1e-1,
+    steps: int = 60,
+) -> RateSweep:
+    """A rate to begin with, by a range test (Smith 2017, "Cyclical learning rates", section 3.3). Nothing is kept. Raises InvalidInput."""
+    if not 0 < rate_min < rate_max < math.inf or steps < 10:
+        raise InvalidInput(f"a sweep of {steps} steps from {rate_min} to {rate_max} tells nothing.", hint="Give 10 steps or more, upwards.")
+    config = dataclasses.replace(TrainConfig.of(config), patience=0, report_to=())
+    kind = task_of(task_type, problem_type)
+    _check_base(base, kind)
+    job = kind.of(rows, None, None)
+    seed = task_seed(config.seed, task, job.labels)
+    parts = split(rows, None, config.validation_share, seed, job.stratum)
+    once = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_nan_inf_filter": False}
+    steps_of = {"max_steps": steps, "logging_strategy": "steps", "logging_steps": 1, "learning_rate": rate_min, "warmup_steps": 0}
+    with (
+        _own_randomness(seed),
+        _quiet(not config.progress),
+        tempfile.TemporaryDirectory(prefix="train-") as scratch,
+        _set_up(base, job, config, parts) as (model, (features, choosing, _)),
+    ):
+        trainer = _trainer(model, job, features, choosing, config, seed, Path(scratch), **once, **steps_of)
+        factor = (rate_max / rate_min) ** (1 / (steps - 1))
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.create_optimizer(), lambda step: factor**step)
+        trainer.train()
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return _swept([rate_min * factor**step for step in range(len(losses))], losses)
+
+
+def _swept(rates: Sequence[float], losses: Sequence[float]) -> RateSweep:
+    """Smoothed over about five steps; a loss that is not finite ends the sweep."""
+    finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+    smooth, mean = [], 0.0
+    for i, loss in enumerate(losses[:finite], 1):
+        mean = 0.8 * mean + 0.2 * loss
+        smooth.append(mean / (1 - 0.8**i))
+    if not smooth:
+        raise InvalidInput(f"the loss is not finite at the rate {rates[0]:g}.", hint="Begin lower, and look at the rows.")
+    return RateSweep(tuple(rates[:finite]), tuple(smooth), rates[int(np.argmin(smooth))] / 3)
+
+
+@contextmanager
+def _set_up(base: FrozenBase, job: Task, config: TrainConfig, parts: Parts) -> Iterator[tuple[PeftModel, list[list[Features]]]]:
+    """The model to train, its adapter fresh, and the features of each part; what frozen layers make of them is computed."""
+    whole = _model_copy(base, job, config)
+    features = [job.features(base, part) for part in parts]
+    _check_targets(features[0])
+    if config.probe and type(job) is Task:
+        rows = sorted(features[0], key=_tokens)
+        start_from_probe(whole, _batches(rows), np.array([row["labels"] for row in rows]))
+    with _building():
+        model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
+    model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
+    once = sorted((row for part in features for row in part), key=_tokens)
+    with computed_once(model, whole, _batches(once)) as hidden:
+        for row, states in zip(once, hidden or (), strict=False):
+            row[HIDDEN] = states
+        yield model, features
+
+
+def _tokens(row: Features) -> int:
+    """Rows of like length stand together: little is padded."""
+    return len(row["input_ids"])
 
 
 def _check_base(base: FrozenBase, kind: type[Task]) -> None:
