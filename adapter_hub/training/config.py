@@ -91,7 +91,9 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """The config of a JSON or TOML table. Raises InvalidInput for a name that does not exist."""
+        """The config of a JSON or TOML table, in which `preset` may name what it starts from. Raises InvalidInput for a name that does not exist."""
+        if "preset" in settings:
+            return cls.preset(str(settings["preset"]), **{name: value for name, value in settings.items() if name != "preset"})
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
@@ -100,10 +102,13 @@ class TrainConfig:
         return cls(**values)
 
 
+# What each costs and gives is in benchmarks/LOG.md.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {},
-    "balanced": {},
-    "thorough": {},
+    "fast": {
+        "layers_share": 0.5, "base_dropout": False, "batch_size": 32, "learning_rate": 2e-3, "epochs": 4, "steps_min": 60, "patience": 1,
+    },
+    "balanced": {"layers_share": 0.5, "epochs": 6, "patience": 2},
+    "thorough": {"r": 16, "alpha": 32, "epochs": 15, "patience": 4},
 }
 
 

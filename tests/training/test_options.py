@@ -101,7 +101,7 @@ def test_training_stops_when_epochs_get_no_better(base: FrozenBase, tmp_path: Pa
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_preset_is_a_config_and_may_be_named(base: FrozenBase, tmp_path: Path, name: str) -> None:
     assert TrainConfig.of(name) == TrainConfig.preset(name)
-    assert TrainConfig.preset(name, seed=3) == replace(TrainConfig.preset(name), seed=3)
+    assert TrainConfig.from_dict({"preset": name, "seed": 3}) == TrainConfig.preset(name, seed=3) == replace(TrainConfig.preset(name), seed=3)
 
 
 def test_a_preset_trains_by_its_name(base: FrozenBase, tmp_path: Path) -> None:
