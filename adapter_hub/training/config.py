@@ -104,9 +104,7 @@ class TrainConfig:
 
 # What each costs and gives is in benchmarks/LOG.md.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {
-        "layers_share": 0.5, "base_dropout": False, "batch_size": 32, "learning_rate": 2e-3, "epochs": 4, "steps_min": 60, "patience": 1,
-    },
+    "fast": {"layers_share": 0.5, "epochs": 3, "steps_min": 60, "patience": 1},
     "balanced": {"layers_share": 0.5, "epochs": 6, "patience": 2},
     "thorough": {"r": 16, "alpha": 32, "epochs": 15, "patience": 4},
 }
