@@ -10,6 +10,8 @@ from typing import Any, Self
 from adapter_hub.errors import InvalidInput
 
 _SEE = "See adapter_hub.training.config.TrainConfig."
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")    # transformers' names
+PRECISIONS = ("float32", "bfloat16", "auto")
 ALL_LINEAR = "all-linear"    # every linear layer of the transformer, the head excepted; PEFT's word
 
 
@@ -21,19 +23,30 @@ class TrainConfig:
     alpha: int = 16                        # updates are scaled by alpha / r (alpha / √r with rsLoRA)
     dropout: float = 0.05                  # share of the adapter's inputs dropped while training, 0 to below 1
     target_modules: tuple[str, ...] | str = ALL_LINEAR    # endings of module names, a regular expression, or "all-linear"
+    layers_share: float = 1.0              # share of the layers, from the top, that "all-linear" adapts; those below are computed once
     use_rslora: bool = False
     use_dora: bool = False
     epochs: int = 10                       # passes over the training rows, at most epochs_max
+    patience: int = 0                      # stop after so many epochs without a better one; 0 runs all
     steps_min: int = 100                   # small sets get more epochs, until the optimiser took this many steps
     epochs_max: int = 40
     learning_rate: float = 1e-3
     batch_size: int = 16
+    accumulation: int = 1                  # batches to a step of the optimiser
     warmup_ratio: float = 0.1              # share of the steps in which the rate rises from 0; then it falls to 0
+    schedule: str = "linear"               # how the rate falls: one of SCHEDULES
     weight_decay: float = 0.01
+    class_weights: bool = False            # rare labels weigh more, so that all together weigh the same
+    r_drop: float = 0.0                    # weight of R-Drop: each batch runs twice, and what the passes disagree in is a loss
+    noise: float = 0.0                     # NEFTune's alpha: uniform noise on the embeddings (alpha / √(tokens × width)); needs layers_share 1
+    token_dropout: float = 0.0             # share of the tokens that a training batch does not see, 0 to below 1
+    precision: str = "float32"             # one of PRECISIONS, of the arithmetic; weights are trained in float32. "auto": bfloat16 on CUDA
+    base_dropout: bool = True              # train with the base's own dropout, too
     label_smoothing: float = 0.05          # 0 to below 1; keeps the head from being surer than it is right
     probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
+    report_to: tuple[str, ...] = ()        # transformers' names: "tensorboard", "wandb", "mlflow"
     progress: bool = False                 # show the trainer's own bar and losses
 
     def __post_init__(self) -> None:
@@ -45,19 +58,56 @@ class TrainConfig:
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInput(f"{name}={getattr(self, name)!r} is not true or false.", hint=_SEE)
+        if self.schedule not in SCHEDULES:
+            raise InvalidInput(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}.", hint=_SEE)
+        if self.precision not in PRECISIONS:
+            raise InvalidInput(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}.", hint=_SEE)
+        if self.noise and self.layers_share < 1:
+            fact = f"noise={self.noise} is put on the embeddings, and with layers_share={self.layers_share} they are computed once"
+            raise InvalidInput(f"{fact}.", hint="Use layers_share=1, or token_dropout.")
+        if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) and name for name in self.report_to):
+            raise InvalidInput(f"report_to={self.report_to!r} is not a list of names.", hint='As in ["tensorboard"].')
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
         if not endings or not all(isinstance(ending, str) and ending for ending in endings):
             raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")
 
     @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The config of one of PRESETS, with changes. Raises InvalidInput for a name that does not exist."""
+        if name not in PRESETS:
+            raise InvalidInput(f"{name!r} is not a preset.", hint=f"There are: {', '.join(PRESETS)}.")
+        return cls.from_dict(dict(PRESETS[name]) | changes)
+
+    @classmethod
+    def of(cls, config: Self | str | None) -> Self:
+        """A config as it is, a preset by its name, the defaults for None. Raises InvalidInput for anything else."""
+        if isinstance(config, str):
+            return cls.preset(config)
+        if config is not None and not isinstance(config, cls):
+            raise InvalidInput(
+                f"the training config is {type(config).__name__}, not a TrainConfig.", hint="Use TrainConfig.from_dict for a mapping."
+            )
+        return cls() if config is None else config
+
+    @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """The config of a JSON or TOML table. Raises InvalidInput for a name that does not exist."""
+        """The config of a JSON or TOML table, in which `preset` may name what it starts from. Raises InvalidInput for a name that does not exist."""
+        if "preset" in settings:
+            return cls.preset(str(settings["preset"]), **{name: value for name, value in settings.items() if name != "preset"})
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise InvalidInput(f"{unknown[0]!r} is not a training setting.", hint=f"There are: {', '.join(known)}.")
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         return cls(**values)
+
+
+# What each costs and gives is in benchmarks/LOG.md.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"layers_share": 0.5, "epochs": 3, "steps_min": 60, "patience": 1},
+    "balanced": {"layers_share": 0.5, "epochs": 6, "patience": 2},
+    "thorough": {"r": 16, "alpha": 32, "epochs": 15, "patience": 4},
+}
 
 
 def _at_least(low: float) -> Callable[[float], bool]:
@@ -74,7 +124,13 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "epochs": _COUNT,
     "steps_min": (_at_least(0), "a whole number of at least 0"),
     "epochs_max": _COUNT,
+    "patience": (_at_least(0), "a whole number of at least 0"),
+    "accumulation": _COUNT,
+    "layers_share": (lambda value: 0 < value <= 1, "a share above 0, at most 1"),
     "learning_rate": _POSITIVE,
+    "r_drop": (_at_least(0), "a number of at least 0"),
+    "noise": (_at_least(0), "a number of at least 0"),
+    "token_dropout": _SHARE,
     "batch_size": _COUNT,
     "warmup_ratio": _SHARE,
     "weight_decay": (_at_least(0), "a number of at least 0"),
@@ -82,5 +138,5 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "validation_share": (lambda value: 0 < value < 1, "a share above 0 and below 1"),
     "seed": (_at_least(0), "a whole number of at least 0"),
 }
-_SWITCHES = ("use_rslora", "use_dora", "probe", "progress")
-_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed"})
+_SWITCHES = ("base_dropout", "class_weights", "use_rslora", "use_dora", "probe", "progress")
+_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed", "patience", "accumulation"})

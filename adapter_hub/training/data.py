@@ -1,15 +1,18 @@
-"""What a classifier is trained on: rows checked, labels named and ordered, validation held out. No torch, no files."""
+"""What a classifier is trained on: rows checked, labels named and ordered, validation held out. Near-duplicates are
+`report`'s to find. No torch, no files."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, text_fault
+from adapter_hub.training.report import equal_texts, near_duplicates
 
 ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, if any other label can spare one
 
@@ -50,17 +53,28 @@ def check_task(rows: Sequence[Example], validation: Sequence[Example] | None) ->
     return labels
 
 
-def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, validation): of each label `share` of its rows, at least one, never all. Order is kept.
+def label_of(row: Example) -> str:
+    return row.label or ""
 
-    Raises InvalidInput when no label has a second row.
+
+def hold_out(
+    rows: Sequence[Example], share: float, seed: int, stratum: Callable[[Example], str] = label_of
+) -> tuple[list[Example], list[Example]]:
+    """(training, validation): of each label (or other `stratum`) `share` of its rows, at least one, never all. Order is kept.
+
+    Near-duplicates stay on one side; where a label's rows are all alike, only those that read the same do, and where they all read the
+    same, none is held out. Raises InvalidInput when there is no label of which a row can be.
     """
     by_label: dict[str, list[int]] = {}
     for position, row in enumerate(rows):
-        by_label.setdefault(row.label or "", []).append(position)
+        by_label.setdefault(stratum(row), []).append(position)
     rows_max = max(len(positions) for positions in by_label.values())
     if rows_max < 2:
         raise InvalidInput("every label has one row, none can be held out.", hint="Give validation rows, or more training rows.")
+    texts = [row.text for row in rows]
+    alike = _members(near_duplicates(texts))
+    equal = _members(equal_texts(texts))
+    left = {label: len(positions) for label, positions in by_label.items()}
     chosen: set[int] = set()
     for label in sorted(by_label):
         positions = by_label[label]
@@ -68,9 +82,31 @@ def hold_out(rows: Sequence[Example], share: float, seed: int) -> tuple[list[Exa
             continue
         count = min(len(positions) - 1, max(1, math.floor(len(positions) * share + 0.5)))
         # Each label draws from its own generator: a new label does not reshuffle the others.
-        chosen.update(random.Random(f"{seed}\x00{label}").sample(positions, count))
+        order = random.Random(f"{seed}\x00{label}").sample(positions, len(positions))
+        for groups in (alike, equal):
+            found = 0
+            for position in order:
+                group = groups[position]
+                takes = Counter(stratum(rows[member]) for member in group)
+                fits = found + takes[label] <= count or (not found and takes[label] <= max(2, 2 * count))
+                if found < count and position not in chosen and fits and all(left[name] > taken for name, taken in takes.items()):
+                    chosen.update(group)
+                    left.update({name: left[name] - taken for name, taken in takes.items()})
+                    found += takes[label]
+            if found:
+                break
+    if not chosen:
+        raise InvalidInput("every label has one text, repeated: none can be held out.", hint="Give validation rows, or more training rows.")
     train = [row for position, row in enumerate(rows) if position not in chosen]
     return train, [row for position, row in enumerate(rows) if position in chosen]
+
+
+def _members(groups: Sequence[int]) -> list[list[int]]:
+    """For each position those of its group, itself among them."""
+    members: dict[int, list[int]] = {}
+    for position, group in enumerate(groups):
+        members.setdefault(group, []).append(position)
+    return [members[group] for group in groups]
 
 
 class Parts(NamedTuple):
@@ -81,18 +117,24 @@ class Parts(NamedTuple):
     validation: Sequence[Example]    # tell how good it is
 
 
-def split(rows: Sequence[Example], validation: Sequence[Example] | None, share: float, seed: int) -> Parts:
+def split(
+    rows: Sequence[Example],
+    validation: Sequence[Example] | None,
+    share: float,
+    seed: int,
+    stratum: Callable[[Example], str] = label_of,
+) -> Parts:
     """Given validation rows choose and measure by halves; without any, `share` of each label is held out for the one and for the other.
 
     Raises InvalidInput when no label has a second row.
     """
     if validation is None:
-        rest, measuring = hold_out(rows, share, seed)
+        rest, measuring = hold_out(rows, share, seed, stratum)
         try:
-            return Parts(*hold_out(rest, share, seed), measuring)
+            return Parts(*hold_out(rest, share, seed, stratum), measuring)
         except InvalidInput:
             return Parts(rest, rest, measuring)
     try:
-        return Parts(rows, *hold_out(validation, 0.5, seed))
+        return Parts(rows, *hold_out(validation, 0.5, seed, stratum))
     except InvalidInput:
         return Parts(rows, rows, validation)

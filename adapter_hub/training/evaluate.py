@@ -32,3 +32,29 @@ def _macro_f1(answers: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
         hits = ((answers == label) & (targets == label)).sum()
         scores.append(2 * hits / ((answers == label).sum() + (targets == label).sum()))
     return float(np.mean(scores))
+
+
+def labels_metrics(logits: NDArray[np.float32], targets: NDArray[np.bool_]) -> dict[str, float]:
+    """accuracy (rows whose every label is right), macro_f1 over the labels that occur, and log_loss a label, of logits (n, c), each by itself."""
+    answers = logits >= 0    # probability ½
+    scores = [
+        2 * (answers[:, label] & targets[:, label]).sum() / (answers[:, label].sum() + targets[:, label].sum())
+        for label in np.flatnonzero((answers | targets).any(axis=0))
+    ]
+    signed = np.where(targets, logits, -logits).astype(np.float64)
+    return {
+        "accuracy": float((answers == targets).all(axis=1).mean()),
+        "macro_f1": float(np.mean(scores)) if scores else 1.0,
+        "log_loss": float(np.logaddexp(0, -signed).mean()),
+    }
+
+
+def number_metrics(answers: NDArray[np.float32], targets: NDArray[np.float32]) -> dict[str, float]:
+    """rmse, mae, and Pearson's correlation (0 where either side is constant) of numbers (n,)."""
+    apart = answers.astype(np.float64) - targets
+    constant = np.ptp(answers) == 0 or np.ptp(targets) == 0
+    return {
+        "rmse": float(np.sqrt((apart**2).mean())),
+        "mae": float(np.abs(apart).mean()),
+        "correlation": 0.0 if constant else float(np.corrcoef(answers, targets)[0, 1]),
+    }

@@ -1,0 +1,150 @@
+"""What is wrong with the rows: near-duplicates, contradictions, leaks between splits, imbalance. No torch, no files.
+
+Near-duplicates are texts whose sets of character 3-grams are alike: Jaccard similarity of at least SIMILAR, found by MinHash in bands
+(Broder 1997; Leskovec et al., Mining of Massive Datasets, section 3.4) and then checked exactly.
+"""
+
+# n texts, g 3-grams of all texts together, k hashes
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adapter_hub.examples import Example
+
+SIMILAR = 0.85          # one word of ten differs
+BANDS, BAND_HASHES = 16, 4    # finds 99.99 % of the pairs at SIMILAR
+BUCKET_MAX = 64         # in a fuller bucket each row is compared with the first only
+SHOWN_MAX = 20          # examples of each fault that a report names
+_PRIME = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Contradiction:
+    """One text with two labels or more."""
+
+    text: str
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A validation row whose text, or nearly so, is a training row's, too. Positions count from 1."""
+
+    training_row: int
+    validation_row: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DataReport:
+    """Facts about rows to learn from. Of each fault the first SHOWN_MAX are named, and all are counted."""
+
+    rows: int
+    rows_per_label: tuple[tuple[str, int], ...]    # rarest first
+    duplicates: int                                # rows that repeat an earlier one with its label, nearly or word for word
+    contradictions_count: int
+    contradictions: tuple[Contradiction, ...]
+    leaks_count: int                               # validation rows that training knows
+    leaks: tuple[Leak, ...]
+
+    @property
+    def imbalance(self) -> float:
+        """Rows of the commonest label over rows of the rarest, at least 1."""
+        return self.rows_per_label[-1][1] / self.rows_per_label[0][1]
+
+
+def report_of(rows: Sequence[Example], validation: Sequence[Example] = ()) -> DataReport:
+    """What is to be known about labelled rows before anything learns from them."""
+    groups = near_duplicates([row.text for row in (*rows, *validation)])
+    seen = {(group, row.label) for group, row in zip(groups, rows, strict=False)}
+    labels: dict[str, dict[str, str]] = {}
+    for row in rows:
+        labels.setdefault(normalised(row.text), {}).setdefault(row.label or "", row.text)
+    opposed = [Contradiction(next(iter(one.values())), tuple(sorted(one))) for one in labels.values() if len(one) > 1]
+    first: dict[int, int] = {}
+    for position, group in enumerate(groups[: len(rows)], 1):
+        first.setdefault(group, position)
+    leaks = [
+        Leak(first[group], position, row.text)
+        for position, (group, row) in enumerate(zip(groups[len(rows) :], validation, strict=True), 1)
+        if group in first
+    ]
+    counts = sorted(Counter(row.label or "" for row in rows).items(), key=lambda pair: (pair[1], pair[0]))
+    return DataReport(
+        len(rows), tuple(counts), len(rows) - len(seen), len(opposed), tuple(opposed[:SHOWN_MAX]), len(leaks), tuple(leaks[:SHOWN_MAX])
+    )
+
+
+def normalised(text: str) -> str:
+    """Letters and digits, in one case, with single spaces: what is equal in it reads the same."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # Marks belong to letters: without them many scripts lose their vowels.
+    words = "".join(letter if letter.isalnum() or unicodedata.category(letter)[0] == "M" else " " for letter in folded).split()
+    return " ".join(words) or folded.strip()
+
+
+def equal_texts(texts: Sequence[str]) -> list[int]:
+    """For each text the position of the first that reads the same, (n,)."""
+    first: dict[str, int] = {}
+    return [first.setdefault(normalised(text), position) for position, text in enumerate(texts)]
+
+
+def near_duplicates(texts: Sequence[str], similar: float = SIMILAR) -> list[int]:
+    """For each text the position of the first of its group, (n,). Who is like one of a group belongs to it."""
+    leader = equal_texts(texts)
+    distinct = sorted(set(leader))
+    grams = _grams([normalised(texts[position]) for position in distinct])
+    for a, b in _candidates(*grams):
+        one, other = (grams[0][grams[1][i] : grams[1][i + 1]] for i in (a, b))
+        common = np.intersect1d(one, other, assume_unique=True).size
+        if common >= similar * (one.size + other.size - common):
+            low, high = sorted((_root(leader, distinct[a]), _root(leader, distinct[b])))
+            leader[high] = low
+    return [_root(leader, position) for position in range(len(texts))]
+
+
+def _root(leader: list[int], position: int) -> int:
+    while leader[position] != position:
+        leader[position] = leader[leader[position]]
+        position = leader[position]
+    return position
+
+
+def _grams(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(hashed 3-grams of one text after another (g,), where each text's begin and the last one's end (n + 1,))."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    counted: Any = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=2**20, norm=None, binary=True, alternate_sign=False)
+    matrix = counted.transform(list(texts) or [""])
+    matrix.sort_indices()
+    return matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+
+
+def _candidates(grams: NDArray[np.int64], starts: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Pairs that agree in all hashes of a band, each pair once."""
+    filled = np.flatnonzero(np.diff(starts))    # reduceat has no empty slices
+    if filled.size < 2:
+        return
+    generator = np.random.default_rng(0)
+    seen: set[tuple[int, int]] = set()
+    for _ in range(BANDS):
+        factors = generator.integers(1, _PRIME, size=(BAND_HASHES, 2))
+        hashes = [np.minimum.reduceat((a * grams + b) % _PRIME, starts[filled]) for a, b in factors]
+        _, bucket = np.unique(np.stack(hashes, axis=1), axis=0, return_inverse=True)
+        order = np.argsort(bucket.ravel(), kind="stable")
+        for members in np.split(filled[order], np.flatnonzero(np.diff(bucket.ravel()[order])) + 1):
+            if members.size > 1:
+                found = members.tolist()
+                pairs = combinations(found, 2) if len(found) <= BUCKET_MAX else ((found[0], other) for other in found[1:])
+                new = set(pairs) - seen
+                seen |= new
+                yield from sorted(new)

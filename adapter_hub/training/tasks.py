@@ -1,0 +1,330 @@
+"""What an adapter is trained to give: a label, several, a number, labels of spans, or text. Rows become tensors, outputs become metrics.
+
+Each task reads its targets from an Example: `label` where one word says it, else a field that travels along. How a text is encoded is the
+base's to say, as for the engine.
+"""
+
+# n rows, t tokens, c labels, v vocabulary
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+)
+
+from adapter_hub.adapters.config import ProblemType, TaskType
+from adapter_hub.base_model import Encoded, FrozenBase
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example, text_fault
+from adapter_hub.training.data import check_task
+from adapter_hub.training.evaluate import classifier_metrics, labels_metrics, number_metrics
+
+IGNORED = -100      # a label that is in no loss
+OUTSIDE = "O"       # the label of what no span holds
+MODEL_INPUTS = ("input_ids", "attention_mask")    # one text has one segment: GPT-2 would add an embedding for token_type_ids
+
+Features = dict[str, Any]    # of one row: MODEL_INPUTS, not padded, and "labels"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One of several labels a text."""
+
+    labels: tuple[str, ...]              # in the order of the head's outputs
+    prompt_template: str | None = None   # with one {text}
+
+    task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
+    problem_type: ClassVar[ProblemType | None] = ProblemType.SINGLE
+    auto: ClassVar[Any] = AutoModelForSequenceClassification
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "log_loss")
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
+        """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
+        return cls(check_task(rows, validation), prompt_template)
+
+    def stratum(self, row: Example) -> str:
+        """Of each such kind of row a share is held out."""
+        return row.label or ""
+
+    def features(self, base: FrozenBase, rows: Sequence[Example]) -> list[Features]:
+        return [_inputs(ids) | {"labels": self.target(row, ids)} for row, ids in zip(rows, self.encoded(base, rows), strict=True)]
+
+    def encoded(self, base: FrozenBase, rows: Sequence[Example]) -> list[Encoded]:
+        return base.encode([self.prompt(row.text) for row in rows])
+
+    def prompt(self, text: str) -> str:
+        return text if self.prompt_template is None else self.prompt_template.replace("{text}", text)
+
+    def target(self, row: Example, ids: Encoded) -> Any:
+        return self.labels.index(row.label or "")
+
+    def reduced(self, logits: Any, labels: torch.Tensor) -> Any:
+        """What is kept of a batch's outputs until all are measured."""
+        return logits
+
+    def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
+        """Its `measures`, and `rank`, higher in the better epoch."""
+        found = classifier_metrics(np.asarray(predicted.predictions), np.asarray(predicted.label_ids))
+        # Epochs are ranked by accuracy; the log loss decides between epochs that are equally accurate.
+        return found | {"rank": found["accuracy"] - 1e-5 * min(found["log_loss"], 10.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Several(Task):
+    """Any of several labels a text, each by itself: rows have `labels`, a list."""
+
+    problem_type: ClassVar[ProblemType | None] = ProblemType.MULTI
+    measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "log_loss")
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
+        def fault(row: Example) -> str | None:
+            found = row.extra.get("labels")
+            return None if isinstance(found, list) and all(isinstance(one, str) and one for one in found) else "has no list `labels`"
+
+        _check(rows, validation, fault)
+        known = tuple(sorted({label for row in rows for label in row.extra["labels"]}))
+        if not known:
+            raise InvalidInput("no training row has a label.", hint='A row is {"text": …, "labels": ["…"]}.')
+        _check_known(validation, lambda row: row.extra["labels"], known)
+        return cls(known, prompt_template)
+
+    def stratum(self, row: Example) -> str:
+        return "\x00".join(sorted(row.extra["labels"]))
+
+    def target(self, row: Example, ids: Encoded) -> list[float]:
+        return [float(label in row.extra["labels"]) for label in self.labels]
+
+    def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
+        found = labels_metrics(np.asarray(predicted.predictions), np.asarray(predicted.label_ids) > 0)
+        return found | {"rank": found["accuracy"] - 1e-5 * min(found["log_loss"], 10.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Number(Task):
+    """A number a text: `label` holds it."""
+
+    problem_type: ClassVar[ProblemType | None] = ProblemType.REGRESSION
+    measures: ClassVar[tuple[str, ...]] = ("rmse", "mae", "correlation")
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
+        def fault(row: Example) -> str | None:
+            try:
+                return None if math.isfinite(float(row.label or "")) else "has a number that is not finite"
+            except ValueError:
+                return f"has the label {row.label!r}, which is no number"
+
+        _check(rows, validation, fault)
+        return cls((), prompt_template)
+
+    def stratum(self, row: Example) -> str:
+        return ""
+
+    def target(self, row: Example, ids: Encoded) -> float:
+        return float(row.label or "")
+
+    def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
+        found = number_metrics(np.asarray(predicted.predictions).reshape(-1), np.asarray(predicted.label_ids).reshape(-1))
+        return found | {"rank": -found["rmse"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Spans(Task):
+    """A label a token: rows have `spans`, each {"start", "end", "label"} in characters; what no span holds is OUTSIDE."""
+
+    task_type: ClassVar[TaskType] = TaskType.TOKEN_CLS
+    problem_type: ClassVar[ProblemType | None] = None
+    auto: ClassVar[Any] = AutoModelForTokenClassification
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
+        def fault(row: Example) -> str | None:
+            spans = row.extra.get("spans")
+            if not isinstance(spans, list):
+                return "has no list `spans`"
+            for span in spans:
+                try:
+                    inside = 0 <= span["start"] < span["end"] <= len(row.text) and bool(span["label"]) and isinstance(span["label"], str)
+                except (TypeError, KeyError):
+                    inside = False
+                if not inside:
+                    return f"has the span {span!r}, which is not {{start, end, label}} within its text"
+            return None
+
+        _check(rows, validation, fault)
+        known = tuple(sorted({span["label"] for row in rows for span in row.extra["spans"]} - {OUTSIDE}))
+        if not known:
+            raise InvalidInput("no training row has a span.", hint='A row is {"text": …, "spans": [{"start": 0, "end": 3, "label": "…"}]}.')
+        _check_known(validation, lambda row: [span["label"] for span in row.extra["spans"]], (OUTSIDE, *known))
+        return cls((OUTSIDE, *known), prompt_template)
+
+    def stratum(self, row: Example) -> str:
+        return ""
+
+    def target(self, row: Example, ids: Encoded) -> list[int]:
+        shift = 0 if self.prompt_template is None else self.prompt_template.index("{text}")
+        found = []
+        # A token may lie in the template and in the text, too; as for the engine, its part of the text counts.
+        for start, end in ((max(start - shift, 0), min(end - shift, len(row.text))) for start, end in ids.offsets):
+            if start >= end:    # special tokens, and those of the template
+                found.append(IGNORED)
+                continue
+            # A token may begin with the space before its word.
+            label = next((span["label"] for span in row.extra["spans"] if span["start"] < end and start < span["end"]), OUTSIDE)
+            found.append(self.labels.index(label))
+        return found
+
+    def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
+        logits, targets = np.asarray(predicted.predictions), np.asarray(predicted.label_ids)
+        known = targets != IGNORED
+        found = classifier_metrics(logits[known], targets[known])
+        return found | {"rank": found["macro_f1"] - 1e-5 * min(found["log_loss"], 10.0)}
+
+
+@dataclass(frozen=True, slots=True)
+class Writing(Task):
+    """Text that goes on: `text` is the prompt and `label` the completion; or `messages`, of which the last is the assistant's.
+
+    Only the completion is in the loss, and the token that ends it.
+    """
+
+    task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
+    problem_type: ClassVar[ProblemType | None] = None
+    auto: ClassVar[Any] = AutoModelForCausalLM
+    measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+    shift: ClassVar[int] = 1    # a position's logits are for the next token
+
+    @classmethod
+    def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
+        _check(rows, validation, cls.fault)
+        return cls((), prompt_template)
+
+    @classmethod
+    def fault(cls, row: Example) -> str | None:
+        if "messages" not in row.extra:
+            return "has no label to write" if text_fault(row.label) else None
+        messages = row.extra["messages"]
+        try:
+            said = all(isinstance(one["content"], str) and isinstance(one["role"], str) for one in messages)
+            good = said and len(messages) > 1 and messages[-1]["role"] == "assistant" and not text_fault(messages[-1]["content"])
+        except (TypeError, KeyError):
+            good = False
+        return None if good else "has `messages` that do not end with an assistant's"
+
+    def stratum(self, row: Example) -> str:
+        return ""
+
+    def features(self, base: FrozenBase, rows: Sequence[Example]) -> list[Features]:
+        tokenizer = base.copy_tokenizer()
+        return [self._row(base, tokenizer, row) for row in rows]
+
+    def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
+        if "messages" in row.extra:
+            prompt, answer = _chat(base, tokenizer, [(one["role"], one["content"]) for one in row.extra["messages"]])
+        else:
+            answer = _written(tokenizer, row.label or "")
+            prompt = []
+        answer = answer[: max(1, base.tokens_limit // 2)]
+        if "messages" not in row.extra:
+            room = min(base.max_tokens, base.tokens_limit - len(answer))
+            prompt = list(base.encode([self.prompt(row.text)], max_tokens=room)[0].ids["input_ids"])
+        # The end of a conversation is nearest to its answer.
+        prompt = prompt[-(base.tokens_limit - len(answer)) :]
+        ids = prompt + answer
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
+
+    def reduced(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        """Of each row (n, 3): summed loss of its completion's tokens, how many are right, and how many there are."""
+        scores: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits
+        scores, targets = scores[:, : scores.shape[1] - self.shift].float(), labels[:, self.shift :]
+        known = targets != IGNORED
+        own = torch.nn.functional.cross_entropy(scores.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+        right = (scores.argmax(dim=2) == targets) & known
+        return torch.stack([own.sum(dim=1), right.sum(dim=1).float(), known.sum(dim=1).float()], dim=1)
+
+    def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
+        own, right, count = np.asarray(predicted.predictions, dtype=np.float64).sum(axis=0)
+        loss = float(own / count)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": float(right / count), "rank": -loss}
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting(Writing):
+    """Text from text, by an encoder and a decoder: `text` is read, `label` written."""
+
+    task_type: ClassVar[TaskType] = TaskType.SEQ_2_SEQ_LM
+    auto: ClassVar[Any] = AutoModelForSeq2SeqLM
+    shift: ClassVar[int] = 0
+
+    @classmethod
+    def fault(cls, row: Example) -> str | None:
+        return "has no label to write" if text_fault(row.label) else None
+
+    def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
+        written = tokenizer(text_target=row.label, truncation=True, max_length=base.max_tokens)["input_ids"]
+        return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": list(written)}
+
+
+def task_of(task_type: str, problem_type: str | None) -> type[Task]:
+    """The task of PEFT's and transformers' names. Raises InvalidInput."""
+    tasks: tuple[type[Task], ...] = (Task, Several, Number, Spans, Writing, Rewriting)
+    for one in tasks:
+        if one.task_type == task_type and (problem_type is None or one.problem_type == problem_type):
+            return one
+    names = ", ".join(f"{one.task_type} ({one.problem_type})" if one.problem_type else str(one.task_type) for one in tasks)
+    shown = f"task_type={task_type!r}" + (f" with problem_type={problem_type!r}" if problem_type else "")
+    raise InvalidInput(f"{shown} cannot be trained.", hint=f"There are: {names}.")
+
+
+def _inputs(ids: Encoded) -> Features:
+    return {key: list(ids.ids[key]) for key in MODEL_INPUTS}
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+
+
+def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """Token ids of what comes before the answer, as the engine asks, and of the answer as the chat template ends it."""
+    prompt = list(base.encode_chat(messages[:-1]).ids["input_ids"])
+    said = [{"role": role, "content": content} for role, content in messages]
+    found: Any = tokenizer.apply_chat_template(said, return_dict=True, sanitize_control_tokens=True, truncation=False)
+    whole = list(found["input_ids"])
+    # A template that writes the answer otherwise than it asks for one: the answer's own tokens are what is generated.
+    answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt and len(whole) > len(prompt) else _written(tokenizer, messages[-1][1])
+    return prompt, answer
+
+
+def _check(rows: Sequence[Example], validation: Sequence[Example] | None, fault: Any) -> None:
+    if len(rows) < 2:
+        raise InvalidInput(f"{len(rows)} training rows are too few.", hint="Give at least two.")
+    if validation is not None and not validation:
+        raise InvalidInput("the validation rows are empty.", hint="Leave validation out: then some training rows are held out.")
+    for what, part in (("training", rows), ("validation", validation or ())):
+        for position, row in enumerate(part, 1):
+            reason = f"has a text that {text_fault(row.text)}" if text_fault(row.text) else fault(row)
+            if reason:
+                raise InvalidInput(f"{what} row {position} {reason}.", hint="Remove it or write what is missing.")
+
+
+def _check_known(validation: Sequence[Example] | None, labels_of: Any, known: Sequence[str]) -> None:
+    for position, row in enumerate(validation or (), 1):
+        for label in labels_of(row):
+            if label not in known:
+                fact = f"validation row {position} has the label {label!r}, which no training row has"
+                raise InvalidInput(f"{fact}.", hint=f"Labels to learn: {', '.join(known[:10])}.")

@@ -1,0 +1,159 @@
+"""Each task trains into an adapter that the engine runs, and only what is to be written is in the loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adapter_hub.adapters.checks import check_acts, check_fits
+from adapter_hub.adapters.weights import read_adapter
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.engine import Engine, Output, Request
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
+from adapter_hub.refs import AdapterRef
+from adapter_hub.testing import load_peft, tiny_model
+from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.tasks import IGNORED, Rewriting, Spans, Writing
+from adapter_hub.training.train import TrainResult, train_adapter
+
+WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers")}
+FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}")
+CONFIG = TrainConfig(r=8, epochs=15, steps_min=0, batch_size=8, learning_rate=1e-2)
+PAIRS = [(frame.format(word), word, kind) for frame in FRAMES for kind, words in WORDS.items() for word in words]
+ROWS = {
+    "multi_label_classification": [Example(t, extra={"labels": sorted({kind, *(["mine"] if t.startswith("my") else [])})}) for t, _, kind in PAIRS],
+    "regression": [Example(t, str(2.0 if kind == "fruit" else -1.0)) for t, _, kind in PAIRS],
+}
+SPANS = [Example(t, extra={"spans": [{"start": t.index(word), "end": len(t), "label": kind}]}) for t, word, kind in PAIRS]
+WRITING = [Example(f"{t} is", f" a {kind}") for t, _, kind in PAIRS]
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FrozenBase]:
+    root = tmp_path_factory.mktemp("models")
+    return {shape: FrozenBase.load(tiny_model(root / shape, shape)) for shape in ("bert", "llama", "t5")}
+
+
+def predicted(base: FrozenBase, result: TrainResult, texts: list[str], **generation: Any) -> list[Output]:
+    """By the engine."""
+    problem = None if result.problem_type is None else str(result.problem_type)
+    adapter = read_adapter(result.folder, labels=result.labels or None, problem_type=problem, prompt_template=result.prompt_template)
+    check_fits(adapter, base)
+    assert check_acts(adapter, base) > 0
+    ref = AdapterRef("trained", 1)
+    return Engine(base, lambda _: adapter).predict([Request(text, ref) for text in texts], generation=generation or None)
+
+
+def test_several_labels_are_learned_each_by_itself(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    result = train_adapter(
+        bases["bert"], ROWS["multi_label_classification"], problem_type="multi_label_classification", config=CONFIG, folder=tmp_path
+    )
+    assert result.labels == ("fruit", "mine", "tool") and result.metrics["macro_f1"] > 0.6
+    outputs = predicted(bases["bert"], result, [row.text for row in result.validation])
+    right = [list(output.labels or ()) == row.extra["labels"] for output, row in zip(outputs, result.validation, strict=True)]
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_a_number_is_learned(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    result = train_adapter(bases["bert"], ROWS["regression"], problem_type="regression", config=CONFIG, folder=tmp_path)
+    outputs = predicted(bases["bert"], result, [row.text for row in result.validation])
+    apart = [(output.value or 0.0) - float(row.label or "") for output, row in zip(outputs, result.validation, strict=True)]
+    assert result.metrics["rmse"] == pytest.approx(math.sqrt(np.mean(np.square(apart))), abs=1e-5)
+    assert result.metrics["rmse"] < 1.2    # 1.5 for who always says the mean
+
+
+def test_spans_are_learned_token_by_token(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    result = train_adapter(bases["bert"], SPANS, task_type="TOKEN_CLS", prompt_template="say {text}!", config=CONFIG, folder=tmp_path)
+    assert result.labels == ("O", "fruit", "tool")
+    outputs = predicted(bases["bert"], result, [row.text for row in result.validation])
+    right = []
+    for output, row in zip(outputs, result.validation, strict=True):
+        [span] = row.extra["spans"]
+        for token in output.tokens or ():
+            inside = token.start < span["end"] and span["start"] < token.end
+            right.append(token.label == (span["label"] if inside else "O"))
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(right)) and np.mean(right) > 0.7
+
+
+@pytest.mark.parametrize("shape", ["llama", "t5"])
+def test_what_is_written_is_learned(bases: dict[str, FrozenBase], tmp_path: Path, shape: str) -> None:
+    base = bases[shape]
+    kind = {"llama": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}[shape]
+    result = train_adapter(base, WRITING, task_type=kind, config=replace(CONFIG, epochs=30, learning_rate=2e-2), folder=tmp_path)
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(result.metrics["loss"]))
+    # The frozen output layer of so small a model makes no token much likelier than e^2.5 times the mean one.
+    assert result.metrics["loss"] < math.log(base.model.config.vocab_size) - 2
+    outputs = predicted(base, result, [row.text for row in result.validation], max_new_tokens=12)
+    assert {(output.text or "").strip() for output in outputs} <= {"a fruit", "a tool"}    # and it ends where the completion does
+
+
+def test_the_measured_loss_is_pefts_own_on_the_completion(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    base = bases["llama"]
+    result = train_adapter(base, WRITING, task_type="CAUSAL_LM", config=replace(CONFIG, epochs=2), folder=tmp_path)
+    model, total, count = load_peft(base, result.folder), 0.0, 0
+    for row in result.validation:
+        prompt = base.encode([row.text])[0].ids["input_ids"]
+        answer = [*base.tokenizer(row.label, add_special_tokens=False)["input_ids"], base.tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores = model(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(dim=-1)
+        total -= sum(float(scores[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
+        count += len(answer)
+    assert result.metrics["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_of_a_chat_only_the_last_answer_is_in_the_loss_and_is_asked_for_as_the_engine_does(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "llama", "llama")
+    base = FrozenBase.load(folder)
+    base.tokenizer.chat_template = CHAT
+    said = [("user", "hello"), ("assistant", "yes?"), ("user", "the fox"), ("assistant", "jumps")]
+    row = Example("the fox", extra={"messages": [{"role": role, "content": content} for role, content in said]})
+    [features] = Writing(()).features(base, [row])
+    prompt = list(base.encode_chat(said[:-1]).ids["input_ids"])
+    assert features["input_ids"][: len(prompt)] == prompt
+    assert features["labels"][: len(prompt)] == [IGNORED] * len(prompt)
+    assert features["labels"][len(prompt) :] == features["input_ids"][len(prompt) :]
+    assert base.tokenizer.decode(features["labels"][len(prompt) :]) == "jumps</s>"
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_the_completion_is_not(bases: dict[str, FrozenBase]) -> None:
+    base = bases["llama"]
+    [features] = Writing(()).features(base, [Example("fox " * 2000, "jumps")])
+    assert len(features["input_ids"]) == base.tokens_limit
+    kept = [token for token in features["labels"] if token != IGNORED]
+    assert base.tokenizer.decode(kept) == "jumps</s>"
+
+
+@pytest.mark.parametrize(
+    ("row", "task", "says"),
+    [
+        (Example("a"), Writing, "training row 2 has no label to write"),
+        (Example("a", " "), Rewriting, "training row 2 has no label to write"),
+        (Example("a", extra={"messages": [{"role": "user", "content": "x"}]}), Writing, "`messages` that do not end with an assistant's"),
+        (Example("a", extra={"spans": [{"start": 0, "end": 9, "label": "x"}]}), Spans, "training row 2 has the span"),
+        (Example("a"), Spans, "training row 2 has no list `spans`"),
+    ],
+)
+def test_a_row_without_its_target_is_refused_with_its_position(row: Example, task: Any, says: str) -> None:
+    good = Example("a", "b", extra={"spans": [{"start": 0, "end": 1, "label": "x"}]})
+    with pytest.raises(InvalidInput, match=says):
+        task.of([good, row], None, None)
+
+
+def test_what_cannot_be_trained_is_refused_by_name(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    for says, base, more in (
+        ("takes no CAUSAL_LM adapter", "bert", {"task_type": "CAUSAL_LM"}),
+        ("task_type='POETRY' cannot be trained", "bert", {"task_type": "POETRY"}),
+        ("does not hold {text} once", "llama", {"task_type": "CAUSAL_LM", "prompt_template": "hm"}),
+        ("r_drop=1.0 is for one label", "llama", {"task_type": "CAUSAL_LM", "config": TrainConfig(r_drop=1.0)}),
+    ):
+        with pytest.raises(InvalidInput, match=says):
+            train_adapter(bases[base], WRITING, folder=tmp_path / "adapter", **more)
+    assert not (tmp_path / "adapter").exists()
