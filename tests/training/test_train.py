@@ -149,7 +149,7 @@ def test_training_prints_nothing(base: FrozenBase, tmp_path: Path, capfd: pytest
 
 def test_rows_that_chose_the_epoch_do_not_measure_it(base: FrozenBase, tmp_path: Path) -> None:
     """At a rate that destroys the head within an epoch or two, an early epoch wins; what it is worth is told by other rows."""
-    wild = TrainConfig(r=4, epochs=8, steps_min=0, batch_size=8, learning_rate=1.0, warmup_ratio=0.0)
+    wild = TrainConfig(r=4, epochs=8, steps_min=0, batch_size=8, learning_rate=1.0, warmup_ratio=0.0, schedule="constant_with_warmup")
     parts = split(ROWS, None, wild.validation_share, task_seed(wild.seed, "things", ("animal", "fruit", "tool")))
     result = train_classifier(base, ROWS, task="things", config=wild, folder=tmp_path)
     assert result.metrics["epoch"] < 8 and result.validation == tuple(parts.validation)
