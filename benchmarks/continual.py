@@ -48,9 +48,10 @@ from adapter_hub.routing.encoder import load_encoder
 from adapter_hub.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
-HUB, RANDOM, JOINT = "hub", "random", "joint"
+HUB, ALONE, RANDOM, JOINT = "hub", "alone", "random", "joint"    # the second and the third are told by the hub's runs
 TITLES = {
-    HUB: "adapter_hub, routed",
+    HUB: "adapter_hub, near candidates asked",
+    ALONE: "adapter_hub, routed alone",
     JOINT: "one joint LoRA (the bound)",
     "sequential": "sequential LoRA",
     "replay": "LoRA, 2 % replayed",
@@ -62,7 +63,7 @@ TITLES = {
     RANDOM: "adapters at random",
     "base": "base alone: nearest label name",
 }
-HEADLINE = (HUB, JOINT)    # what `--budget full` runs unless told otherwise
+HEADLINE = (HUB, ALONE, JOINT)    # what `--budget full` runs unless told otherwise
 SEEDS = {"small": (0, 1, 2), "full": (0,)}
 CONFIGS = {
     "small": TrainConfig(layers_share=0.5, epochs=10, steps_min=0),
@@ -114,19 +115,20 @@ def run_hub(run: Run, say: Callable[[str], None]) -> Record:
     """Routed and named accuracies after each stage; adapters of the first order serve the others too, for order cannot change them."""
     folder = run.work / f"{run.sequence.name}-{run.budget}-{run.seed}-registry{run.order or ''}"
     first = run.work / f"{run.sequence.name}-{run.budget}-{run.seed}-registry"
-    hub, facts, routed, named, right = HubRun(folder, run.config), [], [], [], []
+    hub, facts, routed, alone, named, right = HubRun(folder, run.config), [], [], [], [], []
     for stage, task in enumerate(run.tasks):
         facts.append(hub.learn(task, None if run.order == 0 else first))
         rows, homes = run.mixture(run.tasks[: stage + 1])
         answers = hub.answered(rows, [run.tasks[home].name for home in homes])
         routed.append(_by_task(rows, homes, answers.routed, len(run.tasks)))
+        alone.append(_by_task(rows, homes, answers.alone, len(run.tasks)))
         named.append(_by_task(rows, homes, answers.named, len(run.tasks)))
         right.append(float(np.mean(answers.right_adapter)))
         say(f"{task.name}: {facts[-1]['seconds']:.0f} s, routed {_mean(routed[-1]):.4f}, named {_mean(named[-1]):.4f}")
     rows, homes = run.mixture(run.tasks)
     chance = _by_task(rows, homes, hub.at_random(rows, run.seed), len(run.tasks))
     return {
-        "routed": routed, "named": named, "final": routed[-1], "routing": right, "random": chance,
+        "routed": routed, "alone": alone, "named": named, "final": routed[-1], "routing": right, "random": chance,
         "seconds": [one["seconds"] for one in facts], "bytes": [one["bytes"] for one in facts],
         "verdicts": [one["verdict"] for one in facts],
         "golden_same": hub.golden_same(), "singles_same": hub.singles_same(rows),
@@ -173,7 +175,7 @@ def methods_of(run: Run, base: FrozenBase, vectors: Vectors, labels: Sequence[st
         "replay": lambda: Replay(*lora),
         "ewc": lambda: Elastic(*lora),
         "olora": lambda: OrthogonalLora(*lora),
-        JOINT: lambda: JointLora(base, labels, replace(run.config, r=16, alpha=32, layers_share=1.0), run.seed),
+        JOINT: lambda: JointLora(base, labels, replace(run.config, r=16, alpha=32, layers_share=1.0), run.seed, run.work),
         "probe": lambda: JointProbe(vectors, labels),
         "ridge": lambda: RandomRidge(vectors, labels, run.seed),
         "means": lambda: ClassMean(vectors, labels),
@@ -243,7 +245,8 @@ def draw(name: str, path: Path, records: Mapping[str, Sequence[Record]], tasks: 
         for method, own in records.items()
         if "routed" in own[0]
     }
-    bounds = {TITLES[method]: float(np.mean([np.mean(record["final"]) for record in own])) for method, own in records.items() if "routed" not in own[0]}
+    whole = {method: own for method, own in records.items() if "routed" not in own[0]}
+    bounds = {TITLES[method]: float(np.mean([np.mean(record["final"]) for record in own])) for method, own in whole.items()}
     if found:
         title = f"{name}: {len(next(iter(found.values()))[0].tasks)} tasks, no task id"
         plots.curves(path.with_name(path.name + "_curves.png"), title, found, bounds, TITLES[HUB])
@@ -305,7 +308,7 @@ def measured(
     cold: dict[tuple[int, int], list[float]] = {}
     small = arguments.budget == "small"
     for method in methods:
-        if method == RANDOM:
+        if method in (ALONE, RANDOM):
             continue
         for seed in seeds:
             sequence = load(name, arguments.data, small, seed)
@@ -326,6 +329,8 @@ def measured(
     for method, own in records.items():
         colds = [cold[key] for key in sorted(cold)] if method != HUB and len(cold) == len(own) else None
         found[method] = figures_of(own, tasks[method], colds)
+    if ALONE in methods and HUB in records:
+        found[ALONE] = figures_of([record | {"routed": record["alone"], "final": record["alone"][-1]} for record in records[HUB]], tasks[HUB], None)
     if RANDOM in methods and HUB in records:
         found[RANDOM] = {"acc": [float(np.mean(record["random"])) for record in records[HUB]]}
     return found

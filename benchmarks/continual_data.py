@@ -119,13 +119,13 @@ def _grouped(
 
 
 def _task(name: str, train: Sequence[Example], test: Sequence[Example], few: bool, seed: int) -> Task:
-    """Each class draws by a generator of its own: another task, or class, changes no draw."""
+    """Each class draws by a generator of its own: whatever task it is in, its rows are the same."""
     by_class: dict[str, list[Example]] = defaultdict(list)
     for row in train:
         by_class[str(row.label)].append(row)
     learned, carved = [], []
     for label, rows in by_class.items():
-        drawn = random.Random(f"{seed} {name} {label}").sample(rows, min(len(rows), FEW) if few else len(rows))
+        drawn = random.Random(f"{seed} {label}").sample(rows, min(len(rows), FEW) if few else len(rows))
         count = max(1, round(len(drawn) * (FEW_CARVED if few else CARVED)))
         carved += drawn[:count]
         learned += drawn[count:]

@@ -18,6 +18,7 @@ from adapter_hub.prediction import Prediction
 from adapter_hub.training.config import TrainConfig
 
 GOLDEN_ROWS = 50    # of each task, whose answers are kept and asked for again at the end
+ASKED = 2           # candidates, where they come near
 SINGLE_ROWS = 100   # asked one at a time
 
 
@@ -25,7 +26,8 @@ SINGLE_ROWS = 100   # asked one at a time
 class Answered:
     """What each row got, aligned."""
 
-    routed: list[str | None]
+    routed: list[str | None]    # of near candidates both are asked
+    alone: list[str | None]     # the router's choice alone answers
     named: list[str | None]
     right_adapter: list[bool]
 
@@ -65,10 +67,10 @@ class HubRun:
 
     def answered(self, rows: Sequence[Example], homes: Sequence[str]) -> Answered:
         texts = [row.text for row in rows]
-        routed = self.hub.predict(texts, max_false_reject=0)
+        alone, routed = (self.hub.predict(texts, max_false_reject=0, ask=ask) for ask in (1, ASKED))
         named = self.hub.predict(texts, adapters=list(homes))
         right = [one.adapter is not None and one.adapter.name == home for one, home in zip(routed, homes, strict=True)]
-        return Answered([one.label for one in routed], [one.label for one in named], right)
+        return Answered([one.label for one in routed], [one.label for one in alone], [one.label for one in named], right)
 
     def at_random(self, rows: Sequence[Example], seed: int) -> list[str | None]:
         """Each by an adapter drawn for it."""
@@ -82,8 +84,8 @@ class HubRun:
     def singles_same(self, rows: Sequence[Example]) -> bool:
         """Whether rows asked one at a time go where they go in a batch, and get its labels."""
         texts = [row.text for row in rows[:SINGLE_ROWS]]
-        together = self.hub.predict(texts, max_false_reject=0)
-        alone = [self.hub.predict([text], max_false_reject=0)[0] for text in texts]
+        together = self.hub.predict(texts, max_false_reject=0, ask=ASKED)
+        alone = [self.hub.predict([text], max_false_reject=0, ask=ASKED)[0] for text in texts]
         return [_answer(one) for one in together] == [_answer(one) for one in alone]
 
     def _named(self, name: str) -> list[str]:

@@ -29,7 +29,7 @@ from transformers import AutoModelForSequenceClassification
 from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.engine import Engine, Request
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, digest_of
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
@@ -373,15 +373,19 @@ class JointLora:
 
     joint = True
 
-    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, seed: int) -> None:
-        self._base, self._labels, self._config = base, list(labels), replace(config, seed=seed)
+    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, seed: int, kept: Path) -> None:
+        self._base, self._labels, self._config, self._kept = base, list(labels), replace(config, seed=seed), kept
 
     def learn(self, tasks: Sequence[Task]) -> None:
-        train, carved = ([row for task in tasks for row in part(task)] for part in (lambda task: task.train, lambda task: task.validation))
-        with tempfile.TemporaryDirectory() as folder:
-            result = train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=Path(folder))
-            self._adapter = read_adapter(result.folder, labels=result.labels)
-            self.bytes_stored = sum(file.stat().st_size for file in result.folder.iterdir())
+        """The same rows, however they are cut into tasks, are trained on once."""
+        train, carved = (sorted((row for task in tasks for row in part(task)), key=_text) for part in (lambda t: t.train, lambda t: t.validation))
+        folder = self._kept / f"joint-{digest_of([*train, *carved])[-16:]}-{self._config.epochs}-{self._config.seed}"
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=self._kept) as scratch:
+                train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=Path(scratch) / "adapter")
+                (Path(scratch) / "adapter").rename(folder)
+        self._adapter = read_adapter(folder, labels=sorted({str(row.label) for row in train}))
+        self.bytes_stored = sum(file.stat().st_size for file in folder.iterdir())
         self._engine = Engine(self._base, lambda _: self._adapter)
 
     def scores(self, texts: Sequence[str]) -> F32:
@@ -390,6 +394,10 @@ class JointLora:
             for label, share in output.scores.items():
                 row[self._labels.index(label)] = math.log(max(share, 1e-12))
         return found
+
+
+def _text(row: Example) -> str:
+    return row.text
 
 
 def _padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
