@@ -393,7 +393,7 @@ def test_of_near_candidates_the_one_with_the_likeliest_answer_answers(hub: Hub, 
     named = {name: hub.predict(texts, adapters=name) for name in ("first", "second")}
     assert all(one.decision.adapter == before.decision.adapter and not before.asked for one, before in zip(asked, alone, strict=True))
     for row, one in enumerate(asked):
-        assert [ref for ref, _ in one.asked][0] == one.adapter and {ref.name for ref, _ in one.asked} == {"first", "second"}
+        assert one.asked[0][0] == one.adapter and {ref.name for ref, _ in one.asked} == {"first", "second"}
         assert one.asked[0][1] >= one.asked[1][1]
         given = named[one.adapter.name if one.adapter else ""][row]
         assert one.label == given.label and one.scores == pytest.approx(given.scores, abs=1e-6)
