@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.continual.learner import Current, Lesson
-    from adapter_hub.engine.engine import Engine, Request
+    from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
@@ -141,6 +141,7 @@ class Hub:
         self._router: LiveRouter | None = None
         self._candidates: dict[AdapterRef, Adapter] = {}    # that are asked before they are stored
         self._numbers = itertools.count(NUMBER_MAX + 1)
+        self._label_names: dict[AdapterRef, tuple[str, ...]] = {}    # of versions, which do not change
         self._settings: object = None    # what hub.toml looked like when it last named the encoder that this hub was opened with
 
     # ---- open and close -----------------------------------------------------------------------------------------
@@ -753,6 +754,7 @@ class Hub:
         generation: Generation = None,
         mix: int = 1,
         truncate: bool = True,
+        ask: int = 1,
     ) -> list[Prediction]:
         """Answer each text by the adapter it belongs to, in one mixed batch. Aligned with `texts`.
 
@@ -767,9 +769,23 @@ class Hub:
         With `mix=k` a routed input that is accepted is answered by its k best candidates together, by `Decision.weights`. Those
         that cannot be mixed with the best one (a head with other labels, a DoRA, …) are left out, and the others' shares grow in
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
+        With `ask=k` an accepted input is answered by each of its k best candidates that come near the best (see `routing.contest`), and
+        the answer is taken that router and adapter together find the likeliest: of classifiers of one label; others are not asked.
+        Then `Prediction.adapter` is who gave it, and `asked` says what each answer weighed.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
         found = inputs_of(texts)
+        if _checked_ask(ask) > 1:
+            if adapters is not None or mix != 1:
+                raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave `adapters` and `mix` out.")
+            router = self._live.snapshot()
+            decisions = self._route(router, [question_of(text) for text in found], ask, max_false_reject)
+            predictions = []
+            for one in self._answered(router, found, decisions, generation, truncate, ask):
+                if isinstance(one, Exception):
+                    raise one
+                predictions.append(one)
+            return predictions
         decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
         outputs = self.engine.predict(_requests(found, answering, truncate), generation=generation)
         return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
@@ -842,6 +858,47 @@ class Hub:
         answering = [self._resolved(named) for named in aligned(adapters, len(texts))]
         return [Decision.named(foremost(adapter)) for adapter in answering], answering
 
+    def _answered(
+        self, router: Router, texts: Sequence[str | Conversation], decisions: Sequence[Decision], generation: Generation, truncate: bool, ask: int
+    ) -> list[Prediction | Exception]:
+        """Each input answered by the adapter that was chosen, or why not; of near candidates (see `contest`) by the one with the best answer."""
+        from adapter_hub.routing.contest import evidence, rivals
+        from adapter_hub.routing.features import extract
+
+        near = [(row, ref) for row, one in enumerate(decisions) if self._labels(one.adapter) for ref in rivals(one, ask) if self._labels(ref)]
+        who = [*((row, one.adapter) for row, one in enumerate(decisions)), *near]
+        calls = [*generation, *[None] * len(near)] if isinstance(generation, Sequence) else generation
+        outputs = self.engine.answers(_requests([texts[row] for row, _ in who], [ref for _, ref in who], truncate), generation=calls)
+        contested = {row for row, _ in near}
+        said = [
+            (row, ref, output)
+            for (row, ref), output in zip(who, outputs, strict=True)
+            if row in contested and ref is not None and not isinstance(output, Exception) and output.label in self._labels(ref)
+        ]
+        features = extract(self._encoder_of(router), [question_of(texts[row]) for row, _, _ in said])
+        weighed: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
+        for (row, ref, output), responses in zip(said, router.label_responses(features, [ref for _, ref, _ in said]), strict=True):
+            response = float(responses[self._labels(ref).index(output.label or "")])
+            weighed.setdefault(row, []).append((evidence(response, output.scores[output.label or ""]), ref, output))
+        found: list[Prediction | Exception] = []
+        for row, (decision, own) in enumerate(zip(decisions, outputs[: len(texts)], strict=True)):
+            answers = sorted(weighed.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
+            best = answers[0][2] if len(answers) > 1 else own
+            asked = tuple((ref, weight) for weight, ref, _ in answers) if len(answers) > 1 else ()
+            found.append(best if isinstance(best, Exception) else Prediction.of(decision, decision.adapter, best, asked))
+        return found
+
+    def _labels(self, ref: AdapterRef | None) -> tuple[str, ...]:
+        """Of a classifier of one label those that the router has examples of, in the order of `Router.label_responses`; none of others."""
+        if ref is None:
+            return ()
+        if ref not in self._label_names:
+            manifest = self.registry.manifest(ref)
+            single = manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type is None and manifest.labels
+            names = self._live.state(ref).class_names if single else ()
+            self._label_names[ref] = tuple(name for name in names if name is not None)
+        return self._label_names[ref]
+
     def _route(
         self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
     ) -> list[Decision]:
@@ -886,12 +943,13 @@ class Hub:
         overwrite: bool = False,
         generation: Mapping[str, Any] | None = None,
         truncate: bool = True,
+        ask: int = 1,
         progress: Callable[[Progress], None] | None = None,
     ) -> Summary:
         """The batch job: every row of `input` answered into `output`, in order; bad rows to OUTPUT.errors.jsonl.
 
         A row has `text`, or where it has none `messages`: a conversation, as `predict` takes them (in CSV as JSON).
-        An answer to an input that was cut says `truncated`; with `truncate=False` a row that is too long is a bad one.
+        An answer to an input that was cut says `truncated`; with `truncate=False` a row that is too long is a bad one. `ask` is `predict`'s.
 
         The router is held as it is at the start, also by a job that is resumed after the registry has changed: the same versions
         and calibration answer to the end. It is refused where they cannot, or an option is another one.
@@ -910,18 +968,18 @@ class Hub:
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
             "truncate": truncate,
+            **({"ask": ask} if _checked_ask(ask) > 1 else {}),
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
         def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
-            decisions = self._route(router, [question_of(text) for text in texts], 1, rate, encoder)
+            decisions = self._route(router, [question_of(text) for text in texts], ask, rate, encoder)
             answered: list[dict[str, Any] | HubError] = []
-            found = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions], truncate), generation=generation)
-            for decision, one in zip(decisions, found, strict=True):
+            for one in self._answered(router, texts, decisions, generation, truncate, ask):
                 if isinstance(one, Exception) and not isinstance(one, HubError):
                     raise one    # not a row's fault: the job stops, and can be resumed
-                answered.append(one if isinstance(one, HubError) else Prediction.of(decision, decision.adapter, one).row())
+                answered.append(one if isinstance(one, HubError) else one.row())
             return answered
 
         return run_job(
@@ -1221,6 +1279,13 @@ def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering
         from adapter_hub.engine.engine import Request
 
     return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
+
+
+def _checked_ask(ask: int) -> int:
+    """Raises InvalidInput."""
+    if isinstance(ask, bool) or not isinstance(ask, int) or ask < 1:
+        raise InvalidInput(f"ask={ask!r} is not a positive count of adapters.")
+    return ask
 
 
 def _check_options(started: Mapping[str, Any], options: Mapping[str, str]) -> None:

@@ -25,7 +25,8 @@ class Prediction:
     An abstained row on an encoder has `label` None and the base's `.vector`.
     """
 
-    adapter: AdapterRef | None                  # the version that answered, of a mixture the weightiest; None is the base model
+    adapter: AdapterRef | None                  # the version that answered, of a mixture the weightiest; None is the base model. Of several
+                                                # that were asked the one with the best answer, which may be another than the decision's
     decision: Decision
     label: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)   # label -> probability
@@ -34,13 +35,14 @@ class Prediction:
     tokens: tuple[Any, ...] | None = None       # token classification: spans with label, score, start, end
     truncated: bool = False                     # the input was longer than the hub's max_tokens
     mixture: Shares = ()                        # (version, weight), weightiest first, where several answered together
+    asked: Shares = ()                          # (version, evidence for its answer), best first, where several near candidates were asked
     labels: tuple[str, ...] | None = None       # of a classifier of several labels: those of probability 0.5 and more
     value: float | None = None                  # of a regression
 
     @classmethod
-    def of(cls, decision: Decision, answering: Answering, output: Output) -> Prediction:
+    def of(cls, decision: Decision, answering: Answering, output: Output, asked: Shares = ()) -> Prediction:
         return cls(
-            adapter=decision.adapter,
+            adapter=asked[0][0] if asked else decision.adapter,
             decision=decision,
             label=output.label,
             scores=output.scores or {},
@@ -51,13 +53,15 @@ class Prediction:
             tokens=output.tokens,
             truncated=output.truncated,
             mixture=_mixture(answering),
+            asked=asked,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
         scores = {label: rounded(score) for label, score in self.scores.items()}
         mixture = [{"adapter": str(ref), "weight": rounded(weight)} for ref, weight in self.mixture]
-        more = {"scores": scores, "mixture": mixture}
+        asked = [{"adapter": str(ref), "evidence": evidence} for ref, evidence in self.asked]
+        more = {"scores": scores, "mixture": mixture, "asked": asked}
         return self.decision.to_json() | self.row() | {key: value for key, value in more.items() if value}
 
     def row(self) -> dict[str, Any]:

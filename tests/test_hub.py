@@ -383,6 +383,34 @@ def test_text_is_kept_only_where_the_policy_says_so(filled: Hub, tmp_path: Path)
     assert not list((tmp_path / "registry").rglob("exemplars.jsonl"))
 
 
+def test_of_near_candidates_the_one_with_the_likeliest_answer_answers(hub: Hub, tmp_path: Path) -> None:
+    """Two adapters that the router cannot tell apart: only their own answers can."""
+    rows = [{"text": f"{word} {i}", "label": label} for i, word in enumerate(("gate", "roof", "door")) for label in ("one", "two")]
+    for name, seed in (("first", 1), ("second", 0)):    # the second is surer
+        hub.register(name, make_adapter(hub.base, tmp_path / name, seed=seed), rows, labels=["one", "two"])
+    texts = [f"{word} {i} again" for word in ("gate", "roof", "door") for i in range(8)]
+    alone, asked = hub.predict(texts, max_false_reject=0), hub.predict(texts, max_false_reject=0, ask=2)
+    named = {name: hub.predict(texts, adapters=name) for name in ("first", "second")}
+    assert all(one.decision.adapter == before.decision.adapter and not before.asked for one, before in zip(asked, alone, strict=True))
+    for row, one in enumerate(asked):
+        assert one.asked[0][0] == one.adapter and {ref.name for ref, _ in one.asked} == {"first", "second"}
+        assert one.asked[0][1] >= one.asked[1][1]
+        given = named[one.adapter.name if one.adapter else ""][row]
+        assert one.label == given.label and one.scores == pytest.approx(given.scores, abs=1e-6)
+        assert one.to_json()["asked"][0]["adapter"] == str(one.adapter)
+    assert {str(one.adapter) for one in asked} == {"second@1"} and "first@1" in {str(one.adapter) for one in alone}
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    hub.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_false_reject=0, ask=2)
+    written = [json.loads(line)["adapter"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written == [str(one.adapter) for one in asked]
+
+
+def test_who_is_not_a_classifier_of_one_label_is_not_asked_beside_another(filled: Hub, tmp_path: Path) -> None:
+    filled.register("numbers", make_adapter(filled.base, tmp_path / "n", seed=4, outputs=1), COLOURS, problem_type="regression")
+    texts = [str(row["text"]) for row in COLOURS]
+    assert not any(one.asked for one in filled.predict(texts, max_false_reject=0, ask=4))
+
+
 def test_evaluation_reports_routed_and_named_accuracy(filled: Hub) -> None:
     rows = [{**row, "adapter": "colours"} for row in COLOURS] + [{**row, "adapter": "animals"} for row in ANIMALS]
     facts = filled.evaluate(rows)
@@ -511,6 +539,8 @@ def test_a_hub_that_closes_answers_what_was_submitted(filled: Hub) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda hub: hub.predict(["x"], ask=0), InvalidInput, "ask=0 is not a positive count"),
+        (lambda hub: hub.predict(["x"], adapters="colours", ask=2), InvalidInput, "ask=2 is for routed inputs"),
         (lambda h: h.predict("one string"), InvalidInput, "texts is one string"),
         (lambda h: h.predict(["fine", " "]), InvalidInput, "2"),
         (lambda h: h.predict(["fine", None]), InvalidInput, "2"),

@@ -427,6 +427,9 @@ def route(
     emit(_beside(inputs, found), as_json, explanations if explain or (k or 1) > 1 else decisions)
 
 
+Ask = Annotated[int, typer.Option(metavar="K", help="Where up to K candidates come near, let each answer, and take the likeliest answer.", min=1)]
+
+
 @_verb("predict", "adapter-hub predict 'my card was declined abroad' --json")
 def predict(
     ctx: typer.Context,
@@ -434,6 +437,7 @@ def predict(
     file: File = "",
     adapter: Annotated[str, typer.Option(metavar="REF", help="Answer with this one; do not route.", autocompletion=complete_ref)] = "",
     mix: Annotated[int, typer.Option("--mix", metavar="K", help="Let the K best candidates answer together, where they can.", min=1)] = 1,
+    ask: Ask = 1,
     generation: Generation = "",
     truncate: Truncate = True,
     stream: Annotated[bool, typer.Option("--stream", help="Write the text of one input as it comes, and nothing else.")] = False,
@@ -442,8 +446,8 @@ def predict(
 ) -> None:
     """Answer each input with the adapter it belongs to."""
     inputs, settings = read_inputs(texts, file), json_object("--generation", generation)
-    if stream and (as_json or len(inputs) != 1):
-        raise InvalidInput("--stream writes the text of one input as it comes.", hint="Give one input, and no --json.")
+    if stream and (as_json or len(inputs) != 1 or ask > 1):
+        raise InvalidInput("--stream writes the text of one input as it comes.", hint="Give one input, and neither --json nor --ask.")
     hub = _open(ctx, registry)
     asked: dict[str, Any] = {"adapters": adapter or None, "max_false_reject": max_false_reject, "generation": settings, "mix": mix}
     asked["truncate"] = truncate
@@ -452,7 +456,7 @@ def predict(
             piece(text)
         piece("\n")
         return
-    found = hub.predict(inputs, **asked)
+    found = hub.predict(inputs, **asked, ask=ask)
     emit(_beside(inputs, found), as_json, predictions)
 
 
@@ -468,6 +472,7 @@ def run(
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Where the answered rows go; its suffix says the format.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an OUTPUT that exists.")] = False,
+    ask: Ask = 1,
     generation: Generation = "",
     truncate: Truncate = True,
     max_false_reject: Rate = None,
@@ -481,10 +486,10 @@ def run(
         try:
             summary = hub.run(
                 input, output, resume=resume, overwrite=overwrite, max_false_reject=max_false_reject, generation=settings,
-                truncate=truncate, progress=lambda at: show(at.rows, at.share),
+                truncate=truncate, ask=ask, progress=lambda at: show(at.rows, at.share),
             )
         except KeyboardInterrupt:
-            again = _resuming(ctx, registry, input, output, max_false_reject, generation, slots_max, truncate)
+            again = _resuming(ctx, registry, input, output, max_false_reject, generation, slots_max, truncate, ask)
             typer.echo(f"interrupted; what is done is kept. Go on with: {again}", err=True)
             raise typer.Exit(INTERRUPTED) from None
     emit(summary, as_json, facts)
@@ -494,11 +499,11 @@ def run(
 
 def _resuming(
     ctx: typer.Context, registry: str, input: str, output: str, max_false_reject: float | None, generation: str, slots_max: int | None,
-    truncate: bool,
+    truncate: bool, ask: int,
 ) -> str:
     """The command that goes on with this job, each option that it depends on included."""
     before = {"--registry": shown_url(registry)} | {f"--{key}": value for key, value in ctx.find_root().obj.items()}
-    after = {"--max-false-reject": max_false_reject, "--generation": generation or None, "--slots-max": slots_max}
+    after = {"--max-false-reject": max_false_reject, "--generation": generation or None, "--slots-max": slots_max, "--ask": ask if ask > 1 else None}
     words: list[Any] = ["adapter-hub", *_options(before), "run", input, output, "--resume", *_options(after)]
     words += [] if truncate else ["--no-truncate"]
     return shlex.join(map(str, words))

@@ -297,6 +297,20 @@ class Router:
     def _segment_of(self, ref: AdapterRef) -> Segment:
         return next(segment for segment in self._segments if ref in segment.place)
 
+    def label_responses(self, features: Features, refs: Sequence[AdapterRef]) -> list[F32]:
+        """Of each of n inputs the responses (c,) to the labels of the adapter named beside it, in alphabetical order."""
+        assert self.calibration is not None
+        solved, found = self.head.responses(features) if self.head else None, []
+        for row, ref in enumerate(refs):
+            number = next(number for number, segment in enumerate(self._segments) if ref in segment.place)
+            own = slice(row, row + 1)
+            found.append(
+                self._segments[number].label_responses(
+                    features.dense[own], None if solved is None else solved[own], self._columns[number], self.calibration.scoring, ref
+                )[0]
+            )
+        return found
+
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:
         """For each input the `wanted` best adapters and their scores, best first; ties go to the first in name order."""
         solved: F32 | None = self.head.responses(features) if self.head else None

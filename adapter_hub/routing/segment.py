@@ -181,6 +181,12 @@ class Segment:
             parts.append(self._exact(dense[rows], None if solved is None else solved[rows], columns, scoring, candidates[rows]))
         return candidates, np.concatenate(parts)
 
+    def label_responses(self, dense: F32, solved: F32 | None, columns: I64, scoring: Scoring, ref: AdapterRef) -> F32:
+        """(n, c): the responses to the labels of one adapter, in alphabetical order."""
+        place = self.place[ref]
+        own = slice(self.starts[place], self.starts[place] + self.labelled[place])
+        return scoring.responses(dense @ self._means32[own].T, solved, columns[own], self.counts[own])
+
     def _candidates(self, dense: F32, scoring: Scoring, wanted: int, absent: Mask | None) -> I64:
         """(n, c): the adapters whose tangents promise the most; -1 fills up."""
         present = len(self.refs) - (0 if absent is None else int(absent.sum()))

@@ -1,0 +1,404 @@
+"""How else a sequence of tasks is learned, on the same base, examples and steps: one LoRA throughout, and heads on the frozen encoder.
+
+`Scores` are the ways that score every label with one model; the hub has its own module. What a way may see: the rows of the task at
+hand, and what it kept of the earlier ones itself. Joint ways see all tasks at once, and bound the others.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from continual_data import Task
+from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from scipy import linalg
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForSequenceClassification
+
+from adapter_hub.adapters.weights import read_adapter
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.engine import Engine, Request
+from adapter_hub.examples import Example, digest_of
+from adapter_hub.refs import AdapterRef
+from adapter_hub.routing.encoder import Encoder
+from adapter_hub.training.config import ALL_LINEAR, TrainConfig
+from adapter_hub.training.frozen import HIDDEN, below, computed_once
+from adapter_hub.training.train import train_classifier
+
+# n rows, c labels of the whole sequence, d encoder width, h hidden width, r rank
+F32 = NDArray[np.float32]
+REPLAYED = 0.02            # of each earlier task's rows (the issue's baseline)
+ELASTICITY = 1000.0        # of EWC, chosen on carved rows: LOG.md
+FISHER_ROWS = 200
+ORTHOGONALITY = 0.5        # of O-LoRA, as its authors' code
+RANDOM_FEATURES = 4096
+PENALTIES = (0.001, 0.01, 0.1, 1.0)    # of the random-feature ridge, in mean eigenvalues
+INVERSE_PENALTIES = (1.0, 10.0, 100.0)    # of the joint probe
+BATCH_ROWS = 64
+BUCKET = 8                 # batches whose rows are sorted by length together
+ONCE_ROWS = 16             # rows for computing hidden states once
+
+
+class Scores(Protocol):
+    """One model of all labels."""
+
+    joint: bool
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        """The next task, or all of them where `joint`."""
+
+    def scores(self, texts: Sequence[str]) -> F32:
+        """(n, c); -inf for a label that was never seen."""
+
+    @property
+    def bytes_stored(self) -> int: ...
+
+
+# ---- heads on the frozen encoder -------------------------------------------------------------------------------------
+
+
+class Vectors:
+    """Embeddings, each text once."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder, self._known = encoder, dict[str, F32]()
+
+    def __call__(self, texts: Sequence[str]) -> F32:
+        """(n, d)"""
+        new = list(dict.fromkeys(text for text in texts if text not in self._known))
+        if new:
+            self._known |= zip(new, self._encoder.encode(new), strict=True)
+        return np.array([self._known[text] for text in texts])
+
+
+class ClassMean:
+    """Nearest class mean by cosine (as iCaRL's rule, Rebuffi et al. 2017, on a frozen encoder)."""
+
+    joint = False
+
+    def __init__(self, vectors: Vectors, labels: Sequence[str]) -> None:
+        self._vectors, self._place = vectors, {label: place for place, label in enumerate(labels)}
+        self._sums: dict[str, F32] = {}
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for row, vector in _encoded(self._vectors, tasks):
+            self._sums[row] = self._sums.get(row, np.zeros_like(vector)) + vector
+
+    def scores(self, texts: Sequence[str]) -> F32:
+        found = np.full((len(texts), len(self._place)), -np.inf, np.float32)
+        vectors = self._vectors(texts)
+        for label, total in self._sums.items():
+            found[:, self._place[label]] = vectors @ (total / np.linalg.norm(total))
+        return found
+
+    @property
+    def bytes_stored(self) -> int:
+        return sum(total.nbytes for total in self._sums.values())
+
+
+class LabelNames(ClassMean):
+    """The base alone: the label whose name is nearest. It learns nothing but which labels there are."""
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        labels = [label for task in tasks for label in task.labels]
+        self._sums |= zip(labels, self._vectors([label.replace("_", " ") for label in labels]), strict=True)
+
+
+class RandomRidge:
+    """Ridge on random ReLU features, by sums over the rows (RanPAC, McDonnell et al. 2023): the order of tasks changes nothing.
+
+    The penalty is chosen anew on the carved rows of all tasks so far.
+    """
+
+    joint = False
+
+    def __init__(self, vectors: Vectors, labels: Sequence[str], seed: int) -> None:
+        self._vectors, self._place, self._seed = vectors, {label: place for place, label in enumerate(labels)}, seed
+        self._gram = np.zeros((RANDOM_FEATURES, RANDOM_FEATURES))
+        self._moments = np.zeros((RANDOM_FEATURES, len(labels)))
+        self._carved: list[Example] = []
+        self._weights = self._moments
+
+    def _features(self, texts: Sequence[str]) -> F32:
+        vectors = self._vectors(texts)
+        drawn = np.random.default_rng(self._seed).standard_normal((vectors.shape[1], RANDOM_FEATURES), np.float32)
+        return np.maximum(vectors @ drawn, 0)
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            features = self._features([row.text for row in task.train])
+            self._gram += features.T @ features
+            np.add.at(self._moments.T, [self._place[str(row.label)] for row in task.train], features)
+            self._carved += task.validation
+        carved = self._features([row.text for row in self._carved])
+        targets = np.array([self._place[str(row.label)] for row in self._carved])
+        best = -1.0
+        for penalty in PENALTIES:
+            gram = self._gram.copy()
+            gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram)
+            weights = linalg.solve(gram, self._moments, assume_a="pos", overwrite_a=True)
+            right = float((self._masked(carved @ weights).argmax(axis=1) == targets).mean())
+            if right > best:
+                best, self._weights = right, weights
+
+    def _masked(self, scores: F32) -> F32:
+        return np.where(self._moments.any(axis=0), scores, -np.inf).astype(np.float32)
+
+    def scores(self, texts: Sequence[str]) -> F32:
+        return self._masked(self._features(texts) @ self._weights)
+
+    @property
+    def bytes_stored(self) -> int:
+        return self._gram.nbytes + self._moments.nbytes
+
+
+class JointProbe:
+    """One logistic regression on the embeddings of all tasks at once; its penalty is chosen on carved rows."""
+
+    joint = True
+
+    def __init__(self, vectors: Vectors, labels: Sequence[str]) -> None:
+        self._vectors, self._labels = vectors, list(labels)
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        train, carved = ([row for task in tasks for row in part(task)] for part in (lambda task: task.train, lambda task: task.validation))
+        x, y = (self._vectors([row.text for row in rows]) for rows in (train, carved))
+        found = [LogisticRegression(C=c, max_iter=500).fit(x, [row.label for row in train]) for c in INVERSE_PENALTIES]
+        self._head = max(found, key=lambda head: head.score(y, [row.label for row in carved]))
+
+    def scores(self, texts: Sequence[str]) -> F32:
+        known = [self._labels.index(label) for label in self._head.classes_]
+        found = np.full((len(texts), len(self._labels)), -np.inf, np.float32)
+        found[:, known] = np.log(np.maximum(self._head.predict_proba(self._vectors(texts)), 1e-12))
+        return found
+
+    @property
+    def bytes_stored(self) -> int:
+        return self._head.coef_.size * 4
+
+
+def _encoded(vectors: Vectors, tasks: Sequence[Task]) -> Iterator[tuple[str, F32]]:
+    rows = [row for task in tasks for row in task.train]
+    return zip((str(row.label) for row in rows), vectors([row.text for row in rows]), strict=True)
+
+
+# ---- one LoRA throughout ------------------------------------------------------------------------------------------------
+
+
+class SequentialLora:
+    """One LoRA and one head, trained on task after task (the lower bound: nothing keeps what was learned)."""
+
+    joint = False
+
+    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._base, self._config, self._random = base, config, random.Random(seed)
+        self._place = {label: place for place, label in enumerate(labels)}
+        self._seen: list[int] = []
+        self._whole = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(labels), local_files_only=True)
+        shape = LoraConfig(
+            task_type="SEQ_CLS", r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=ALL_LINEAR,
+            exclude_modules=below(self._whole, config),
+        )  # fmt: skip
+        self._model: Any = get_peft_model(self._whole, shape)
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self._seen = sorted({*self._seen, *(self._place[label] for label in task.labels)})
+            self._fit(task.train, self._seen)
+
+    def _extra(self) -> Tensor | None:
+        """What else is in the loss of a batch."""
+        return None
+
+    def _fit(self, rows: Sequence[Example], known: Sequence[int]) -> None:
+        """As the hub's trainer, but for the choice of an epoch: AdamW, warm-up, then down to 0; `known` labels compete."""
+        config, model = self._config, self._model
+        encoded = self._base.encode([row.text for row in rows])
+        place = {label: number for number, label in enumerate(known)}
+        targets = torch.tensor([place[self._place[str(row.label)]] for row in rows])
+        inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in encoded]
+        lengths = [len(row["input_ids"]) for row in inputs]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
+        steps = config.epochs * math.ceil(len(rows) / config.batch_size)
+        warm = max(1, int(config.warmup_ratio * steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, max(0, (steps - step) / max(1, steps - warm))))
+        once = (_padded([inputs[i] for i in order[at : at + ONCE_ROWS]]) for at in range(0, len(order), ONCE_ROWS))
+        with computed_once(model, self._whole, once) as hidden:
+            for i, states in zip(order, hidden or (), strict=False):
+                inputs[i][HIDDEN] = states
+            model.train()
+            for _ in range(config.epochs):
+                for batch in self._batches(lengths):
+                    logits = model(**_padded([inputs[i] for i in batch])).logits[:, known]
+                    loss = nn.functional.cross_entropy(logits, targets[batch], label_smoothing=config.label_smoothing)
+                    extra = self._extra()
+                    (loss if extra is None else loss + extra).backward()
+                    nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+        model.eval()
+
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows of like length together, in random order."""
+        order = self._random.sample(range(len(lengths)), len(lengths))
+        size, found = self._config.batch_size, []
+        for start in range(0, len(order), BUCKET * size):
+            bucket = sorted(order[start : start + BUCKET * size], key=lengths.__getitem__)
+            found += [bucket[at : at + size] for at in range(0, len(bucket), size)]
+        return self._random.sample(found, len(found))
+
+    def scores(self, texts: Sequence[str]) -> F32:
+        encoded = self._base.encode(texts)
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids["input_ids"]))
+        found = np.full((len(texts), len(self._place)), -np.inf, np.float32)
+        with torch.inference_mode():
+            for start in range(0, len(order), BATCH_ROWS):
+                rows = order[start : start + BATCH_ROWS]
+                batch = [{key: torch.tensor(encoded[i].ids[key]) for key in ("input_ids", "attention_mask")} for i in rows]
+                found[np.ix_(rows, self._seen)] = self._model(**_padded(batch)).logits[:, self._seen].numpy()
+        return found
+
+    @property
+    def bytes_stored(self) -> int:
+        return sum(parameter.nbytes for parameter in self._model.parameters() if parameter.requires_grad)
+
+
+class Replay(SequentialLora):
+    """Sequential, with REPLAYED of each earlier task's rows among the new ones."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._kept: list[Example] = []
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            self._seen = sorted({*self._seen, *(self._place[label] for label in task.labels)})
+            self._fit([*task.train, *self._kept], self._seen)
+            self._kept += self._random.sample(task.train, max(1, round(REPLAYED * len(task.train))))
+
+
+class Elastic(SequentialLora):
+    """EWC (Kirkpatrick et al. 2017) in its online form (Schwarz et al. 2018): what earlier tasks need resists change."""
+
+    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, seed: int, elasticity: float = ELASTICITY) -> None:
+        super().__init__(base, labels, config, seed)
+        self._elasticity = elasticity
+        self._fisher: dict[str, Tensor] = {}
+        self._anchor: dict[str, Tensor] = {}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def _extra(self) -> Tensor | None:
+        if not self._anchor:
+            return None
+        moved = [(self._fisher[name] * (parameter - self._anchor[name]) ** 2).sum() for name, parameter in self._trained().items()]
+        return self._elasticity / 2 * torch.stack(moved).sum()
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            super().learn([task])
+            rows = self._random.sample(task.train, min(FISHER_ROWS, len(task.train)))
+            summed = {name: torch.zeros_like(parameter) for name, parameter in self._trained().items()}
+            for row in rows:
+                ids = self._base.encode([row.text])[0].ids
+                logits = self._model(**_padded([{key: torch.tensor(ids[key]) for key in ("input_ids", "attention_mask")}])).logits
+                target = torch.tensor([self._seen.index(self._place[str(row.label)])])
+                nn.functional.cross_entropy(logits[:, self._seen], target).backward()
+                for name, parameter in self._trained().items():
+                    if parameter.grad is not None:
+                        summed[name] += parameter.grad**2 / len(rows)
+                self._model.zero_grad()
+            self._fisher = {name: self._fisher.get(name, 0) + value for name, value in summed.items()}
+            self._anchor = {name: parameter.detach().clone() for name, parameter in self._trained().items()}
+
+    @property
+    def bytes_stored(self) -> int:
+        return 3 * super().bytes_stored
+
+
+class OrthogonalLora(SequentialLora):
+    """O-LoRA (Wang et al. 2023): a fresh LoRA a task, kept orthogonal to the earlier ones, which are merged into the weights.
+
+    A task trains the outputs of its own labels alone, so that the rows of the head that earlier ones need stay.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._earlier: dict[str, list[Tensor]] = {name: [] for name, _ in self._layers()}
+
+    def _layers(self) -> list[tuple[str, LoraLayer]]:
+        found = ((name, module) for name, module in self._model.named_modules() if isinstance(module, LoraLayer))
+        return [(name, module) for name, module in found if "default" in module.lora_A]
+
+    def _extra(self) -> Tensor | None:
+        overlaps = [
+            (earlier @ module.lora_A["default"].weight.T).abs().sum() for name, module in self._layers() for earlier in self._earlier[name]
+        ]
+        return ORTHOGONALITY * torch.stack(overlaps).sum() if overlaps else None
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            own = sorted(self._place[label] for label in task.labels)
+            self._seen = sorted({*self._seen, *own})
+            self._fit(task.train, own)
+            with torch.no_grad():
+                for name, module in self._layers():
+                    module.get_base_layer().weight += module.get_delta_weight("default")
+                    self._earlier[name].append(module.lora_A["default"].weight.detach().clone())
+                    module.reset_lora_parameters("default", True)
+
+    @property
+    def bytes_stored(self) -> int:
+        return super().bytes_stored * max(1, len(next(iter(self._earlier.values()), ())))
+
+
+class JointLora:
+    """One LoRA on everything at once, by the hub's own trainer: the bound."""
+
+    joint = True
+
+    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, seed: int, kept: Path) -> None:
+        self._base, self._labels, self._config, self._kept = base, list(labels), replace(config, seed=seed), kept
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        """The same rows, however they are cut into tasks, are trained on once."""
+        train, carved = (sorted((row for task in tasks for row in part(task)), key=_text) for part in (lambda t: t.train, lambda t: t.validation))
+        folder = self._kept / f"joint-{digest_of([*train, *carved])[-16:]}-{self._config.epochs}-{self._config.seed}"
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=self._kept) as scratch:
+                train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=Path(scratch) / "adapter")
+                (Path(scratch) / "adapter").rename(folder)
+        self._adapter = read_adapter(folder, labels=sorted({str(row.label) for row in train}))
+        self.bytes_stored = sum(file.stat().st_size for file in folder.iterdir())
+        self._engine = Engine(self._base, lambda _: self._adapter)
+
+    def scores(self, texts: Sequence[str]) -> F32:
+        found = np.full((len(texts), len(self._labels)), -np.inf, np.float32)
+        for row, output in zip(found, self._engine.predict([Request(text, AdapterRef("joint", 1)) for text in texts]), strict=True):
+            for label, share in output.scores.items():
+                row[self._labels.index(label)] = math.log(max(share, 1e-12))
+        return found
+
+
+def _text(row: Example) -> str:
+    return row.text
+
+
+def _padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: pad_sequence([row[key] for row in rows], batch_first=True) for key in rows[0]}
