@@ -240,6 +240,15 @@ class FrozenBase:
             raise InvalidInput(f"the chat template of {self.id!r} does not take this conversation: {str(error)[:200]}.") from error
         return Encoded({key: list(found[key]) for key in found if key in self.tokenizer.model_input_names}, ())
 
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of what is to be written, and of its end; cut so that a prompt has room."""
+        with self._tokenizing:
+            if self.kind is BaseKind.SEQ2SEQ:
+                return list(cast(Any, self.tokenizer(text_target=text, truncation=True, max_length=self.max_tokens))["input_ids"])
+            ids = cast(Any, self.tokenizer(text, add_special_tokens=False, verbose=False))["input_ids"]
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        return [*ids, *end][: max(1, self.tokens_limit // 2)]
+
     def stopping(self, texts: str | Sequence[str]) -> StopStringCriteria:
         """What ends a generation at one of these texts. To make it the whole vocabulary is read; the last `STOPS_MAX` made are kept.
 

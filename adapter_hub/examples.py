@@ -22,6 +22,7 @@ from adapter_hub.errors import InvalidInput, UnreadableFile
 JSON = Any
 LINE_BYTES_MAX = 64 << 20    # a longer line is a fault in the file, not a text
 UNSEEN = ("Cc", "Cf")        # categories of characters that show nothing: control characters, joiners and marks of direction
+TARGETS = ("labels", "spans")  # what a row may have as its target where one label does not say it
 _INPUTS = {"text", "messages"}    # columns of which a table has one: who reads its rows says which of them will do
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -119,11 +120,17 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def digest_of(rows: Sequence[Example]) -> str:
-    """"sha256:…" of texts and labels in their order: which data it was, without keeping the data."""
+    """"sha256:…" of texts and targets in their order: which data it was, without keeping the data."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.text, row.label]).encode())
+        more = targets_of(row)
+        digest.update(json.dumps([row.text, row.label, *([more] if more else [])], sort_keys=True, default=str).encode())
     return "sha256:" + digest.hexdigest()
+
+
+def targets_of(row: Example) -> dict[str, JSON]:
+    """Its lists among `TARGETS`."""
+    return {key: row.extra[key] for key in TARGETS if isinstance(row.extra.get(key), list)}
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import Example, as_examples, digest_of, read_examples
+from adapter_hub.examples import Example, as_examples, digest_of, read_examples, targets_of
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
@@ -411,7 +411,8 @@ class Hub:
         classifier. `labels` name the head's outputs; a PeftModel whose config names them needs none. `problem_type` says what the
         outputs of a SEQ_CLS head mean, in transformers' words: "single_label_classification", "multi_label_classification" or
         "regression"; by default what a PeftModel's config says, else a regression for one output and a single label for several.
-        `evaluation` are further inputs that belong to it: thresholds are measured on them. `negatives` are inputs that do not, whoever
+        `evaluation` are further inputs that belong to it: thresholds are measured on them and, where they have targets and texts are
+        kept, `evaluate` measures the adapter; the manifest has their digest. `negatives` are inputs that do not, whoever
         else they may belong to: they take off this adapter's scores alone; of more than 512 an even share is met. Those of both among
         the examples are dropped. With `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not
         promoted (see `effect`).
@@ -484,6 +485,7 @@ class Hub:
             generation=settings,
             metrics=dict(metrics or {}),
             training_data_digest=training_data_digest,
+            evaluation_digest=digest_of(held_out) if held_out else None,
             parent=str(parent) if parent else None,
             license=license,
             description=description,
@@ -659,7 +661,8 @@ class Hub:
         learned = {row.text for row in lesson.train} - {row.text for row in result.validation}
         held = {row.text: row for row in (*evaluation, *(row for row in (*held_out, *result.validation) if row.text not in learned))}
         files = self._routing_files(state, [*kept, *rows], [*held.values()], [*negatives, *refused])
-        return replace(prepared, files=prepared.files | files, state=state)
+        facts = replace(prepared.facts, evaluation_digest=digest_of([*held.values()]) if held else None)
+        return replace(prepared, facts=facts, files=prepared.files | files, state=state)
 
     def _evidence(self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None) -> Evidence:
         """What the gate judges by: the candidate is asked before it is stored."""
@@ -1042,30 +1045,73 @@ class Hub:
         return self._live.snapshot(settled=True)
 
     def evaluate(
-        self, data: str | Path | Iterable[Mapping[str, Any] | Example], names: Iterable[str] | None = None, max_false_reject: float | None = 0.0
+        self,
+        data: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
+        names: Iterable[str] | None = None,
+        max_false_reject: float | None = 0.0,
     ) -> dict[str, Any]:
-        """Accuracy on labelled rows: routed, and for rows with an `adapter` field also routing and with it named.
+        """How good the answers to labelled rows are: over all, and of each adapter that rows name, oracle (named) and routed.
 
-        `names` restricts to rows of those adapters. Rates are 0-1; keys that do not apply are absent.
+        Without `data` each adapter in production, or of the `names`, is measured on the evaluation set that is kept with it. Else a row
+        may name its adapter in the field `adapter`, and `names` restricts to rows of those.
+
+        Always there: `rows`, `abstained`, and `accuracy`, the share of rows whose whole answer is right as routed (no question of numbers).
+        Where every row names its adapter: `routing_accuracy`, `accuracy_named`, and their `gap`. Where any does: `adapters`, for each version
+        its `task`, `rows`, metrics `oracle`, `routed` and their `gap`, `routing_accuracy`, `abstained`, and the `digest` of its rows, which a
+        manifest's `evaluation_digest` compares with; and `oracle` and `routed` over all, each metric's mean over the adapters that have it.
+        One label: accuracy, macro_f1. Several: accuracy (all right), macro_f1. A number: rmse, mae, correlation. Spans: span_precision,
+        span_recall, span_f1, token_accuracy. Texts: exact_match, rouge_l, chrf (the extra `evaluation`) and, oracle only, perplexity a token.
+        Vectors: only their routing. Without `data` also `without`, the adapters of which no set is kept, and of an adapter `unlabelled`, the
+        rows that have no target and count for routing alone. Rates are 0-1; keys that do not apply are absent.
+        A row that was routed to its own version has the answer of that one: it is asked once.
+        Raises InvalidInput for rows without the target that their adapter gives, or where no set is kept; AdapterNotFound, NotRoutable.
         """
-        rows = rows_of(data)
-        if names is not None:
-            rows = self._rows_of(texts_of("names", names), rows)
-        if not rows or any(row.label is None for row in rows):
-            raise InvalidInput("evaluation needs rows, each with a label.", hint='Rows look like {"text": …, "label": …, "adapter": …}.')
-        texts, targets = [row.text for row in rows], [row.label for row in rows]
-        routed = self.predict(texts, max_false_reject=max_false_reject)
-        if other := next((p.adapter for p in routed if p.labels is not None or p.value is not None), None):
-            raise InvalidInput(f"{other} gives several labels or a number: accuracy is of one label.", hint="Evaluate its predictions yourself.")
-        facts: dict[str, Any] = {"rows": len(rows), "accuracy": _share(p.label == t for p, t in zip(routed, targets, strict=True))}
-        facts["abstained"] = _share(p.adapter is None for p in routed)
-        homes = [row.extra.get("adapter") for row in rows]
-        if all(isinstance(home, str) for home in homes):
-            named = self.predict(texts, adapters=[str(home) for home in homes])
-            pairs = zip(routed, named, strict=True)
-            facts["routing_accuracy"] = _share(p.adapter and n.adapter and p.adapter.name == n.adapter.name for p, n in pairs)
-            facts["accuracy_named"] = _share(p.label == t for p, t in zip(named, targets, strict=True))
-        return facts
+        with _IMPORTING:
+            from adapter_hub.evaluation import Answered, Kind, Task, check_packages, check_rows, report
+
+        wanted = None if names is None else texts_of("names", names)
+        homes: list[AdapterRef | None]
+        if data is None:
+            sets = self._kept_sets(wanted)
+            without = {"without": [str(ref) for ref, kept in sets.items() if not kept]}
+            rows, homes = [row for kept in sets.values() for row in kept], [ref for ref, kept in sets.items() for _ in kept]
+        else:
+            rows, without = rows_of(data), {}
+            rows = rows if wanted is None else self._rows_of(wanted, rows)
+            named = [row.extra.get("adapter") for row in rows]
+            known = {home: self.registry.resolve(home) for home in named if isinstance(home, str)}
+            homes = [known[home] if isinstance(home, str) else None for home in named]
+        tasks = {ref: Task.of(self.registry.manifest(ref)) for ref in homes if ref}
+        if data is not None:
+            check_rows(rows, homes, tasks)
+        check_packages(tasks.values())
+        texts = [row.text for row in rows]
+        decisions, answering = self._chosen(texts, None, max_false_reject, 1)
+        asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, home in enumerate(homes) if home)]))
+        outputs = dict(zip(asked, self.engine.predict(_requests([texts[i] for i, _ in asked], [ref for _, ref in asked], True)), strict=True))
+        writing = [i for i, home in enumerate(homes) if home and tasks[home].kind is Kind.TEXT and tasks[home].target(rows[i]) is not None]
+        requests = _requests([texts[i] for i in writing], [homes[i] for i in writing], True)
+        likelihoods = dict(zip(writing, self.engine.score(requests, [rows[i].label or "" for i in writing]), strict=True))
+        answered = [
+            Answered(
+                row,
+                Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]),
+                Prediction.of(Decision.named(home), home, outputs[i, home]) if home else None,
+                likelihoods.get(i),
+            )
+            for i, (row, home) in enumerate(zip(rows, homes, strict=True))
+        ]
+        return report(answered, tasks) | without
+
+    def _kept_sets(self, names: Sequence[str] | None) -> dict[AdapterRef, list[Example]]:
+        """The evaluation set that is kept with each of these, or with all in production. Raises InvalidInput where no set is."""
+        refs = self.registry.production() if names is None else [self.registry.resolve(name) for name in names]
+        sets = {ref: self._kept(ref, EVALUATION_FILE) for ref in refs}
+        if not any(sets.values()):
+            whose = ", ".join(map(str, sets)) or "any adapter: none is in production"
+            hint = 'Give rows (`--data FILE`). With keep = "text" in hub.toml, a version that is registered with evaluation= keeps its set.'
+            raise InvalidInput(f"no evaluation set is kept of {whose}.", hint=hint)
+        return sets
 
     def _rows_of(self, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:
         """The rows of these adapters. Raises AdapterNotFound, InvalidInput for a name that no row mentions."""
@@ -1250,11 +1296,6 @@ def _check_options(started: Mapping[str, Any], options: Mapping[str, str]) -> No
             raise InvalidInput(f"the interrupted job was begun with {name}={theirs!r}, and this hub has {name}={ours!r}.", hint=hint)
 
 
-def _share(hits: Iterable[object]) -> float:
-    found = [bool(hit) for hit in hits]
-    return sum(found) / len(found) if found else 0.0
-
-
 def _absolute(source: str | Path) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if path.is_dir() else str(source)
@@ -1301,5 +1342,5 @@ def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -
 
 
 def _jsonl(rows: Sequence[Example]) -> bytes:
-    lines = ({"text": row.text} | ({"label": row.label} if row.label is not None else {}) for row in rows)
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    lines = ({"text": row.text} | ({"label": row.label} if row.label is not None else {}) | targets_of(row) for row in rows)
+    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode()

@@ -125,7 +125,7 @@ def test_the_registry_is_taken_from_after_the_verb_then_before_it_then_the_envir
         (["predict", "hello", "--generation", "[1]"], "--generation is not a JSON object"),
         (["route", "hello", "--file", "inputs.txt"], "both TEXT and --file"),
         (["route", "--file", "absent.txt"], "absent.txt"),
-        (["evaluate"], "--data FILE"),
+        (["evaluate", "--data", "absent.jsonl", "--registry", "absent"], "absent"),
         (["purge", "banking@1"], "Pass --yes"),
         (["learn", "travel", "rows.jsonl", "--config", "{"], "--config is not JSON"),
     ],

@@ -228,6 +228,20 @@ def effects(document: Mapping[str, JSON]) -> None:
         line(f"Nothing is known of {', '.join(unknown)}: no evaluation inputs, and no example that can be left out.")
 
 
+def evaluated(document: Mapping[str, JSON]) -> None:
+    """Over all, then an adapter a line: what it answers when it is named (oracle), and what its rows get as routed."""
+    nested = ("oracle", "routed", "adapters", "without")
+    facts({key: value for key, value in document.items() if key not in nested})
+    columns = ("adapter", "task", "rows", "unlabelled", "routing_accuracy", "abstained", "oracle", "routed")
+    each = [{"adapter": adapter, **told} for adapter, told in document.get("adapters", {}).items()]
+    if len({told["task"] for told in each}) == 1 < len(each):    # else few have a metric in common
+        each.append({"adapter": "mean", **{side: document[side] for side in ("oracle", "routed")}})
+    if each:
+        rows([{column: told.get(column) for column in columns} for told in each])
+    if without := document.get("without"):
+        line(f"No evaluation set is kept of {', '.join(without)}: give --data FILE, or keep texts (hub.toml) and register with --evaluation.")
+
+
 def calibrated(document: Mapping[str, JSON]) -> None:
     """How a record was made, what each rate means and meant before, and whose inputs it lets in more or less often."""
     facts({key: value for key, value in document.items() if key not in ("max_false_reject", "changed")})

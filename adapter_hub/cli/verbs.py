@@ -41,6 +41,7 @@ from adapter_hub.cli.console import (
     decisions,
     effects,
     emit,
+    evaluated,
     events,
     explanations,
     facts,
@@ -515,18 +516,17 @@ def _options(values: dict[str, Any]) -> list[Any]:
 @_verb("evaluate", "adapter-hub evaluate --data held_out.jsonl")
 def evaluate(
     ctx: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only their rows.", autocompletion=complete_ref)] = None,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Rows with `text`, `label` and, where known, `adapter`.")] = "",
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these; by default all.", autocompletion=complete_ref)] = None,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Rows with `text`, `label` and, where known, `adapter`; by default the sets kept.")] = "",
     max_false_reject: Rate = 0.0,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
-    """Measure accuracy on labelled rows.
+    """Measure the adapters on labelled rows, each when it is named (oracle) and as routed.
 
-    As routed and, for rows that name their adapter, with that one.
+    Without --data on the evaluation sets that are kept with them.
     """
-    if not data:
-        raise InvalidInput("evaluation needs rows.", hint="Give --data FILE.")
-    emit(_open(ctx, registry).evaluate(data, names=names or None, max_false_reject=max_false_reject), as_json, facts)
+    found = _open(ctx, registry).evaluate(data or None, names=names or None, max_false_reject=max_false_reject)
+    emit(found, as_json, evaluated)
 
 
 # ---- verbs: keep it sound -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from adapter_hub.engine.heads import Head, probabilities, summed
 from adapter_hub.engine.limits import Limits, Step
 from adapter_hub.engine.lora_layers import MixedLayers, Part
 from adapter_hub.engine.mixtures import Mixture, Shares, canonical, obstacle
-from adapter_hub.engine.plan import Batch, BatchPlan, Row, forecast, halves, plan_batches
+from adapter_hub.engine.plan import BATCH_ROWS_MAX, Batch, BatchPlan, Row, forecast, halves, plan_batches
 from adapter_hub.engine.slots import Facts, Mean, Resident, Slots
 from adapter_hub.engine.stream import Stream, Tell
 from adapter_hub.engine.table import Table
@@ -43,6 +43,7 @@ log = logging.getLogger("adapter_hub")
 
 # n rows, t tokens, d hidden width, c labels, k adapters of a row, at most
 SLOTS_MAX, BYTES_MAX = 64, 2**31
+SCORED_ROWS_MAX = 8    # in a batch of `score`, where each token of each row has a number for every word of the vocabulary
 HIDDEN = "hidden"    # the kind of rows that need hidden states only
 LIKELY = 0.5         # from this probability on a label of several is given
 _BASE = Facts(None, None, None)
@@ -85,6 +86,14 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How surely a text is written. The perplexity of several is exp(Σ nats / Σ tokens)."""
+
+    nats: float    # negative log likelihood, summed over its tokens
+    tokens: int    # the one that ends it is among them
+
+
+@dataclass(frozen=True, slots=True)
 class _Asked:
     """The rows of a request, aligned."""
 
@@ -92,6 +101,11 @@ class _Asked:
     facts: Sequence[Facts]
     settings: Sequence[Settings | None]    # None: hidden states are enough
     encoded: Sequence[Encoded]
+    answers: Sequence[Sequence[int]] = ()    # of `score`: the tokens that would be written, which end `encoded` on a causal model
+
+
+_Found = TypeVar("_Found")
+_Run = Callable[[Batch, Sequence[Resident], _Asked], dict[int, _Found]]    # one batch, by position in the request
 
 
 class _TooLong(InvalidInput):
@@ -142,15 +156,37 @@ class Engine:
         settings that leave no token to draw, or adapters that do not mix, and what `load` raises. Where the adapters do not fit into the
         slots together, a warning says what loading them again costs.
         """
-        asked = self._asked(requests, generation)
-        outputs: dict[int, Output] = {}
-        batches = self._plan(asked).batches
+        return self._found(self._asked(requests, generation), self._answered)
+
+    def score(self, requests: Sequence[Request], targets: Sequence[str]) -> list[Likelihood]:
+        """How surely each row's model writes its target, by one forward of prompt and target; in order.
+
+        Prompts are encoded as `predict` does; other generation settings change nothing. Too long a target is cut as in training
+        (`FrozenBase.encode_answer`). Raises InvalidInput as `predict` does, and for a row that gets labels, a number or a vector.
+        """
+        answers = [self.base.encode_answer(target) for target in targets]
+        asked = self._asked(requests, [{"max_new_tokens": max(1, len(answer))} for answer in answers])
+        if None in asked.settings:
+            self.slots.release(_refs(asked.shares))
+            with _named(asked.settings.index(None), asked.shares):
+                raise InvalidInput("this row gets labels, a number or a vector: there is no text to score.", hint="Use predict.")
+        encoded = asked.encoded
+        if self.base.kind is BaseKind.CAUSAL:
+            whole = [[*prompt.ids["input_ids"], *answer] for prompt, answer in zip(encoded, answers, strict=True)]
+            encoded = [Encoded({"input_ids": ids, "attention_mask": [1] * len(ids)}, ()) for ids in whole]
+        asked = replace(asked, settings=[None] * len(encoded), encoded=encoded, answers=answers)
+        return self._found(asked, self._scored, SCORED_ROWS_MAX)
+
+    def _found(self, asked: _Asked, run: _Run[_Found], rows_max: int = BATCH_ROWS_MAX) -> list[_Found]:
+        """What `run` finds of each row, in order."""
+        found: dict[int, _Found] = {}
+        batches = self._plan(asked, rows_max).batches
         try:
             for batch, after in zip_longest(batches, batches[1:]):
-                outputs |= self._ran(batch, asked, after.adapters if after else ())
+                found |= self._ran(batch, asked, after.adapters if after else (), run)
         finally:
             self.slots.release({ref for batch in batches for ref in batch.adapters})
-        return [outputs[i] for i in range(len(requests))]
+        return [found[i] for i in range(len(asked.shares))]
 
     def stream(self, request: Request, *, generation: Settings | None = None) -> Stream:
         """The text that `predict` gives this request alone, piece by piece as it is written.
@@ -166,7 +202,8 @@ class Engine:
         [batch] = self._plan(asked).batches
 
         def run(tell: Tell) -> str:
-            [output] = self._ran(batch, asked, (), lambda ids: tell(self.base.settled(ids))).values()
+            step = partial(self._generate, step=lambda ids: tell(self.base.settled(ids)))
+            [output] = self._ran(batch, asked, (), step).values()
             return output.text or ""
 
         return Stream(run, truncated=asked.encoded[0].truncated)
@@ -242,13 +279,13 @@ class Engine:
             return error
         return None
 
-    def _ran(self, batch: Batch, asked: _Asked, then: Sequence[AdapterRef], step: Step | None = None) -> dict[int, Output]:
-        """The outputs of one batch, in halves where memory is short. The files of the adapters that come `then` are read meanwhile."""
+    def _ran(self, batch: Batch, asked: _Asked, then: Sequence[AdapterRef], run: _Run[_Found]) -> dict[int, _Found]:
+        """What one batch gives, in halves where memory is short. The files of the adapters that come `then` are read meanwhile."""
         try:
             with self.slots.hold(batch.adapters) as held, torch.inference_mode():
                 self.slots.read_ahead(then)
                 started = time.perf_counter()
-                outputs = self._hidden(batch, held, asked) if batch.kind == HIDDEN else self._generate(batch, held, asked, step)
+                outputs = run(batch, held, asked)
                 self.row_ms.add(1000 * (time.perf_counter() - started), len(outputs))
                 return outputs
         except (MemoryError, RuntimeError) as error:
@@ -259,9 +296,12 @@ class Engine:
                 raise OutOfMemory(f"one row of {len(asked.encoded[batch.rows[0]])} tokens needs more memory than there is.", hint=hint) from error
             log.warning("a batch of %d rows needs more memory than there is: it is run in halves.", len(batch.rows))
         # After the exception and what its frames hold are gone.
-        return {i: output for half in halves(batch) for i, output in self._ran(half, asked, ()).items()}
+        return {i: output for half in halves(batch) for i, output in self._ran(half, asked, (), run).items()}
 
-    def _plan(self, asked: _Asked) -> BatchPlan:
+    def _answered(self, batch: Batch, held: Sequence[Resident], asked: _Asked) -> dict[int, Output]:
+        return self._hidden(batch, held, asked) if batch.kind == HIDDEN else self._generate(batch, held, asked)
+
+    def _plan(self, asked: _Asked, rows_max: int = BATCH_ROWS_MAX) -> BatchPlan:
         tokens = list(map(len, asked.encoded))
         kind: list[Hashable] = [HIDDEN] * len(tokens)
         writing = [(i, settings) for i, settings in enumerate(asked.settings) if settings is not None]
@@ -277,7 +317,7 @@ class Engine:
         sizes = {ref: fact.bytes for ref, fact in known.items()}
         mergeable = {ref: fact.merge_from for ref, fact in known.items() if fact.merge_from is not None}
         places = {"slots_max": self.slots.slots_max, "bytes_max": self.slots.bytes_max}
-        plan = plan_batches(rows, sizes=sizes, mergeable=mergeable, **places)
+        plan = plan_batches(rows, rows_max=rows_max, sizes=sizes, mergeable=mergeable, **places)
         coming = forecast(plan, sizes, **places)
         if not coming.fits:
             log.warning(
@@ -465,9 +505,28 @@ class Engine:
                 outputs[i] = _classified(fact, row, one) if fact.task_type in HEADED else Output(vector=row, truncated=one.truncated)
         return outputs
 
+    # ---- likelihoods --------------------------------------------------------------------------------------------
+
+    def _scored(self, batch: Batch, held: Sequence[Resident], asked: _Asked) -> dict[int, Likelihood]:
+        causal = self.base.kind is BaseKind.CAUSAL
+        answers = [torch.tensor(asked.answers[i]) for i in batch.rows]
+        inputs = self.base.pad([asked.encoded[i] for i in batch.rows])
+        inputs.pop("token_type_ids", None)
+        # Only what is before a token decides it, so padding on the right changes nothing.
+        more = {} if causal else {"labels": torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=-100).to(self.base.device)}
+        with self._adapted(batch, held, asked.shares) as model:
+            logits = cast(Any, model)(**inputs, **more, use_cache=False).logits    # (n, t, vocabulary)
+        found = {}
+        for row, (i, answer) in enumerate(zip(batch.rows, answers, strict=True)):
+            first = len(asked.encoded[i]) - len(answer) - 1 if causal else 0    # a position's logits are for the next token
+            own = logits[row, first : first + len(answer)].float()
+            nats = torch.nn.functional.cross_entropy(own, answer.to(own.device), reduction="sum")
+            found[i] = Likelihood(float(nats), len(answer))
+        return found
+
     # ---- generation ---------------------------------------------------------------------------------------------
 
-    def _generate(self, batch: Batch, held: Sequence[Resident], asked: _Asked, step: Step | None) -> dict[int, Output]:
+    def _generate(self, batch: Batch, held: Sequence[Resident], asked: _Asked, step: Step | None = None) -> dict[int, Output]:
         rows = [cast(Settings, asked.settings[i]) for i in batch.rows]
         encoded = [asked.encoded[i] for i in batch.rows]
         tokenizer = self.base.tokenizer

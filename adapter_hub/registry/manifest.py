@@ -34,6 +34,7 @@ class VersionFacts:
     generation: Mapping[str, JSON] = field(default_factory=dict)
     metrics: Mapping[str, JSON] = field(default_factory=dict)
     training_data_digest: str | None = None
+    evaluation_digest: str | None = None            # of the rows that were held out to measure it
     parent: str | None = None                       # the version that it was made from
     license: str | None = None
     description: str = ""
@@ -45,7 +46,7 @@ class VersionFacts:
         for key in ("base_model", "base_fingerprint", "description"):
             _check(isinstance(getattr(self, key), str), key, getattr(self, key), "text")
         optional = ("encoder_fingerprint", "task_type", "problem_type", "prompt_template", "training_data_digest", "parent", "license")
-        for key in (*optional, "source", "revision"):
+        for key in (*optional, "evaluation_digest", "source", "revision"):
             _check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, getattr(self, key), "text or None")
         texts = [value for item in fields(VersionFacts) if isinstance(value := getattr(self, item.name), str)]
         _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
@@ -123,7 +124,7 @@ class Manifest(VersionFacts):
         row = {"schema": MANIFEST_SCHEMA, "name": self.name, "version": self.version, "digest": self.digest} | asdict(self)
         row["labels"] = None if self.labels is None else list(self.labels)
         row["tags"] = list(self.tags)
-        for key in ("purged_at", "source", "revision", "problem_type"):    # what most versions lack is not in their manifest
+        for key in ("purged_at", "source", "revision", "problem_type", "evaluation_digest"):    # what most versions lack is not in their manifest
             if row[key] is None:
                 del row[key]
         return row

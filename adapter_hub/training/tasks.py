@@ -29,10 +29,9 @@ from adapter_hub.base_model import Encoded, FrozenBase
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, text_fault
 from adapter_hub.training.data import check_task
-from adapter_hub.training.evaluate import classifier_metrics, labels_metrics, number_metrics
+from adapter_hub.training.evaluate import OUTSIDE, classifier_metrics, labels_metrics, number_metrics
 
 IGNORED = -100      # a label that is in no loss
-OUTSIDE = "O"       # the label of what no span holds
 MODEL_INPUTS = ("input_ids", "attention_mask")    # one text has one segment: GPT-2 would add an embedding for token_type_ids
 
 Features = dict[str, Any]    # of one row: MODEL_INPUTS, not padded, and "labels"
@@ -236,7 +235,7 @@ class Writing(Task):
         if "messages" in row.extra:
             prompt, answer = _chat(base, tokenizer, [(one["role"], one["content"]) for one in row.extra["messages"]])
         else:
-            answer = _written(tokenizer, row.label or "")
+            answer = base.encode_answer(row.label or "")
             prompt = []
         answer = answer[: max(1, base.tokens_limit // 2)]
         if "messages" not in row.extra:
@@ -275,8 +274,7 @@ class Rewriting(Writing):
         return "has no label to write" if text_fault(row.label) else None
 
     def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
-        written = tokenizer(text_target=row.label, truncation=True, max_length=base.max_tokens)["input_ids"]
-        return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": list(written)}
+        return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": base.encode_answer(row.label or "")}
 
 
 def task_of(task_type: str, problem_type: str | None) -> type[Task]:
@@ -294,11 +292,6 @@ def _inputs(ids: Encoded) -> Features:
     return {key: list(ids.ids[key]) for key in MODEL_INPUTS}
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *end]
-
-
 def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
     """Token ids of what comes before the answer, as the engine asks, and of the answer as the chat template ends it."""
     prompt = list(base.encode_chat(messages[:-1]).ids["input_ids"])
@@ -306,7 +299,7 @@ def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequen
     found: Any = tokenizer.apply_chat_template(said, return_dict=True, sanitize_control_tokens=True, truncation=False)
     whole = list(found["input_ids"])
     # A template that writes the answer otherwise than it asks for one: the answer's own tokens are what is generated.
-    answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt and len(whole) > len(prompt) else _written(tokenizer, messages[-1][1])
+    answer = whole[len(prompt) :] if whole[: len(prompt)] == prompt and len(whole) > len(prompt) else base.encode_answer(messages[-1][1])
     return prompt, answer
 
 

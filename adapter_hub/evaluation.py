@@ -1,0 +1,250 @@
+"""The report of an evaluation: labelled rows and the answers to them become figures, by adapter and over all. No model here.
+
+A row's target is where training has it: `label` (a label, a number, the text to write), or the lists `labels` and `spans`.
+Every adapter is measured twice. *oracle* is what it answers when it is named; *routed* what came when nobody named one: of its rows,
+whoever answered them. Numbers are `training.evaluate`'s.
+"""
+
+# n rows, c labels
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+
+from adapter_hub.adapters.config import ProblemType, TaskType
+from adapter_hub.engine.engine import Likelihood
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example, digest_of, text_fault
+from adapter_hub.prediction import Prediction
+from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.manifest import Manifest
+from adapter_hub.training.evaluate import (
+    OUTSIDE,
+    check_text_packages,
+    label_metrics,
+    mean_metrics,
+    number_metrics,
+    perplexity,
+    same_text,
+    sets_metrics,
+    spans_metrics,
+    spans_of,
+    text_metrics,
+    token_hits,
+    trimmed,
+)
+
+
+class Kind(StrEnum):
+    """What an adapter gives, and so what the target of its rows is."""
+
+    LABEL = "label"      # one of its head's
+    LABELS = "labels"    # any of them
+    NUMBER = "number"
+    SPANS = "spans"
+    TEXT = "text"        # that it writes
+    VECTOR = "vector"    # nothing to compare with: only where its rows go is measured
+
+
+_WANTED = {
+    Kind.LABEL: "a label",
+    Kind.LABELS: "a list `labels`",
+    Kind.NUMBER: "a number as its label",
+    Kind.SPANS: "a list `spans` of {start, end, label} within its text",
+    Kind.TEXT: "a label, the text to write",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Of one version."""
+
+    kind: Kind
+    labels: tuple[str, ...] = ()    # of its head
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        labels = manifest.labels or ()
+        if manifest.task_type == TaskType.SEQ_CLS:
+            kinds = {ProblemType.MULTI: Kind.LABELS, ProblemType.REGRESSION: Kind.NUMBER}
+            return cls(kinds.get(ProblemType(manifest.problem_type or ProblemType.SINGLE), Kind.LABEL), labels)
+        kinds_of = {TaskType.TOKEN_CLS: Kind.SPANS, TaskType.CAUSAL_LM: Kind.TEXT, TaskType.SEQ_2_SEQ_LM: Kind.TEXT}
+        return cls(kinds_of.get(TaskType(manifest.task_type), Kind.VECTOR) if manifest.task_type else Kind.VECTOR, labels)
+
+    def target(self, row: Example) -> Any:
+        """None where the row has none of this kind."""
+        if self.kind is Kind.LABELS:
+            labels = row.extra.get("labels")
+            return frozenset(labels) if isinstance(labels, list) and all(isinstance(label, str) for label in labels) else None
+        if self.kind is Kind.SPANS:
+            return _spans(row)
+        if self.kind is Kind.NUMBER:
+            try:
+                return number if math.isfinite(number := float(row.label or "")) else None
+            except ValueError:
+                return None
+        return None if self.kind is Kind.VECTOR or (self.kind is Kind.TEXT and text_fault(row.label)) else row.label
+
+    def right(self, row: Example, answer: Prediction) -> bool | None:
+        """Whether the whole answer is right; None where that is no question: of numbers, and of rows without a target."""
+        target = self.target(row)
+        if target is None or self.kind is Kind.NUMBER:
+            return None
+        if self.kind is Kind.LABEL:
+            return bool(answer.label == target)
+        if self.kind is Kind.LABELS:
+            return answer.labels is not None and frozenset(answer.labels) == target
+        if self.kind is Kind.SPANS:
+            return answer.tokens is not None and self._found(row, answer) == target
+        return same_text(answer.text, target)
+
+    def metrics(self, answered: Sequence[Answered], *, routed: bool) -> dict[str, float]:
+        """Of its rows that have a target; nothing where none has."""
+        mine = [one for one in answered if self.target(one.row) is not None]
+        if not mine:
+            return {}
+        targets = [self.target(one.row) for one in mine]
+        answers = [one.routed if routed or one.named is None else one.named for one in mine]
+        if self.kind is Kind.LABEL:
+            return label_metrics([answer.label for answer in answers], targets, self.labels)
+        if self.kind is Kind.LABELS:
+            return self._of_sets(mine, answers, targets)
+        if self.kind is Kind.NUMBER:
+            pairs = [(answer.value, target) for answer, target in zip(answers, targets, strict=True) if answer.value is not None]
+            share = {"answered": len(pairs) / len(mine)}    # by a number: whoever gives none is not so and so far off
+            return number_metrics(*np.array(pairs, dtype=np.float64).T) | share if pairs else share
+        if self.kind is Kind.SPANS:
+            return self._of_spans(mine, answers, targets)
+        found = text_metrics([answer.text or "" for answer in answers], targets)
+        nats, tokens = (sum(getattr(one.likelihood, what) for one in mine if one.likelihood) for what in ("nats", "tokens"))
+        return found | ({"perplexity": perplexity(nats, tokens)} if tokens and not routed else {})
+
+    def _of_sets(self, mine: Sequence[Answered], answers: Sequence[Prediction], targets: Sequence[frozenset[str]]) -> dict[str, float]:
+        known = list(dict.fromkeys([*self.labels, *sorted(frozenset().union(*targets))]))
+        given = [frozenset(answer.labels or ()) for answer in answers]
+        mine_of, theirs = (np.array([[label in row for label in known] for row in rows], dtype=bool) for rows in (given, targets))
+        # Who gave no labels at all did not say that there are none.
+        right = [bool(self.right(one.row, answer)) for one, answer in zip(mine, answers, strict=True)]
+        return sets_metrics(mine_of, theirs) | {"accuracy": float(np.mean(right))}
+
+    def _of_spans(self, mine: Sequence[Answered], answers: Sequence[Prediction], targets: Sequence[Any]) -> dict[str, float]:
+        found = spans_metrics([self._found(one.row, answer) for one, answer in zip(mine, answers, strict=True)], targets)
+        hits: list[bool] = []
+        for one, answer, target in zip(mine, answers, targets, strict=True):
+            tokens = [(token.start, token.end, token.label) for token in answer.tokens or ()]
+            if answer.tokens is None and one.named is not None:    # none of its tokens is right
+                tokens = [(token.start, token.end, None) for token in one.named.tokens or ()]
+            hits += token_hits(tokens, target, self.labels)
+        return found | ({"token_accuracy": float(np.mean(hits))} if hits else {})
+
+    def _found(self, row: Example, answer: Prediction) -> frozenset[Any]:
+        return spans_of([(token.start, token.end, token.label) for token in answer.tokens or ()], row.text, self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A row and what was answered to it."""
+
+    row: Example
+    routed: Prediction
+    named: Prediction | None = None             # by the adapter whose row it is; None where the row names none
+    likelihood: Likelihood | None = None        # of the target under that adapter, where it writes
+
+
+def _spans(row: Example) -> frozenset[Any] | None:
+    try:
+        spans = [(span["start"], span["end"], span["label"]) for span in row.extra["spans"]]
+        whole = all(type(start) is type(end) is int and isinstance(label, str) for start, end, label in spans)
+        inside = whole and all(0 <= start < end <= len(row.text) for start, end, _ in spans)
+    except (KeyError, TypeError):
+        return None
+    return frozenset(trimmed(span, row.text) for span in spans if span[2] != OUTSIDE) if inside else None
+
+
+def check_packages(tasks: Iterable[Task]) -> None:
+    """Raises InvalidInput where texts are to be measured and a package for it is not installed."""
+    if any(task.kind is Kind.TEXT for task in tasks):
+        check_text_packages()
+
+
+def check_rows(rows: Sequence[Example], homes: Sequence[AdapterRef | None], tasks: Mapping[AdapterRef, Task]) -> None:
+    """Raises InvalidInput for no rows, and with its position for one without the target that its adapter gives."""
+    hint = 'Rows look like {"text": …, "label": …, "adapter": …}; instead of `label` also `labels` or `spans`, as in training.'
+    if not rows:
+        raise InvalidInput("evaluation needs rows, each with a label.", hint=hint)
+    for position, (row, home) in enumerate(zip(rows, homes, strict=True), 1):
+        task = tasks[home] if home else Task(Kind.LABEL)
+        if task.kind is not Kind.VECTOR and task.target(row) is None:
+            whose = f" of {home}" if home else ""
+            raise InvalidInput(f"evaluation needs rows{whose}, each with {_WANTED[task.kind]}; row {position} has none.", hint=hint)
+
+
+def report(answered: Sequence[Answered], tasks: Mapping[AdapterRef, Task]) -> dict[str, Any]:
+    """Of at least one row: see `Hub.evaluate`. Raises InvalidInput where a row names no adapter and got no single label or text."""
+    facts: dict[str, Any] = {"rows": len(answered), **_accuracy("accuracy", [_right(one, tasks, one.routed) for one in answered])}
+    facts["abstained"] = _abstained(answered)
+    named = [one for one in answered if one.named is not None]
+    if named and len(named) == len(answered):
+        facts["routing_accuracy"] = _reached(answered)
+        facts |= _accuracy("accuracy_named", [_right(one, tasks, one.named) for one in named])
+        if "accuracy" in facts:
+            facts["gap"] = facts["accuracy_named"] - facts["accuracy"]
+    if named:
+        by_home: dict[AdapterRef, list[Answered]] = {}
+        for one in named:
+            by_home.setdefault(_home(one), []).append(one)
+        each = {str(ref): _of_adapter(tasks[ref], rows) for ref, rows in sorted(by_home.items())}
+        facts |= {side: mean_metrics(one[side] for one in each.values()) for side in ("oracle", "routed")}
+        facts["adapters"] = each
+    return facts
+
+
+def _of_adapter(task: Task, rows: Sequence[Answered]) -> dict[str, Any]:
+    oracle, routed = (task.metrics(rows, routed=side) for side in (False, True))
+    unlabelled = sum(task.target(one.row) is None for one in rows) if task.kind is not Kind.VECTOR else 0
+    return {
+        "task": str(task.kind),
+        "rows": len(rows),
+        "oracle": oracle,
+        "routed": routed,
+        "gap": {key: oracle[key] - routed[key] for key in oracle if key in routed},
+        "routing_accuracy": _reached(rows),
+        "abstained": _abstained(rows),
+        "digest": digest_of([one.row for one in rows]),
+    } | ({"unlabelled": unlabelled} if unlabelled else {})
+
+
+def _right(one: Answered, tasks: Mapping[AdapterRef, Task], answer: Prediction | None) -> bool | None:
+    assert answer is not None
+    if one.named is not None:
+        return tasks[_home(one)].right(one.row, answer)
+    if answer.labels is not None or answer.value is not None or answer.tokens is not None:
+        fact = f"{answer.adapter} gives several labels or a number" if answer.tokens is None else f"{answer.adapter} gives spans"
+        raise InvalidInput(f"{fact}: accuracy is of one label.", hint="Name the adapter of each row, in its field `adapter`.")
+    return same_text(answer.text, one.row.label or "") if answer.text is not None else answer.label == one.row.label
+
+
+def _home(one: Answered) -> AdapterRef:
+    assert one.named is not None and one.named.adapter is not None
+    return one.named.adapter
+
+
+def _accuracy(key: str, hits: Sequence[bool | None]) -> dict[str, float]:
+    """Of the rows that can be right; absent where none can."""
+    known = [hit for hit in hits if hit is not None]
+    return {key: float(np.mean(known))} if known else {}
+
+
+def _abstained(rows: Sequence[Answered]) -> float:
+    return float(np.mean([one.routed.adapter is None for one in rows]))
+
+
+def _reached(rows: Sequence[Answered]) -> float:
+    """The share that was routed to its adapter, in whatever version is in production."""
+    return float(np.mean([one.routed.adapter is not None and one.routed.adapter.name == _home(one).name for one in rows]))

@@ -1,0 +1,255 @@
+"""An evaluation: every kind of adapter on the set that is kept with it or on given rows, when it is named and as routed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+from typer.testing import CliRunner
+
+from adapter_hub.cli import app
+from adapter_hub.engine.engine import Request
+from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput
+from adapter_hub.examples import Example, digest_of, read_examples
+from adapter_hub.hub import Hub
+from adapter_hub.registry.manifest import Manifest
+from adapter_hub.testing import make_adapter, tiny_model
+from adapter_hub.training.config import TrainConfig
+
+# Of each adapter the word that all its inputs have, so that its rows find it.
+WORDS = {"colours": "paint", "moods": "feel", "stars": "rate", "names": "meet", "vectors": "invoice"}
+TARGETS: dict[str, list[dict[str, Any]]] = {
+    "colours": [{"label": label} for label in ("red", "blue", "red", "blue")],
+    "moods": [{"labels": labels} for labels in (["joy"], ["joy", "fear"], [], ["fear"])],
+    "stars": [{"label": label} for label in ("1", "2.5", "-3", "4")],
+    "names": [{"spans": spans} for spans in ([{"start": 0, "end": 4, "label": "PER"}], [], [{"start": 5, "end": 12, "label": "LOC"}], [])],
+    "vectors": [{}] * 4,
+}
+THINGS = ("first", "second", "third", "fourth")
+ROWS = {
+    name: [{"text": f"{word} the {thing}", **target} for thing, target in zip(THINGS, TARGETS[name], strict=True)] for name, word in WORDS.items()
+}
+EXAMPLES = {name: [f"{word} the {thing}" for thing in ("house", "cat", "bill")] + [word] for name, word in WORDS.items()}
+MAKING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "colours": ({}, {"labels": ["red", "blue"]}),
+    "moods": ({"outputs": 3}, {"labels": ["joy", "fear", "anger"], "problem_type": "multi_label_classification"}),
+    "stars": ({"outputs": 1}, {}),
+    "names": ({"task_type": "TOKEN_CLS", "outputs": 3}, {"labels": ["O", "PER", "LOC"]}),
+    "vectors": ({"task_type": "FEATURE_EXTRACTION"}, {}),
+}
+
+
+def keeping(hub: Hub, root: Path) -> Hub:
+    toml = root / "hub.toml"
+    toml.write_text(toml.read_text().replace('keep = "vectors"', 'keep = "text"'))
+    hub.close()
+    return Hub.open(root)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("made")
+    hub = keeping(Hub.create(root / "registry", base_model=tiny_model(root / "bert", "bert"), encoder="hash"), root / "registry")
+    for seed, (name, (adapter, given)) in enumerate(MAKING.items()):
+        folder = make_adapter(hub.base, root / name, seed=seed, size=0.5, **adapter)
+        hub.register(name, folder, EXAMPLES[name], evaluation=ROWS[name], **given)
+    hub.close()
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "registry", tmp_path / "registry")
+    return tmp_path / "registry"
+
+
+@pytest.fixture
+def hub(root: Path) -> Hub:
+    return Hub.open(root)
+
+
+def everybody() -> list[dict[str, Any]]:
+    return [{**row, "adapter": name} for name, rows in ROWS.items() for row in rows]
+
+
+def test_each_adapter_is_measured_on_its_own_kept_set_as_its_task_is(hub: Hub) -> None:
+    found = hub.evaluate()
+    assert list(found["adapters"]) == sorted(f"{name}@1" for name in WORDS) and found["without"] == []
+    assert found["rows"] == 20 and found["routing_accuracy"] == 1.0 and found["abstained"] == 0.0
+    for name, rows in ROWS.items():
+        told, answers = found["adapters"][f"{name}@1"], hub.predict([row["text"] for row in rows], adapters=name)
+        assert told["oracle"] == told["routed"] and set(told["gap"].values()) <= {0.0}, name
+        assert told["rows"] == 4 and told["digest"] == hub.show(name).evaluation_digest
+        if name == "colours":
+            labels = [answer.label for answer in answers]
+            assert told["oracle"] == pytest.approx({
+                "accuracy": np.mean([row["label"] == label for row, label in zip(rows, labels, strict=True)]),
+                "macro_f1": f1_score([row["label"] for row in rows], labels, average="macro", zero_division=0),
+            })
+        elif name == "moods":
+            assert told["oracle"]["accuracy"] == np.mean([set(row["labels"]) == set(a.labels or ()) for row, a in zip(rows, answers, strict=True)])
+        elif name == "stars":
+            apart = np.array([float(row["label"]) - (a.value or 0) for row, a in zip(rows, answers, strict=True)])
+            assert told["oracle"]["rmse"] == pytest.approx(np.sqrt((apart**2).mean())) and told["oracle"]["answered"] == 1.0
+        elif name == "names":
+            assert set(told["oracle"]) == {"span_precision", "span_recall", "span_f1", "token_accuracy"}
+        else:
+            assert told["oracle"] == {} and told["task"] == "vector"
+    assert found["oracle"]["accuracy"] == np.mean([found["adapters"][f"{name}@1"]["oracle"]["accuracy"] for name in ("colours", "moods")])
+    assert found["accuracy"] == found["accuracy_named"] and found["gap"] == 0.0
+
+
+def test_given_rows_that_name_their_adapter_say_the_same_as_the_kept_ones(hub: Hub) -> None:
+    kept, given = hub.evaluate(), hub.evaluate(everybody())
+    assert set(kept) - set(given) == {"without"} and kept["adapters"].keys() == given["adapters"].keys()
+    for ref, told in kept["adapters"].items():
+        again = hub.evaluate(everybody(), names=[ref.partition("@")[0]])["adapters"][ref]    # in a batch of another size
+        for side in ("oracle", "routed"):
+            for other in (given["adapters"][ref], again):
+                assert other[side] == pytest.approx(told[side], rel=1e-4)
+        assert told["digest"] == given["adapters"][ref]["digest"] == again["digest"]
+    assert hub.evaluate(names=["stars"]) == hub.evaluate(names=["stars@1"])
+    assert "accuracy" not in hub.evaluate(names=["stars"])    # a number is not right or wrong
+
+
+def test_what_goes_astray_is_wrong_as_routed_and_unchanged_when_named(hub: Hub) -> None:
+    lost = {name: [{**row, "text": row["text"].replace(WORDS[name], WORDS["vectors"]), "adapter": name} for row in ROWS[name]] for name in WORDS}
+    found = hub.evaluate([row for name in ("colours", "moods", "stars", "names") for row in lost[name]])
+    each = found["adapters"]
+    assert found["routing_accuracy"] == 0 == found["accuracy"] and {one["routing_accuracy"] for one in each.values()} == {0.0}
+    assert each["colours@1"]["routed"] == {"accuracy": 0.0, "macro_f1": 0.0} and each["moods@1"]["routed"]["accuracy"] == 0
+    assert each["stars@1"]["routed"] == {"answered": 0.0} and each["stars@1"]["gap"] == {"answered": 1.0}
+    assert each["names@1"]["routed"] | {"token_accuracy": 0, "span_f1": 0} == each["names@1"]["routed"]
+    assert each["colours@1"]["gap"]["accuracy"] == each["colours@1"]["oracle"]["accuracy"] == hub.evaluate(lost["colours"])["accuracy_named"]
+
+
+def test_rows_that_name_no_adapter_are_measured_as_routed_alone(hub: Hub) -> None:
+    given = hub.evaluate(ROWS["colours"])
+    assert set(given) == {"rows", "accuracy", "abstained"} and given["accuracy"] == hub.evaluate(names=["colours"])["accuracy"]
+    some = hub.evaluate([*everybody()[:2], *ROWS["colours"][2:]])
+    assert some["accuracy"] == given["accuracy"] and "accuracy_named" not in some and some["adapters"]["colours@1"]["rows"] == 2
+
+
+def test_a_version_that_is_not_in_production_is_measured_by_its_name_and_number(hub: Hub, made: Path) -> None:
+    folder = make_adapter(hub.base, made / "other", seed=31, size=0.5)
+    ref = hub.register("colours", folder, EXAMPLES["colours"], evaluation=ROWS["colours"], labels=["red", "blue"], promote=False)
+    found = hub.evaluate(names=[str(ref), "colours"])
+    assert list(found["adapters"]) == ["colours@1", "colours@2"] and found["routing_accuracy"] == 1.0
+    assert found["adapters"]["colours@2"]["routed"] == found["adapters"]["colours@1"]["routed"]
+
+
+def test_rows_without_a_target_count_for_routing_alone(hub: Hub, made: Path) -> None:
+    held_out = ["glue the wood", {"text": "glue it", "label": "red"}]
+    hub.register("plain", made / "colours", ["glue the paper", "glue"], evaluation=held_out, labels=["red", "blue"])
+    told = hub.evaluate(names=["plain"])["adapters"]["plain@1"]
+    assert (told["rows"], told["unlabelled"], told["routing_accuracy"]) == (2, 1, 1.0) and told["oracle"]["accuracy"] in (0.0, 1.0)
+
+
+def test_where_no_set_is_kept_it_is_said_of_whom_and_what_to_do(hub: Hub, root: Path, made: Path) -> None:
+    hub.register("bare", made / "colours", ["glue the paper"], labels=["red", "blue"])
+    assert hub.evaluate()["without"] == ["bare@1"] and hub.show("bare").evaluation_digest is None
+    with pytest.raises(InvalidInput, match=r"no evaluation set is kept of bare@1\. Give rows .*--data"):
+        hub.evaluate(names=["bare"])
+    result = CliRunner().invoke(app, ["evaluate", "bare", "stars", "--registry", str(root)])
+    assert result.exit_code == 0 and "No evaluation set is kept of bare@1: give --data" in result.stdout
+
+
+def test_the_digest_of_the_set_is_in_the_manifest_where_no_text_is_kept(tmp_path: Path, made: Path) -> None:
+    hub = Hub.create(tmp_path / "registry", base_model=made / "bert", encoder="hash")
+    hub.register("moods", made / "moods", EXAMPLES["moods"], evaluation=ROWS["moods"], **MAKING["moods"][1])
+    assert hub.show("moods").evaluation_digest == digest_of([Example(row["text"], extra={"labels": row["labels"]}) for row in ROWS["moods"]])
+    given = hub.evaluate([{**row, "adapter": "moods"} for row in ROWS["moods"]])
+    assert given["adapters"]["moods@1"]["digest"] == hub.show("moods").evaluation_digest
+    assert hub.show(hub.teach("moods", ["feel well"])).evaluation_digest == hub.show("moods@1").evaluation_digest
+    with pytest.raises(InvalidInput, match="no evaluation set is kept of moods@2"):
+        hub.evaluate()
+    hub.purge("moods@1", descendants=True)
+    assert hub.verify().ok and "evaluation_digest" not in json.loads((tmp_path / "registry/adapters/moods/1/manifest.json").read_text())
+
+
+def test_what_was_learned_has_the_digest_of_the_rows_that_measured_it(hub: Hub) -> None:
+    rows = [{"text": f"ask {word} number {n}", "label": word} for word in ("apple", "zebra") for n in range(8)]
+    report = hub.learn("words", rows, config=TrainConfig(r=4, epochs=1, steps_min=0), promote="always")
+    kept = read_examples(hub.registry.folder(report.ref) / "evaluation.jsonl")
+    assert kept and hub.show(report.ref).evaluation_digest == digest_of(kept)
+    found = hub.evaluate(names=["words"])
+    assert found["adapters"]["words@1"]["digest"] == digest_of(kept)
+    # The rows that measured it in training are all that are kept.
+    assert found["accuracy_named"] == pytest.approx(report.metrics["accuracy"])
+
+
+def test_a_manifest_from_before_is_read_and_has_the_digest_that_it_was_sealed_with(hub: Hub) -> None:
+    new = hub.show("colours")
+    old = {key: value for key, value in new.to_json().items() if key not in ("digest", "evaluation_digest")}
+    sealed = Manifest.from_json({**old, "digest": ""}, source="old").sealed()
+    written = json.loads(sealed.to_bytes())
+    assert "evaluation_digest" not in written and set(written) == {*old, "digest"}
+    assert Manifest.from_bytes(sealed.to_bytes(), source="old") == sealed and sealed.digest != new.digest
+
+
+BEYOND = [{"start": 2, "end": 9, "label": "PER"}]    # "meet" ends before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda h: h.evaluate([]), InvalidInput, "needs rows, each with a label"),
+        (lambda h: h.evaluate([{"text": "paint", "adapter": "colurs", "label": "red"}]), AdapterNotFound, "Closest: 'colours'"),
+        (lambda h: h.evaluate(names=["colurs"]), AdapterNotFound, "Closest: 'colours'"),
+        (lambda h: h.evaluate([{"text": "feel", "adapter": "moods", "label": "joy"}]), InvalidInput, "of moods@1, each with a list `labels`; row 1"),
+        (lambda h: h.evaluate([*everybody()[:4], {"text": "1", "adapter": "stars", "label": "red"}]), InvalidInput, "a number as its label; row 5"),
+        (lambda h: h.evaluate([{"text": "meet", "adapter": "names", "spans": BEYOND}]), InvalidInput, "within its text"),
+        (lambda h: h.evaluate([{"text": "paint", "adapter": "colours", "labels": ["red"]}]), InvalidInput, "of colours@1, each with a label; row 1"),
+        (lambda h: h.evaluate(names=[]), InvalidInput, "no evaluation set is kept"),
+        (lambda h: h.evaluate("absent.jsonl"), InvalidInput, "absent.jsonl"),
+    ],
+)
+def test_bad_rows_are_named_and_nothing_is_measured(hub: Hub, call: Callable[[Hub], Any], error: type[HubError], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call(hub)
+    assert message in str(caught.value)
+
+
+def test_the_command_line_draws_an_adapter_a_line_and_writes_json(root: Path, tmp_path: Path) -> None:
+    drawn, written = (CliRunner().invoke(app, ["evaluate", "colours", "stars", "--registry", str(root), *more]) for more in ([], ["--json"]))
+    assert drawn.exit_code == written.exit_code == 0, drawn.output
+    found = json.loads(written.stdout)
+    lines = drawn.stdout.splitlines()
+    assert found["adapters"]["colours@1"]["rows"] == 4 and any(line.startswith("colours@1") and line.count("accuracy=") == 2 for line in lines)
+    assert not any(line.startswith("mean") for line in lines) and any(line.split() == ["routing_accuracy", "1"] for line in lines)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in everybody()))
+    again = CliRunner().invoke(app, ["evaluate", "colours", "stars", "--data", str(data), "--registry", str(root), "--json"])
+    assert json.loads(again.stdout)["adapters"] == found["adapters"]
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["llama", "t5"])
+def test_written_texts_are_measured_and_their_perplexity_is_the_engines(shape: str, tmp_path: Path) -> None:
+    pytest.importorskip("sacrebleu", reason="the extra 'evaluation' is not installed")
+    pytest.importorskip("rouge_score", reason="the extra 'evaluation' is not installed")
+    root = tmp_path / "registry"
+    hub = keeping(Hub.create(root, base_model=tiny_model(tmp_path / shape, shape), encoder="hash"), root)
+    folder, settings = make_adapter(hub.base, tmp_path / "writer", size=0.3), {"max_new_tokens": 4}
+    texts = ["write a line", "write the end"]
+    rows = [{"text": text, "label": label} for text, label in zip(texts, ["a cat", "the dog sat"], strict=True)]
+    hub.register("writer", folder, ["write something", "write"], evaluation=rows, generation=settings)
+    found = hub.evaluate()
+    told = found["adapters"]["writer@1"]
+    scored = hub.engine.score([Request(text, hub.registry.resolve("writer")) for text in texts], ["a cat", "the dog sat"])
+    assert told["oracle"]["perplexity"] == pytest.approx(np.exp(sum(one.nats for one in scored) / sum(one.tokens for one in scored)))
+    assert told["routed"] == {key: value for key, value in told["oracle"].items() if key != "perplexity"}
+    assert set(told["routed"]) == {"exact_match", "rouge_l", "chrf"} and told["task"] == "text"
+    # What it writes itself is what it is right about, with and without its name.
+    mine = [{"text": text, "label": p.text} for text, p in zip(texts, hub.predict(texts, adapters="writer"), strict=True)]
+    right = hub.evaluate([{**row, "adapter": "writer"} for row in mine])
+    assert right["accuracy"] == right["accuracy_named"] == right["adapters"]["writer@1"]["oracle"]["exact_match"] == 1.0
+    assert hub.evaluate(mine)["accuracy"] == 1.0
