@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,10 @@ def base(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.T
     return FrozenBase.load(tiny_model(tmp_path_factory.mktemp(request.param), request.param), device=device)
 
 
-def load_from(folders: Mapping[AdapterRef, tuple[Path, str | None]], base: FrozenBase) -> Callable[[AdapterRef], Adapter]:
+Folders = dict[AdapterRef, tuple[Path, str | None]]    # and the task of each
+
+
+def load_from(folders: Folders, base: FrozenBase) -> Callable[[AdapterRef], Adapter]:
     def load(ref: AdapterRef) -> Adapter:
         folder, task = folders[ref]
         adapter = read_adapter(folder, labels=LABELS if task in ("SEQ_CLS", "TOKEN_CLS") else None)
@@ -71,7 +74,7 @@ def load_from(folders: Mapping[AdapterRef, tuple[Path, str | None]], base: Froze
 class Answered:
     """Adapters of one base, and what PEFT answers: made once, compared with each way of running them."""
 
-    def __init__(self, base: FrozenBase, folders: dict[AdapterRef, tuple[Path, str | None]], versions: Sequence[AdapterRef | None], tokens: int) -> None:
+    def __init__(self, base: FrozenBase, folders: Folders, versions: Sequence[AdapterRef | None], tokens: int) -> None:
         self.base, self.load, self.tokens = base, load_from(folders, base), tokens
         self.asked = [Request(text, ref) for ref in versions for text in TEXTS]
         self.tasks = [folders[ref][1] if ref else OWN_TASK[base.kind] for ref in versions for _ in TEXTS]
@@ -91,7 +94,7 @@ class Answered:
 def every_form(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Answered:
     """Every form of every task, and the base."""
     root = tmp_path_factory.mktemp("forms")
-    folders: dict[AdapterRef, tuple[Path, str | None]] = {}
+    folders: Folders = {}
     for task in TASKS[base.kind]:
         for seed, (form, settings) in enumerate(FORMS.items()):
             ref = AdapterRef(f"{task}-{form}".lower(), 1)
