@@ -48,6 +48,7 @@ from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.probe import output_name, start_from_probe
 from adapter_hub.training.report import DataReport, report_of
 from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Task, task_of
+from adapter_hub.training.trackers import check_trackers, tracked
 from adapter_hub.training.warm import Start, start_from
 
 EVAL_BATCH_ROWS = 64
@@ -112,6 +113,7 @@ def train_adapter(
     that folder is another training's.
     """
     config = TrainConfig.of(config)
+    check_trackers(config.report_to)
     started = time.perf_counter()
     kind = task_of(task_type, problem_type)
     _check_base(base, kind)
@@ -131,9 +133,10 @@ def train_adapter(
         _checkpoints(checkpoint_folder, base, job, config, seed, rows, validation, start) as kept,
         _set_up(base, job, config, parts, start) as (model, (features, choosing, measuring)),
     ):
-        trainer = _trainer(model, job, features, choosing, config, seed, kept)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
-        metrics = _chosen(trainer) | _measured(trainer, job, measuring)
+        trainer = _trainer(model, job, features, choosing, config, seed, kept, run_name=task or "adapter")
+        with tracked(trainer, config.report_to, task, _begun(kept)):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
+            metrics = _chosen(trainer) | _measured(trainer, job, measuring)
         _write(model, base.id, Path(folder))
     seconds = time.perf_counter() - started
     return TrainResult(
@@ -414,6 +417,12 @@ def _checkpoints(
     for one in folder.glob("checkpoint-*"):
         shutil.rmtree(one)
     path.unlink()
+
+
+def _begun(folder: Path) -> float:
+    """When this training began, in seconds since 1970: in whichever process that was."""
+    path = folder / _IDENTITY
+    return path.stat().st_mtime if path.exists() else time.time()
 
 
 def _read(path: Path) -> dict[str, Any]:
