@@ -66,7 +66,8 @@ def _wandb_run() -> Iterator[None]:
         yield
         failed = False
     except wandb.errors.Error as error:
-        raise InvalidInput(f"Weights & Biases takes no logs: {error}.", hint="Run `wandb login`, or set WANDB_MODE=offline.") from error
+        fact = f"Weights & Biases takes no logs: {str(error).rstrip('.')}."
+        raise InvalidInput(fact, hint="Run `wandb login`, or set WANDB_MODE=offline.") from error
     finally:
         if not given and wandb.run is not None:
             wandb.finish(exit_code=int(failed))
@@ -80,7 +81,7 @@ def _mlflow_run() -> Iterator[None]:
     try:
         yield
     except mlflow.exceptions.MlflowException as error:
-        raise InvalidInput(f"MLflow takes no logs: {error}", hint="See MLFLOW_TRACKING_URI.") from error
+        raise InvalidInput(f"MLflow takes no logs: {str(error).rstrip('.')}.", hint="See MLFLOW_TRACKING_URI.") from error
     finally:
         if not given and mlflow.active_run() is not None:
             mlflow.end_run("FAILED")
