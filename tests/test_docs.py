@@ -75,10 +75,10 @@ def test_no_file_names_a_package_index() -> None:
 
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="needs the adapters that ship: examples/clinc150_adapters.py makes them")
-def test_the_python_block_of_the_readme_runs_from_a_checkout(tmp_path: Path) -> None:
+def test_the_python_block_of_the_readme_runs_from_a_checkout(routed: Path, tmp_path: Path) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     # A copy: the block may write a catalogue, and a checkout may be read-only.
-    shutil.copytree(ROOT / "registry", tmp_path / "registry")
+    shutil.copytree(routed, tmp_path / "registry")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

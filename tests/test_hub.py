@@ -64,12 +64,22 @@ def hub(tmp_path: Path, bert: Path) -> Hub:
     return Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
+    """A registry of three adapters, and the folders that they came from."""
+    root = tmp_path_factory.mktemp("template")
+    with Hub.create(root / "registry", base_model=bert, encoder="hash") as hub:
+        hub.register("colours", make_adapter(hub.base, root / "c", seed=1), COLOURS, labels=["red", "blue"], tags=["paint"])
+        hub.register("animals", make_adapter(hub.base, root / "a", seed=2, use_dora=True), ANIMALS, labels=["dog", "cat"])
+        vectors = make_adapter(hub.base, root / "v", seed=3, task_type="FEATURE_EXTRACTION")
+        hub.register("vectors", vectors, description="embeddings of invoices")
+    return root
+
+
 @pytest.fixture
-def filled(hub: Hub, tmp_path: Path) -> Hub:
-    hub.register("colours", make_adapter(hub.base, tmp_path / "c", seed=1), COLOURS, labels=["red", "blue"], tags=["paint"])
-    hub.register("animals", make_adapter(hub.base, tmp_path / "a", seed=2, use_dora=True), ANIMALS, labels=["dog", "cat"])
-    hub.register("vectors", make_adapter(hub.base, tmp_path / "v", seed=3, task_type="FEATURE_EXTRACTION"), description="embeddings of invoices")
-    return hub
+def filled(template: Path, tmp_path: Path) -> Hub:
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    return Hub.open(tmp_path / "registry")
 
 
 def test_each_input_reaches_the_adapter_whose_examples_it_is_like(filled: Hub) -> None:

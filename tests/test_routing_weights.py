@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,9 @@ def test_scores_from_the_spectrum_are_those_of_the_whole_update(benchmark: Modul
 
 @pytest.mark.skipif(not DATA, reason="needs ADAPTER_HUB_DATA, the folder of public data: benchmarks/README.md")
 @pytest.mark.skipif(not (ROOT / "registry" / "hub.toml").exists(), reason="needs the adapters that ship: examples/clinc150_adapters.py makes them")
-def test_examples_route_better_than_all_else_on_a_few_inputs(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "routing_weights.py"), "--data", DATA]
+def test_examples_route_better_than_all_else_on_a_few_inputs(routed: Path, tmp_path: Path) -> None:
+    registry = shutil.copytree(routed, tmp_path / "registry")
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "routing_weights.py"), "--data", DATA, "--registry", str(registry)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([*command, "--rows", "40", "--out", str(tmp_path / "r.json")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

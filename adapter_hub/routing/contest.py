@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.decision import TEMPERATURE, Decision
+from adapter_hub.routing.decision import Decision
 
-# Of candidates' scores. On CLINC150's validation split 4 % of the inputs are nearer, and a wider one gains nothing: benchmarks/LOG.md.
-NEAR = 0.2
+# Both on CLINC150's validation split: benchmarks/LOG.md.
+NEAR = 0.2            # of candidates' scores: 4 % of the inputs are nearer, and a wider one gains nothing
+TEMPERATURE = 0.05    # of responses beside log probabilities, by maximum likelihood
 PROBABILITY_MIN = 1e-12
 DECIMALS = 5    # sums run in another order in a batch than alone
 
@@ -27,5 +28,5 @@ def rivals(decision: Decision, ask: int) -> tuple[AdapterRef, ...]:
 
 
 def evidence(response: float, probability: float) -> float:
-    """For an answer, from the router's response to its label and the probability that its adapter gives it: log-odds but for a constant."""
+    """For an answer, from the router's response to its label and the probability that its adapter gives it: log odds but for a constant."""
     return round(response / TEMPERATURE + math.log(max(probability, PROBABILITY_MIN)), DECIMALS)

@@ -12,6 +12,7 @@ from adapter_hub.errors import InvalidInput
 _SEE = "See adapter_hub.training.config.TrainConfig."
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")    # transformers' names
 PRECISIONS = ("float32", "bfloat16", "auto")
+TRACKERS = ("tensorboard", "wandb", "mlflow")    # transformers' names; each is its package's, too
 ALL_LINEAR = "all-linear"    # every linear layer of the transformer, the head excepted; PEFT's word
 
 
@@ -46,7 +47,7 @@ class TrainConfig:
     probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
-    report_to: tuple[str, ...] = ()        # transformers' names: "tensorboard", "wandb", "mlflow"
+    report_to: tuple[str, ...] = ()        # some of TRACKERS; `trackers` says where the logs are
     progress: bool = False                 # show the trainer's own bar and losses
 
     def __post_init__(self) -> None:
@@ -65,8 +66,8 @@ class TrainConfig:
         if self.noise and self.layers_share < 1:
             fact = f"noise={self.noise} is put on the embeddings, and with layers_share={self.layers_share} they are computed once"
             raise InvalidInput(f"{fact}.", hint="Use layers_share=1, or token_dropout.")
-        if not isinstance(self.report_to, tuple) or not all(isinstance(name, str) and name for name in self.report_to):
-            raise InvalidInput(f"report_to={self.report_to!r} is not a list of names.", hint='As in ["tensorboard"].')
+        if not isinstance(self.report_to, tuple) or not set(self.report_to) <= set(TRACKERS):
+            raise InvalidInput(f"report_to={self.report_to!r} is not a list of some of {', '.join(TRACKERS)}.", hint='As in ["tensorboard"].')
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
         if not endings or not all(isinstance(ending, str) and ending for ending in endings):
             raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")

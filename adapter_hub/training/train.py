@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -48,6 +49,7 @@ from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.probe import output_name, start_from_probe
 from adapter_hub.training.report import DataReport, report_of
 from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Task, task_of
+from adapter_hub.training.trackers import check_trackers, tracked
 from adapter_hub.training.warm import Start, start_from
 
 EVAL_BATCH_ROWS = 64
@@ -112,18 +114,11 @@ def train_adapter(
     that folder is another training's.
     """
     config = TrainConfig.of(config)
+    check_trackers(config.report_to)
     started = time.perf_counter()
-    kind = task_of(task_type, problem_type)
-    _check_base(base, kind)
-    if prompt_template is not None and prompt_template.count("{text}") != 1:
-        raise InvalidInput(f"the prompt template {prompt_template[:60]!r} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
-    job = kind.of(rows, validation, prompt_template)
-    if config.r_drop and kind is not Task:
-        raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
-    if start is not None and kind is not Task:
+    job, seed, parts = _prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
+    if start is not None and type(job) is not Task:
         raise InvalidInput("an adapter to start from is for one label among several.", hint="Start it anew: leave `start` out.")
-    seed = task_seed(config.seed, task, job.labels)
-    parts = split(rows, validation, config.validation_share, seed, job.stratum)
     report = report_of(rows, validation or ())
     with (
         _own_randomness(seed),
@@ -131,14 +126,81 @@ def train_adapter(
         _checkpoints(checkpoint_folder, base, job, config, seed, rows, validation, start) as kept,
         _set_up(base, job, config, parts, start) as (model, (features, choosing, measuring)),
     ):
-        trainer = _trainer(model, job, features, choosing, config, seed, kept)
-        trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
-        metrics = _chosen(trainer) | _measured(trainer, job, measuring)
+        trainer = _trainer(model, job, features, choosing, config, seed, kept, run_name=task or "adapter")
+        with tracked(trainer, config.report_to, task, _begun(kept)):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
+            metrics = _chosen(trainer) | _measured(trainer, job, measuring)
         _write(model, base.id, Path(folder))
     seconds = time.perf_counter() - started
     return TrainResult(
         Path(folder), job.labels, metrics, tuple(parts.validation), seconds, report, job.task_type, job.problem_type, prompt_template
     )
+
+
+def _prepared(
+    base: FrozenBase,
+    rows: Sequence[Example],
+    validation: Sequence[Example] | None,
+    config: TrainConfig,
+    task: str,
+    task_type: str,
+    problem_type: str | None,
+    prompt_template: str | None,
+) -> tuple[Task, int, Parts]:
+    """What is to be learned, its seed, and which rows do what. Raises InvalidInput."""
+    kind = task_of(task_type, problem_type)
+    _check_base(base, kind)
+    if prompt_template is not None and prompt_template.count("{text}") != 1:
+        raise InvalidInput(f"the prompt template {prompt_template[:60]!r} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
+    job = kind.of(rows, validation, prompt_template)
+    if config.r_drop and kind is not Task:
+        raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
+    seed = task_seed(config.seed, task, job.labels)
+    return job, seed, split(rows, validation, config.validation_share, seed, job.stratum)
+
+
+def rehearse(
+    base: FrozenBase,
+    rows: Sequence[Example],
+    *,
+    task_type: str = TaskType.SEQ_CLS,
+    problem_type: str | None = None,
+    prompt_template: str | None = None,
+    task: str = "",
+    validation: Sequence[Example] | None = None,
+    config: TrainConfig | str | None = None,
+    watch: Callable[[int, float], bool],
+) -> float:
+    """How good `train_adapter` of the same arguments gets on the rows that choose its epoch: `rank` in the best, NaN where a loss is none.
+
+    `watch` is told each epoch (from 1) and its rank, and ends the training by False. The rows that measure are not asked, and nothing is
+    kept. Raises InvalidInput as `train_adapter` does.
+    """
+    config = dataclasses.replace(TrainConfig.of(config), report_to=())
+    job, seed, parts = _prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
+    with (
+        _own_randomness(seed),
+        _quiet(not config.progress),
+        tempfile.TemporaryDirectory(prefix="train-") as scratch,
+        _set_up(base, job, config, parts._replace(validation=parts.choice[:1])) as (model, (features, choosing, _)),
+    ):
+        once = {"save_strategy": "no", "load_best_model_at_end": config.patience > 0, "logging_nan_inf_filter": False}
+        if config.patience:    # what counts them wants to know the best, which only a kept checkpoint tells
+            once["save_strategy"] = "epoch"
+        trainer = _trainer(model, job, features, choosing, config, seed, Path(scratch), **once)
+        trainer.add_callback(_Watch(watch))
+        trainer.train()
+    return max((float(entry["eval_rank"]) for entry in trainer.state.log_history if "eval_rank" in entry), default=math.nan)
+
+
+class _Watch(TrainerCallback):
+    def __init__(self, watch: Callable[[int, float], bool]) -> None:
+        self._watch = watch
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        rank = float(more["metrics"]["eval_rank"])
+        if not math.isfinite(rank) or not self._watch(round(state.epoch or 0), rank):
+            control.should_training_stop = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +476,12 @@ def _checkpoints(
     for one in folder.glob("checkpoint-*"):
         shutil.rmtree(one)
     path.unlink()
+
+
+def _begun(folder: Path) -> float:
+    """When this training began, in seconds since 1970: in whichever process that was."""
+    path = folder / _IDENTITY
+    return path.stat().st_mtime if path.exists() else time.time()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def test_every_input_gives_the_same_rows_in_every_output(tmp_path: Path, into: s
         assert outputs[suffix] == expected
 
 
-@hypothesis_settings(max_examples=60)
-@given(st.lists(st.tuples(TEXTS, st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), min_size=1, max_size=6))
+@hypothesis_settings(max_examples=20)
+@given(st.lists(st.tuples(TEXTS, st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), min_size=1, max_size=18))
 def test_any_text_comes_out_of_every_format_as_it_went_in(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]) -> None:
     folder = tmp_path_factory.mktemp("any")
     source = folder / "in.jsonl"
@@ -92,8 +92,8 @@ JSON_VALUES = st.recursive(
 )
 
 
-@hypothesis_settings(max_examples=60)
-@given(st.lists(st.fixed_dictionaries({"text": TEXTS}, optional={"a": JSON_VALUES, "b": JSON_VALUES, "ünï,\n": JSON_VALUES}), min_size=1, max_size=5))
+@hypothesis_settings(max_examples=20)
+@given(st.lists(st.fixed_dictionaries({"text": TEXTS}, optional=dict.fromkeys(["a", "b", "ünï,\n"], JSON_VALUES)), min_size=1, max_size=15))
 def test_fields_of_any_kind_travel_through_every_format(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
     folder = tmp_path_factory.mktemp("kinds")
     source = folder / "in.jsonl"

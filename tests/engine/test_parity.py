@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def base(request: pytest.FixtureRequest, device: str, tmp_path_factory: pytest.T
     return FrozenBase.load(tiny_model(tmp_path_factory.mktemp(request.param), request.param), device=device)
 
 
-def load_from(folders: dict[AdapterRef, tuple[Path, str | None]], base: FrozenBase) -> Callable[[AdapterRef], Adapter]:
+Folders = dict[AdapterRef, tuple[Path, str | None]]    # and the task of each
+
+
+def load_from(folders: Folders, base: FrozenBase) -> Callable[[AdapterRef], Adapter]:
     def load(ref: AdapterRef) -> Adapter:
         folder, task = folders[ref]
         adapter = read_adapter(folder, labels=LABELS if task in ("SEQ_CLS", "TOKEN_CLS") else None)
@@ -64,44 +68,64 @@ def load_from(folders: dict[AdapterRef, tuple[Path, str | None]], base: FrozenBa
         check_acts(adapter, base)
         return adapter
 
-    return load
+    return cache(load)
+
+
+class Answered:
+    """Adapters of one base, and what PEFT answers: made once, compared with each way of running them."""
+
+    def __init__(self, base: FrozenBase, folders: Folders, versions: Sequence[AdapterRef | None], tokens: int) -> None:
+        self.base, self.load, self.tokens = base, load_from(folders, base), tokens
+        self.asked = [Request(text, ref) for ref in versions for text in TEXTS]
+        self.tasks = [folders[ref][1] if ref else OWN_TASK[base.kind] for ref in versions for _ in TEXTS]
+        self.expected = [
+            one
+            for ref, task in zip(versions, self.tasks[:: len(TEXTS)], strict=True)
+            for one in references(base, folders[ref][0] if ref else None, task, TEXTS, max_new_tokens=tokens, do_sample=False)
+        ]
+
+    def check(self, engine: Engine) -> None:
+        outputs = engine.predict(self.asked, generation={"max_new_tokens": self.tokens})
+        for request, output, expected, task in zip(self.asked, outputs, self.expected, self.tasks, strict=True):
+            assert_same(self.base, output, expected, task, str(request.text))
+
+
+@pytest.fixture(scope="module")
+def every_form(base: FrozenBase, tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    """Every form of every task, and the base."""
+    root = tmp_path_factory.mktemp("forms")
+    folders: Folders = {}
+    for task in TASKS[base.kind]:
+        for seed, (form, settings) in enumerate(FORMS.items()):
+            ref = AdapterRef(f"{task}-{form}".lower(), 1)
+            folders[ref] = (make_adapter(base, root / str(ref), task_type=task, outputs=3, seed=seed, **settings), task)
+    return Answered(base, folders, [None, *folders], NEW_TOKENS)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def every_target(base: FrozenBase, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Answered:
+    task, ref = TASKS[base.kind][0], AdapterRef("a", 1)
+    targets = TARGETS[request.param](base)
+    folder = make_adapter(base, tmp_path_factory.mktemp("target") / "a", task_type=task, outputs=3, target_modules=targets)
+    return Answered(base, {ref: (folder, task)}, [ref], 6)
 
 
 @pytest.mark.parametrize("merge_tokens", [MERGE_TOKENS * 1000, 0], ids=["mixed", "merged"])
 def test_one_mixed_batch_equals_peft_one_adapter_and_one_text_at_a_time(
-    base: FrozenBase, merge_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    every_form: Answered, merge_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "MERGE_TOKENS", merge_tokens)    # all rows of an adapter, or none, run on a merged copy of the base
-    fingerprint = base.compute_fingerprint()
-    folders: dict[AdapterRef, tuple[Path, str | None]] = {}
-    for task in TASKS[base.kind]:
-        for seed, (form, settings) in enumerate(FORMS.items()):
-            ref = AdapterRef(f"{task}-{form}".lower(), 1)
-            folders[ref] = (make_adapter(base, tmp_path / str(ref), task_type=task, outputs=3, seed=seed, **settings), task)
-    engine = Engine(base, load_from(folders, base))
-    versions: list[AdapterRef | None] = [None, *folders]
-    outputs = iter(engine.predict([Request(text, ref) for ref in versions for text in TEXTS], generation={"max_new_tokens": NEW_TOKENS}))
-    for ref in versions:
-        folder, task = (None, OWN_TASK[base.kind]) if ref is None else folders[ref]
-        for text, expected in zip(TEXTS, references(base, folder, task, TEXTS, max_new_tokens=NEW_TOKENS, do_sample=False), strict=True):
-            assert_same(base, next(outputs), expected, task, text)
-    assert base.compute_fingerprint() == fingerprint
+    fingerprint = every_form.base.compute_fingerprint()
+    engine = Engine(every_form.base, every_form.load)
+    every_form.check(engine)
+    assert every_form.base.compute_fingerprint() == fingerprint
     assert (engine.slots._merged is not None) is (merge_tokens == 0)
 
 
 @pytest.mark.parametrize("merge_tokens", [MERGE_TOKENS * 1000, 0], ids=["mixed", "merged"])
-@pytest.mark.parametrize("targets", TARGETS)
-def test_every_form_of_target_modules_binds_as_peft_binds_it(
-    base: FrozenBase, targets: str, merge_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_form_of_target_modules_binds_as_peft_binds_it(every_target: Answered, merge_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "MERGE_TOKENS", merge_tokens)
-    task = TASKS[base.kind][0]
-    folder = make_adapter(base, tmp_path / "a", task_type=task, outputs=3, target_modules=TARGETS[targets](base))
-    ref = AdapterRef("a", 1)
-    outputs = Engine(base, load_from({ref: (folder, task)}, base)).predict([Request(t, ref) for t in TEXTS], generation={"max_new_tokens": 6})
-    expected = references(base, folder, task, TEXTS, max_new_tokens=6, do_sample=False)
-    for output, reference, text in zip(outputs, expected, TEXTS, strict=True):
-        assert_same(base, output, reference, task, text)
+    every_target.check(Engine(every_target.base, every_target.load))
 
 
 @pytest.mark.parametrize("base", ["gpt2", "llama", "t5", "lm"], indirect=True)

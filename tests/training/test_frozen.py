@@ -22,7 +22,7 @@ from adapter_hub.training.train import train_classifier
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers"), "animal": ("horse", "goat", "zebra", "yak")}
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}", "that {}")
 ROWS = [Example(frame.format(word), label) for frame in FRAMES for label, words in WORDS.items() for word in words]
-CONFIG = TrainConfig(r=4, epochs=12, steps_min=0, batch_size=8, learning_rate=5e-3)
+CONFIG = TrainConfig(r=4, epochs=6, steps_min=0, batch_size=8, learning_rate=5e-3)
 TEXTS = ["a fig", "the quick brown fox jumps over the lazy dog", "no", "one saw and one drill"]
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,14 +27,11 @@ FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}
 ROWS = [Example(frame.format(word), label) for frame in FRAMES for label, words in WORDS.items() for word in words]
 CONFIG = TrainConfig(r=4, epochs=10, steps_min=0, batch_size=8, learning_rate=5e-3, layers_share=0.5, patience=8, token_dropout=0.1)
 PROGRAM = """
-import sys
-from pathlib import Path
 import torch
 from adapter_hub.base_model import FrozenBase
-from tests.training.test_resume import CONFIG, ROWS
 from adapter_hub.training.train import train_classifier
-torch.set_num_threads(int(sys.argv[4]))
-train_classifier(FrozenBase.load(sys.argv[1]), ROWS, task="t", config=CONFIG, folder=Path(sys.argv[2]), checkpoint_folder=Path(sys.argv[3]))
+torch.set_num_threads(threads)
+train_classifier(FrozenBase.load(base), rows, task="t", config=config, folder=folder, checkpoint_folder=kept)
 """
 
 
@@ -46,24 +43,34 @@ def test_after_five_kills_the_weights_are_those_of_an_uninterrupted_training(tmp
     base = FrozenBase.load(tiny_model(tmp_path / "bert"))
     whole = train_classifier(base, ROWS, task="t", config=CONFIG, folder=tmp_path / "whole")
     kept, folder = tmp_path / "kept", tmp_path / "adapter"
-    command = [sys.executable, "-c", PROGRAM, base.id, str(folder), str(kept), str(torch.get_num_threads())]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
-    killed_at = []
+    given = {"base": base.id, "rows": ROWS, "config": CONFIG, "folder": folder, "kept": kept, "threads": torch.get_num_threads()}
+    killed_at = [0]
     for kill in range(KILLS):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        before = killed_at[-1] if killed_at else 0
+        process = start(given)
         # Any moment will do: at once when a further epoch's folder appears, so that some are half written, or some time after.
-        while latest(kept) <= before and process.poll() is None:
+        while latest(kept) <= killed_at[-1] and process.is_alive():
             time.sleep(0.002)
         time.sleep(0.013 * kill)
-        assert process.poll() is None, process.communicate()[1]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.is_alive(), process.exitcode
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         killed_at.append(latest(kept))
     assert not folder.exists()
-    subprocess.run(command, env=environment, check=True)
+    last = start(given)
+    last.join()
+    assert last.exitcode == 0
     assert digests(folder) == digests(whole.folder)
     assert list(kept.iterdir()) == []
+
+
+def start(given: dict[str, Any]) -> BaseProcess:
+    """A process of its own, forked from one that has imported what it takes and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["adapter_hub.training.train"])
+    process = context.Process(target=exec, args=(PROGRAM, given))
+    process.start()
+    return process
 
 
 def latest(folder: Path) -> int:

@@ -38,6 +38,7 @@ WORDS = {
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}", "that {}")
 ROWS = [Example(frame.format(word), label) for frame in FRAMES for label, words in WORDS.items() for word in words]
 CONFIG = TrainConfig(r=4, epochs=12, steps_min=0, batch_size=8, learning_rate=5e-3)
+SHORT = replace(CONFIG, epochs=3)    # where it does not matter how well it is learned
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -87,20 +88,20 @@ def test_the_folder_holds_pefts_two_files_and_nothing_of_this_machine_but_the_ba
 
 def test_training_leaves_the_base_untouched(base: FrozenBase, tmp_path: Path) -> None:
     before = base.compute_fingerprint()
-    train_classifier(base, ROWS, config=CONFIG, folder=tmp_path)
+    train_classifier(base, ROWS, config=SHORT, folder=tmp_path)
     assert base.compute_fingerprint() == before
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
 
 
 def test_the_same_task_gives_the_same_bytes_whatever_ran_before(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
-    train_classifier(base, ROWS[:24], task="another", config=CONFIG, folder=tmp_path / "another")
+    train_classifier(base, ROWS[:24], task="another", config=SHORT, folder=tmp_path / "another")
     torch.manual_seed(99)
     random.seed(99)
     again = train_classifier(base, ROWS, task="things", config=CONFIG, folder=tmp_path / "again")
     assert digests(again.folder) == digests(trained.folder)
     assert again.metrics == trained.metrics
-    other = train_classifier(base, ROWS, task="other name", config=CONFIG, folder=tmp_path / "other")
-    assert digests(other.folder) != digests(trained.folder)
+    one, other = (train_classifier(base, ROWS[:24], task=task, config=SHORT, folder=tmp_path / task) for task in ("one", "other"))
+    assert digests(one.folder) != digests(other.folder)
 
 
 def test_another_process_gives_the_same_bytes(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
@@ -138,12 +139,12 @@ def test_training_leaves_the_callers_random_generators_as_they_were(base: Frozen
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
-    train_classifier(base, ROWS[:24], config=CONFIG, folder=tmp_path)
+    train_classifier(base, ROWS[:24], config=SHORT, folder=tmp_path)
     assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
 
 
 def test_training_prints_nothing(base: FrozenBase, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_classifier(base, ROWS[:24], config=CONFIG, folder=tmp_path)
+    train_classifier(base, ROWS[:24], config=SHORT, folder=tmp_path)
     assert capfd.readouterr() == ("", "")
 
 
@@ -165,13 +166,13 @@ def test_rows_that_chose_the_epoch_do_not_measure_it(base: FrozenBase, tmp_path:
 
 def test_given_validation_rows_leave_every_training_row_to_train_on(base: FrozenBase, tmp_path: Path) -> None:
     validation = [Example(f"{n} {word} fell", label) for n in ("one", "the") for word, label in (("apple", "fruit"), ("hammer", "tool"))]
-    result = train_classifier(base, ROWS, validation=validation, config=CONFIG, folder=tmp_path)
+    result = train_classifier(base, ROWS, validation=validation, config=SHORT, folder=tmp_path)
     assert len(result.validation) == 2 and all(row in validation for row in result.validation)
 
 
 def test_trainings_at_once_give_the_bytes_of_one_at_a_time(base: FrozenBase, tmp_path: Path) -> None:
     """Previously each moved the random state under the other, and so its weights."""
-    alone = {task: digests(train_classifier(base, ROWS[:24], task=task, config=CONFIG, folder=tmp_path / task).folder) for task in "ab"}
+    alone = {task: digests(train_classifier(base, ROWS[:24], task=task, config=SHORT, folder=tmp_path / task).folder) for task in "ab"}
     engine, stop = Engine(FrozenBase.load(tiny_model(tmp_path / "llama", "llama")), lambda ref: pytest.fail(f"{ref} was loaded")), threading.Event()
 
     def sample() -> None:
@@ -179,7 +180,7 @@ def test_trainings_at_once_give_the_bytes_of_one_at_a_time(base: FrozenBase, tmp
             engine.predict([Request("once", None)], generation={"do_sample": True, "max_new_tokens": 4})
 
     def train(task: str) -> list[str]:
-        return digests(train_classifier(base, ROWS[:24], task=task, config=CONFIG, folder=tmp_path / f"{task}2").folder)
+        return digests(train_classifier(base, ROWS[:24], task=task, config=SHORT, folder=tmp_path / f"{task}2").folder)
 
     with ThreadPoolExecutor(3) as pool:
         sampling = pool.submit(sample)
