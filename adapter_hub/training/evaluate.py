@@ -161,7 +161,7 @@ def text_metrics(answers: Sequence[str], targets: Sequence[str]) -> dict[str, fl
     """
     check_text_packages()
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     rouge = RougeScorer(["rougeL"])
     pairs = list(zip(answers, targets, strict=True))
