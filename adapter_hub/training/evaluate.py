@@ -15,15 +15,19 @@ def classifier_metrics(logits: NDArray[np.float32], targets: NDArray[np.int64]) 
 
     macro_f1 averages over the classes that occur, in targets or in answers.
     """
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
     answers = logits.argmax(axis=1)
-    own = probabilities[np.arange(len(targets)), targets]
     return {
         "accuracy": float((answers == targets).mean()),
         "macro_f1": _macro_f1(answers, targets),
-        "log_loss": float(-np.log(np.maximum(own, LOG_LOSS_FLOOR)).mean()),
+        "log_loss": float(log_losses(logits, targets).mean()),
     }
+
+
+def log_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n,), nats, of logits (n, c) against class numbers (n,)."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
+    return np.asarray(-np.log(np.maximum(probabilities[np.arange(len(targets)), targets], LOG_LOSS_FLOOR)))
 
 
 def _macro_f1(answers: NDArray[np.int64], targets: NDArray[np.int64]) -> float:
