@@ -1,13 +1,13 @@
 """Does a new adapter that starts from its nearest ones learn better than one that starts from noise? Few-shot tasks, paired.
 
-    python benchmarks/transfer.py --data DIR [--tasks clinc150 banking77] [--shots 20 100] [--seeds 0 1] [--targets 4]
+    python benchmarks/transfer.py --data DIR [--tasks clinc150 banking77] [--shots 20 100] [--seeds 0 1] [--targets 4] [--no-trials]
 
 DIR holds clinc150 and banking77. A task is a domain of CLINC150 or a seventh of BANKING77's intents in alphabetical order, known by so many
 examples an intent. The adapters to start from are those of `--registry` but the task's own. Each start is trained in full (90 steps at 20
 examples an intent, three epochs at 100), then asked CLINC150's validation split, or training rows of BANKING77 that were not drawn (40 an
 intent); no test split is read. Beside them `transfer` itself: the start that its trials choose. Gains are over the cold start of the same
-rows and seed; their standard error is over tasks and seeds. Each finished task is kept in `--out`, and not measured again. The last line is
-JSON.
+rows and seed; their standard error is over tasks and seeds. Each finished task is kept in `--out`, and not measured again. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument("--shots", nargs="+", type=int, default=[20], help="examples an intent")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--targets", type=int, default=4, help="tasks of each set")
+    parser.add_argument("--trials", action=argparse.BooleanOptionalAction, default=True, help="which start `transfer` would choose, too")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="where the figures go as JSON")
     arguments = parser.parse_args()
     before = json.loads(arguments.out.read_text(encoding="utf-8"))["cells"] if arguments.out.exists() else []
@@ -79,7 +80,8 @@ def main() -> int:
                     for seed in arguments.seeds:
                         cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed}
                         if key_of(cell) not in cells:
-                            cells[key_of(cell)] = cell | measured(hub, target, drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed))
+                            few, config = drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed)
+                            cells[key_of(cell)] = cell | measured(hub, target, few, config, arguments.trials)
                             write(arguments.out, [*cells.values()])
     report = write(arguments.out, [*cells.values()])
     show(report["gains"])
@@ -123,28 +125,25 @@ def drawn(rows: Rows, shots: int, seed: int) -> Rows:
     return Rows([row for place, row in enumerate(rows.train) if place in chosen], rows.asked)
 
 
-def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig) -> Cell:
-    """Accuracy and log loss of each start, and what `transfer` would choose."""
+def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig, trials: bool) -> Cell:
+    """Accuracy and log loss of each start and, where `trials` are wanted, what `transfer` chooses."""
     state = build_state(hub.encoder, rows.train)
     others = {ref: hub.state(ref) for ref in hub.registry.production() if ref.name != target}
     ranked = nearest(state, others)
     found = [Neighbour(ref, near, read_adapter(hub.registry.open_version(ref), labels=hub.show(ref).labels)) for ref, near in ranked]
     neighbours = [one for one in found if not fault_of(one.adapter, hub.base, config)][:NEIGHBOURS_MAX]
+    groups: dict[str, Sequence[Neighbour]] = {"nearest": neighbours[:1], "second": neighbours[1:2], "combined": neighbours}
+    names = {tuple(one.ref for one in group): name for name, group in groups.items()} | {(): "cold"}
+    cell: Cell = {"neighbours": {str(one.ref): round(one.closeness, 4) for one in neighbours}}
     with tempfile.TemporaryDirectory() as scratch:
-        began = time.perf_counter()
-        _, report = transfer(hub.base, rows.train, neighbours, task=target, config=config, folder=Path(scratch) / "trials")
-        seconds = time.perf_counter() - began
-        groups: dict[str, Sequence[Neighbour]] = {"nearest": neighbours[:1], "second": neighbours[1:2], "combined": neighbours}
-        names = {tuple(one.ref for one in group): name for name, group in groups.items()}
-        chosen = names[report.origins] if report.origins else "cold"
-        starts = {name: start_of(group, hub.base, config, Path(scratch) / name) for name, group in groups.items() if name in (*TRAINED, chosen)}
+        if trials:
+            began = time.perf_counter()
+            _, report = transfer(hub.base, rows.train, neighbours, task=target, config=config, folder=Path(scratch) / "trials")
+            cell |= {"transfer": report.to_json(), "chosen": names[report.origins], "trial_s": round(time.perf_counter() - began, 1)}
+        wanted = {"cold", *TRAINED, cell.get("chosen", "cold")}
+        starts = {name: start_of(group, hub.base, config, Path(scratch) / name) for name, group in groups.items() if name in wanted}
         figures = {name: result(hub, target, rows, config, start, Path(scratch)) for name, start in [("cold", None), *starts.items()]}
-    figures["transfer"] = figures[chosen]
-    trials = [trial.to_json() | {"start": names[trial.origins], "chosen": trial is report.chosen} for trial in report.trials]
-    return {
-        "neighbours": {str(one.ref): round(one.closeness, 4) for one in neighbours},
-        "starts": figures, "trials": trials, "trial_s": round(seconds, 1),
-    }  # fmt: skip
+    return cell | {"starts": figures | ({"transfer": figures[cell["chosen"]]} if trials else {})}
 
 
 def result(hub: Hub, target: str, rows: Rows, config: TrainConfig, start: Start | None, scratch: Path) -> dict[str, float]:
@@ -161,20 +160,19 @@ def result(hub: Hub, target: str, rows: Rows, config: TrainConfig, start: Start 
 
 def gains_of(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     """Of each set, number of shots and start: mean gain over cold with its standard error over the cells."""
-    groups: dict[tuple[Any, ...], list[Cell]] = {}
+    groups: dict[tuple[str, int, str], list[Cell]] = {}
     for cell in cells:
-        groups.setdefault((cell["set"], cell["shots"]), []).append(cell)
+        for start in cell["starts"].keys() - {"cold", "second"}:
+            groups.setdefault((cell["set"], cell["shots"], start), []).append(cell)
     found = []
-    for (name, shots), members in sorted(groups.items()):
-        for start in ("nearest", "combined", "transfer"):
-            row: dict[str, Any] = {"set": name, "shots": shots, "start": start, "cells": len(members)}
-            row["cold_accuracy"] = float(np.mean([cell["starts"]["cold"]["accuracy"] for cell in members]))
-            for measure, sign in (("accuracy", 1), ("log_loss", -1)):
-                gains = np.array([sign * (cell["starts"][start][measure] - cell["starts"]["cold"][measure]) for cell in members])
-                error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-                row[f"{measure}_gain"], row[f"{measure}_error"] = float(gains.mean()), float(error) if len(gains) > 1 else None
-            row["chosen"] = sum(any(trial["chosen"] and start in (trial["start"], "transfer") for trial in cell["trials"]) for cell in members)
-            found.append(row)
+    for (name, shots, start), members in sorted(groups.items()):
+        row: dict[str, Any] = {"set": name, "shots": shots, "start": start, "cells": len(members)}
+        row["cold_accuracy"] = float(np.mean([cell["starts"]["cold"]["accuracy"] for cell in members]))
+        for measure, sign in (("accuracy", 1), ("log_loss", -1)):
+            gains = np.array([sign * (cell["starts"][start][measure] - cell["starts"]["cold"][measure]) for cell in members])
+            error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
+            row |= {f"{measure}_gain": float(gains.mean()), f"{measure}_error": error}
+        found.append(row)
     return found
 
 
@@ -188,13 +186,13 @@ def write(path: Path, cells: Sequence[Cell]) -> dict[str, Any]:
 
 def show(gains: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="Gain over a cold start, with its standard error over tasks and seeds")
-    for column in ("set", "shots", "start", "tasks", "cold accuracy", "accuracy, points", "log loss, nats", "chosen"):
+    for column in ("set", "shots", "start", "tasks", "cold accuracy", "accuracy, points", "log loss, nats"):
         table.add_column(column, justify="left" if column in ("set", "start") else "right")
     for row in gains:
         accuracy = f"{100 * row['accuracy_gain']:+.2f} ± {100 * (row['accuracy_error'] or math.nan):.2f}"
         log_loss = f"{row['log_loss_gain']:+.3f} ± {row['log_loss_error'] or math.nan:.3f}"
         cold = f"{100 * row['cold_accuracy']:.1f}"
-        table.add_row(row["set"], str(row["shots"]), row["start"], str(row["cells"]), cold, accuracy, log_loss, str(row["chosen"]))
+        table.add_row(row["set"], str(row["shots"]), row["start"], str(row["cells"]), cold, accuracy, log_loss)
     Console().print(table)
 
 

@@ -93,7 +93,7 @@ def learned(document: Mapping[str, JSON]) -> None:
     line(f"reason: {document['reason']}")
     tried = document.get("transfer", {"trials": (), "unfit": {}})
     for trial in tried["trials"]:
-        line(f"  start from {' and '.join(trial['origins'])}: {trial['advantage']:+.3f} ± {trial['error']:.3f} nats on {trial['rows']} rows")
+        line(f"  start from {' and '.join(trial['origins'])}: {trial['advantage']:+.3f} ± {trial['error']:.3f} nats a row")
     for ref, why in tried["unfit"].items():
         line(f"  no start from {ref}: {why}")
     for finding in gate["findings"]:

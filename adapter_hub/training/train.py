@@ -170,6 +170,7 @@ def losses_after(
     ):
         trainer = _trainer(model, job, features, judging, config, seed, Path(scratch), **once, warmup_steps=math.floor(config.warmup_ratio * steps))
         trainer.train()
+        trainer.args.train_sampling_strategy = "random"    # by length, what is predicted is sorted too
         logits: Any = trainer.predict(judging).predictions    # type: ignore[arg-type]
     return log_losses(np.asarray(logits), np.array([row["labels"] for row in judging]))
 

@@ -1,9 +1,9 @@
 """Start a new name's adapter from those nearest to it, where a short trial says that this helps.
 
 Which adapters are nearest is the router's to say. Each of them is a start, and so are all together; each start and the cold one are
-trained for equally many steps on the same rows, and asked the same rows that none was trained on. Half of those choose the best start,
-the other half judges it: it is taken where its mean advantage exceeds its standard error. The best of several looks better than it is on
-the rows that chose it; on rows of their own it does not.
+trained for equally many steps on the same rows, and asked the same rows that none was trained on. The best of several looks better than it
+is on the rows that chose it, so each half of those rows chooses for the other: what the chosen gained there is the advantage, and the best
+start of all rows is taken where that exceeds its standard error.
 """
 
 # i inputs of a module, o its outputs, r rank, k adapters, n rows
@@ -14,7 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ from adapter_hub.training.train import losses_after
 from adapter_hub.training.warm import Start
 
 NEIGHBOURS_MAX = 2
-STEPS = 60             # of each trial
-ASKED_SHARE = 0.2      # of the training rows, to choose among the starts, and as many to judge the one chosen
+STEPS = 30             # of each trial: what 60 tell, 20 told already (benchmarks/LOG.md)
+ASKED_SHARE = 0.2      # of the training rows, in each of the two halves that are asked
 DECIMALS = 6           # of stored figures
 
 Losses = NDArray[np.float64]
@@ -56,26 +56,35 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What one start gained over the cold one. Nats a row, positive where it is better."""
+    """What one start gained over the cold one on all rows that were asked. Nats a row, positive where it is better."""
 
     origins: tuple[AdapterRef, ...]
-    chosen_by: float    # mean advantage on the rows that chose among the starts
-    advantage: float    # mean, on the rows that judge
-    error: float        # standard error of that mean
-    rows: int           # that judge
+    advantage: float    # mean
+    error: float        # its standard error
 
     def to_json(self) -> dict[str, Any]:
-        figures = {name: round(getattr(self, name), DECIMALS) for name in ("chosen_by", "advantage", "error")}
-        return {"origins": [str(ref) for ref in self.origins], **figures, "rows": self.rows}
+        return {"origins": [str(ref) for ref in self.origins], **_rounded(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """What the trials found: the start to take, if any. Stored in gate.json."""
 
-    trials: tuple[Trial, ...]                   # in the order of the starts
-    chosen: Trial | None                        # the best of them, where it is taken
-    unfit: Mapping[AdapterRef, str]             # nearer than those tried, and why they were not
+    trials: tuple[Trial, ...] = ()              # in the order of the starts
+    advantage: float = 0.0                      # of the start that one half of the rows chose, on the other half: mean, nats a row
+    error: float = math.inf                     # its standard error
+    rows: int = 0                               # that were asked
+    unfit: Mapping[AdapterRef, str] = field(default_factory=dict)    # nearer than those tried, and why they were not
+
+    @property
+    def best(self) -> Trial | None:
+        """On all rows: flattered, if it was chosen among several."""
+        return max(self.trials, key=lambda trial: trial.advantage, default=None)
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The best, where it is to be taken."""
+        return self.best if self.best and self.best.advantage > 0 and self.advantage > self.error else None
 
     @property
     def origins(self) -> tuple[AdapterRef, ...]:
@@ -85,16 +94,19 @@ class Transfer:
     @property
     def note(self) -> str:
         """In words."""
-        if not self.trials:
-            return "it starts cold: no adapter fits to start from"
-        best = self.chosen or max(self.trials, key=lambda trial: trial.chosen_by)
-        names = " and ".join(map(str, best.origins))
-        gained = f"{best.advantage:+.3f} ± {best.error:.3f} nats on {best.rows} rows"
-        return f"it starts from {names}: {gained} against a cold start" if self.chosen else f"it starts cold: {names} gained {gained}"
+        if self.best is None:
+            return "it starts cold: no adapter fits to start from, or the rows are too few to tell"
+        begins = f"from {' and '.join(map(str, self.origins))}" if self.origins else "cold"
+        return f"it starts {begins}: the best start gains {self.advantage:+.3f} ± {self.error:.3f} nats a row on {self.rows} rows"
 
     def to_json(self) -> dict[str, Any]:
         trials = [trial.to_json() | {"chosen": trial is self.chosen} for trial in self.trials]
-        return {"trials": trials, "unfit": {str(ref): why for ref, why in self.unfit.items()}}
+        figures = _rounded(self) | {"rows": self.rows} if trials else {}
+        return {"trials": trials, **figures, "unfit": {str(ref): why for ref, why in self.unfit.items()}}
+
+
+def _rounded(found: Trial | Transfer) -> dict[str, float]:
+    return {"advantage": round(found.advantage, DECIMALS), "error": round(found.error, DECIMALS)}
 
 
 # ---- which fit ------------------------------------------------------------------------------------------------------
@@ -171,20 +183,18 @@ def start_of(neighbours: Sequence[Neighbour], base: FrozenBase, config: TrainCon
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
 
-def judged(cold: Losses, warm: Mapping[tuple[AdapterRef, ...], Losses], choosing: int) -> tuple[tuple[Trial, ...], Trial | None]:
-    """(trials, the one to start from). Losses (n,) of the same rows in the same order; the first `choosing` choose, the others judge.
+def judged(cold: Losses, warm: Mapping[tuple[AdapterRef, ...], Losses], half: int) -> Transfer:
+    """What the starts gained. Losses (n,) are of the same rows in the same order; the first `half` and the others choose for each other."""
+    gains = np.array([cold - losses for losses in warm.values()])    # (starts, n)
+    first, second = gains[:, :half], gains[:, half:]
+    unseen = np.concatenate([first[second.mean(axis=1).argmax()], second[first.mean(axis=1).argmax()]])
+    trials = tuple(Trial(origins, *_mean(own)) for origins, own in zip(warm, gains, strict=True))
+    return Transfer(trials, *_mean(unseen), len(cold))
 
-    The start with the greatest mean advantage over the cold one on the rows that choose is taken where on the others its mean exceeds its
-    standard error. So few rows judge that less than two never do.
-    """
-    trials = []
-    for origins, losses in warm.items():
-        gains = cold - losses
-        own = gains[choosing:]
-        error = float(own.std(ddof=1) / math.sqrt(len(own))) if len(own) > 1 else math.inf
-        trials.append(Trial(origins, float(gains[:choosing].mean()), float(own.mean()) if len(own) else 0.0, error, len(own)))
-    best = max(trials, key=lambda trial: trial.chosen_by, default=None)
-    return tuple(trials), best if best and best.chosen_by > 0 and best.advantage > best.error else None
+
+def _mean(gains: Losses) -> tuple[float, float]:
+    """(mean, its standard error)"""
+    return float(gains.mean()), float(gains.std(ddof=1) / math.sqrt(len(gains)))
 
 
 def transfer(
@@ -205,13 +215,13 @@ def transfer(
     labels = check_task(rows, None)
     groups = [(one,) for one in neighbours] + ([tuple(neighbours)] if len(neighbours) > 1 else [])
     try:
-        train, choosing, judging = split(rows, None, ASKED_SHARE, task_seed(config.seed, task, labels))
+        train, first, second = split(rows, None, ASKED_SHARE, task_seed(config.seed, task, labels))
     except InvalidInput:
         groups = []
-    if not groups or choosing is train:
-        return None, Transfer((), None, dict(unfit or {}))
+    if not groups or first is train:
+        return None, Transfer(unfit=dict(unfit or {}))
     starts = {tuple(one.ref for one in group): start_of(group, base, config, folder / str(i)) for i, group in enumerate(groups)}
-    asked, brief = [*choosing, *judging], dataclasses.replace(config, progress=False)
+    asked, brief = [*first, *second], dataclasses.replace(config, progress=False)
     cold, *warm = (losses_after(base, train, asked, steps=steps, task=task, config=brief, start=start) for start in (None, *starts.values()))
-    trials, chosen = judged(cold, dict(zip(starts, warm, strict=True)), len(choosing))
-    return starts[chosen.origins] if chosen else None, Transfer(trials, chosen, dict(unfit or {}))
+    found = dataclasses.replace(judged(cold, dict(zip(starts, warm, strict=True)), len(first)), unfit=dict(unfit or {}))
+    return starts.get(found.origins), found
