@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
     from adapter_hub.training.train import TrainResult
+    from adapter_hub.training.transfer import Transfer
 
 log = logging.getLogger("adapter_hub")
 
@@ -87,6 +88,7 @@ class LearnReport:
     reason: str
     metrics: Mapping[str, float]
     gate: GateReport    # stored with the version as gate.json
+    transfer: Transfer | None = None    # with start="transfer": what each start gained
 
     @property
     def verdict(self) -> Verdict:
@@ -95,7 +97,8 @@ class LearnReport:
 
     def to_json(self) -> dict[str, Any]:
         facts = {"ref": str(self.ref), "promoted": self.promoted, "verdict": str(self.verdict), "reason": self.reason}
-        return facts | {"metrics": dict(self.metrics), "gate": self.gate.to_json()}
+        facts |= {"metrics": dict(self.metrics), "gate": self.gate.to_json()}
+        return facts | ({"transfer": self.transfer.to_json()} if self.transfer else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,6 +447,7 @@ class Hub:
         generation: Mapping[str, Any] | None = None,
         metrics: Mapping[str, float] | None = None,
         parent: AdapterRef | None = None,
+        started_from: Sequence[AdapterRef] = (),
         training_data_digest: str | None = None,
         problem_type: str | None = None,
         state: RoutingState | None = None,
@@ -487,6 +491,7 @@ class Hub:
             training_data_digest=training_data_digest,
             evaluation_digest=digest_of(held_out) if held_out else None,
             parent=str(parent) if parent else None,
+            started_from=tuple(map(str, started_from)),
             license=license,
             description=description,
             tags=tags,
@@ -585,7 +590,8 @@ class Hub:
         `train`.
         A name that is in production already is learned on: new rows and new labels are added to what it knows, from its weights and with the
         examples whose texts are kept (see `plan_lesson`); description, tags and license stay. `start="warm"` insists on its weights,
-        "cold" forgets it: the new rows replace the old ones.
+        "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
+        adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
         `facts` go to `register` (tags, license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what
         `register` raises; nothing is stored then.
         """
@@ -593,7 +599,7 @@ class Hub:
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
         with _IMPORTING:
-            from adapter_hub.continual.learner import plan_lesson
+            from adapter_hub.continual.learner import plan_lesson, transferred
             from adapter_hub.routing.statistics import build_state
             from adapter_hub.training.train import train_classifier
 
@@ -601,7 +607,7 @@ class Hub:
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
         current = self._current(name)
         newer, before, seen = None, None, []
-        if current is not None and start != "cold":
+        if current is not None and start not in ("cold", "transfer"):
             before, newer = self._live.state(current.ref), build_state(self.encoder, rows, "", evaluation, (), refused)
             known = set(before.exemplars.keys)
             seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
@@ -610,10 +616,14 @@ class Hub:
             manifest = self.registry.manifest(lesson.parent)
             facts = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license} | facts
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
+            if start == "transfer":
+                newer = build_state(self.encoder, rows, "", evaluation, (), refused)
+                lesson = transferred(name, lesson, self._nearest(name, newer), self.base, self._load, Path(folder) / "starts")
             result = train_classifier(
                 self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start
             )
-            facts = {"metrics": result.metrics, "training_data_digest": digest_of(lesson.train), "parent": lesson.parent} | facts
+            lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}
+            facts = {"metrics": result.metrics} | lineage | facts
             prepared = self._prepared(
                 name, result.folder, rows, evaluation, refused, labels=result.labels, assume_base=True, state=newer, **facts
             )
@@ -622,9 +632,16 @@ class Hub:
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
         self._warn_of_twins(name, prepared.state)
-        gate = json.dumps(report.to_json() | {"start": lesson.start is not None}, ensure_ascii=False, indent=2).encode() + b"\n"
+        stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
+        gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
         ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
-        return LearnReport(ref, good, reason, result.metrics, report)
+        return LearnReport(ref, good, reason, result.metrics, report, lesson.transfer)
+
+    def _nearest(self, name: str, state: RoutingState) -> Sequence[tuple[AdapterRef, float]]:
+        """The adapters in production of other names, the closest to `state` first."""
+        from adapter_hub.routing.nearest import nearest
+
+        return nearest(state, {ref: self._live.state(ref) for ref in self._live.snapshot().refs if ref.name != name})
 
     def _current(self, name: str) -> Current | None:
         """The version in production, if it is a classifier of single labels."""

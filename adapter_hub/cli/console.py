@@ -89,8 +89,13 @@ def in_full(document: Mapping[str, JSON]) -> None:
 def learned(document: Mapping[str, JSON]) -> None:
     """What `learn` made, whether it is in production, and what each check of the gate found."""
     gate = document["gate"]
-    facts({key: value for key, value in document.items() if key not in ("gate", "reason")})
+    facts({key: value for key, value in document.items() if key not in ("gate", "reason", "transfer")})
     line(f"reason: {document['reason']}")
+    tried = document.get("transfer", {"trials": (), "unfit": {}})
+    for trial in tried["trials"]:
+        line(f"  start from {' and '.join(trial['origins'])}: {trial['advantage']:+.3f} ± {trial['error']:.3f} nats a row")
+    for ref, why in tried["unfit"].items():
+        line(f"  no start from {ref}: {why}")
     for finding in gate["findings"]:
         if finding["reason"]:
             line(f"  {finding['verdict']}: {finding['check']}: {finding['reason']}")

@@ -215,7 +215,8 @@ def learn(
     config: Annotated[str, typer.Option(help='Training settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
     promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: unless the gate sees harm in it.")] = "auto",
     start: Annotated[
-        Literal["auto", "warm", "cold"], typer.Option(help="Of a NAME in production: from its weights, or anew without what it knew.")
+        Literal["auto", "warm", "cold", "transfer"],
+        typer.Option(help="NAME in production: warm, its weights; cold, without what it knew. A new one: transfer, from the nearest if it helps."),
     ] = "auto",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:

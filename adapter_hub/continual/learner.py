@@ -24,11 +24,14 @@ from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.data import check_task, hold_out, task_seed
 
 if TYPE_CHECKING:
+    from adapter_hub.adapters.weights import Adapter
+    from adapter_hub.base_model import FrozenBase
     from adapter_hub.routing.effect import Effect
+    from adapter_hub.training.transfer import Transfer
     from adapter_hub.training.warm import Start
 
 # n rows, d width of the encoder
-STARTS = ("auto", "warm", "cold")
+STARTS = ("auto", "warm", "cold", "transfer")
 SLICE_ROWS_MAX = 1_000        # of the old inputs that both versions are asked
 EXEMPLARS_MAX = 2_000         # of all adapters together, on which the effect of a newcomer is estimated: its cost grows with their cube
 PROBE_CELLS_MAX = 20_000_000  # rows x labels; beyond, the class means are the probe
@@ -60,11 +63,17 @@ class Lesson:
     validation: tuple[Example, ...] | None
     config: TrainConfig
     start: Start | None = None                      # warm
+    transfer: Transfer | None = None                # of a new name, what starting from others' weights was found to give
     parent: AdapterRef | None = None                # whose weights or examples are in it
     unseen: bool = False                            # the version in production was trained on none of the validation rows
     slices: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     lost_labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def started_from(self) -> tuple[AdapterRef, ...]:
+        """Adapters of other names whose weights it begins with."""
+        return self.transfer.origins if self.transfer else ()
 
 
 def plan_lesson(
@@ -80,7 +89,8 @@ def plan_lesson(
 
     "cold" starts from the base and replays nothing: the new rows take the place of the old. "warm" starts from the weights in production, or
     is refused with the reason; "auto" does so where they fit. Both replay what texts are kept; where none are, the rows must have every
-    label that there was. Raises InvalidInput with the position of the row that is at fault.
+    label that there was. A new name starts cold, by "transfer" from its nearest where that helps: see `transferred`. Raises InvalidInput
+    with the position of the row that is at fault.
     """
     if start not in STARTS:
         raise InvalidInput(f"start={start!r} is not a way to start.", hint=f"Use {', '.join(map(repr, STARTS))}.")
@@ -93,6 +103,8 @@ def plan_lesson(
             raise InvalidInput(f"{name} has no classifier in production to start from.", hint='Use start="auto" (`--start auto`).')
         check_task(rows, validation)
         return Lesson(tuple(rows), _given(validation), config or TrainConfig())
+    if start == "transfer":
+        raise InvalidInput(f"{current.ref} is in production: it is learned on from its own weights.", hint='Use start="auto" (`--start auto`).')
     if start == "cold":
         lost = sorted(set(current.labels) - set(check_task(rows, validation)))
         lesson = Lesson(
@@ -120,6 +132,34 @@ def plan_lesson(
     lesson = _compared(lesson, rows, current, seen)
     slices = {REPLAYED: _spread(replayed)} | dict(lesson.slices)
     return replace(lesson, slices={what: given for what, given in slices.items() if given})
+
+
+def transferred(
+    name: str,
+    lesson: Lesson,
+    ranked: Sequence[tuple[AdapterRef, float]],
+    base: FrozenBase,
+    load: Callable[[AdapterRef], Adapter],
+    folder: Path,
+) -> Lesson:
+    """The lesson of a new name that starts from its nearest adapters, where trials on a part of its rows say that this helps.
+
+    `ranked` are (adapter, closeness), closest first; no more are loaded than it takes to find NEIGHBOURS_MAX that fit.
+    """
+    from adapter_hub.training.transfer import NEIGHBOURS_MAX, Neighbour, fault_of, transfer
+
+    neighbours: list[Neighbour] = []
+    unfit: dict[AdapterRef, str] = {}
+    for ref, closeness in ranked:
+        if len(neighbours) == NEIGHBOURS_MAX:
+            break
+        adapter = load(ref)
+        if fault := fault_of(adapter, base, lesson.config):
+            unfit[ref] = fault
+        else:
+            neighbours.append(Neighbour(ref, closeness, adapter))
+    start, found = transfer(base, lesson.train, neighbours, task=name, config=lesson.config, folder=folder, unfit=unfit)
+    return replace(lesson, start=start, transfer=found, notes=(*lesson.notes, found.note))
 
 
 def _given(validation: Sequence[Example] | None) -> tuple[Example, ...] | None:

@@ -36,6 +36,7 @@ class VersionFacts:
     training_data_digest: str | None = None
     evaluation_digest: str | None = None            # of the rows that were held out to measure it
     parent: str | None = None                       # the version that it was made from
+    started_from: tuple[str, ...] = ()              # versions of other names whose weights its training began with
     license: str | None = None
     description: str = ""
     tags: tuple[str, ...] = ()
@@ -52,9 +53,9 @@ class VersionFacts:
         _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
         for key in ("peft", "generation", "metrics"):
             _check(isinstance(getattr(self, key), Mapping), key, getattr(self, key), "a mapping")
-        for key in ("labels", "tags"):
+        for key in ("labels", "tags", "started_from"):
             value = getattr(self, key)
-            if value is not None or key == "tags":
+            if value is not None or key != "labels":
                 _check(isinstance(value, tuple | list) and all(isinstance(item, str) for item in value), key, value, "a tuple of texts")
                 object.__setattr__(self, key, tuple(value))
         _check(all(tag and tag.isprintable() for tag in self.tags), "tags", self.tags, "a tuple of printable texts")
@@ -82,6 +83,11 @@ class Manifest(VersionFacts):
     @property
     def ref(self) -> AdapterRef:
         return AdapterRef(self.name, self.version)
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The versions whose data are in this one: what it was made and started from."""
+        return (*([self.parent] if self.parent is not None else []), *self.started_from)
 
     def facts(self, **changes: Any) -> VersionFacts:
         """What the caller of `add` knew, with changes: the start of a version that is made from this one."""
@@ -123,9 +129,9 @@ class Manifest(VersionFacts):
     def to_json(self) -> dict[str, JSON]:
         row = {"schema": MANIFEST_SCHEMA, "name": self.name, "version": self.version, "digest": self.digest} | asdict(self)
         row["labels"] = None if self.labels is None else list(self.labels)
-        row["tags"] = list(self.tags)
-        for key in ("purged_at", "source", "revision", "problem_type", "evaluation_digest"):    # what most versions lack is not in their manifest
-            if row[key] is None:
+        row["tags"], row["started_from"] = list(self.tags), list(self.started_from)
+        for key in ("purged_at", "source", "revision", "problem_type", "evaluation_digest", "started_from"):    # what most versions lack
+            if row[key] in (None, []):
                 del row[key]
         return row
 
@@ -209,7 +215,7 @@ def model_card(manifest: Manifest) -> str:
         ("problem", _cell((manifest.problem_type or "").replace("_", " "))),
         ("labels", _cell(", ".join(manifest.labels or ()))),
         ("metrics", _cell(", ".join(f"{key} {_figure(value)}" for key, value in manifest.metrics.items()))),
-        ("made from", _cell(manifest.parent or "")),
+        ("made from", _cell(", ".join(manifest.origins))),
         ("licence", _cell(manifest.license or "not stated")),
         ("registered", manifest.created_at),
     ]

@@ -84,23 +84,24 @@ def retire(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> 
 
 
 def holders_of(connection: Connection, layout: Layout, ref: AdapterRef) -> list[AdapterRef]:
-    """The other versions that hold what this one learned: made from it, or with the same weights or routing state; transitively.
+    """The other versions that hold what this one learned: made or started from it, or with the same weights or routing state; transitively.
 
     What it has from the versions that it was made from is not counted: they had it before, and so may others.
     """
     rows = [row for row in records.known_rows(connection) if row["state"] in _KEPT and row["manifest"] is not None]
     manifests = {str(manifest.ref): manifest for manifest in map(records.manifest_of, rows)}
     inherited: set[str] = set()
-    made, ancestors = manifests.get(str(ref)), set[str]()
-    while made is not None and made.parent is not None and made.parent not in ancestors:
-        ancestors.add(made.parent)
-        made = manifests.get(made.parent)
-        inherited.update(made.files.values() if made else ())
+    made = [str(ref)]
+    for version in made:    # grows
+        origins = manifests[version].origins if version in manifests else ()
+        made += [origin for origin in dict.fromkeys(origins) if origin not in made]
+    for ancestor in set(made[1:]) & manifests.keys():
+        inherited.update(manifests[ancestor].files.values())
     found = [str(ref)]
     for holder in found:    # grows
         contents = _data_of(layout, manifests[holder]) - inherited if holder in manifests else frozenset()
         for other, manifest in manifests.items():
-            if other not in found and (manifest.parent == holder or not contents.isdisjoint(manifest.files.values())):
+            if other not in found and (holder in manifest.origins or not contents.isdisjoint(manifest.files.values())):
                 found.append(other)
     return [manifests[holder].ref for holder in found[1:]]
 

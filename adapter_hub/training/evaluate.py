@@ -33,11 +33,14 @@ def classifier_metrics(logits: NDArray[np.float32], targets: NDArray[np.int64]) 
 
     macro_f1 averages over the classes that occur, in targets or in answers.
     """
+    return _class_metrics(logits.argmax(axis=1), targets) | {"log_loss": float(log_losses(logits, targets).mean())}
+
+
+def log_losses(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(n,), nats, of logits (n, c) against class numbers (n,)."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     probabilities = np.exp(shifted) / np.exp(shifted).sum(axis=1, keepdims=True)
-    own = probabilities[np.arange(len(targets)), targets]
-    log_loss = float(-np.log(np.maximum(own, LOG_LOSS_FLOOR)).mean())
-    return _class_metrics(logits.argmax(axis=1), targets) | {"log_loss": log_loss}
+    return np.asarray(-np.log(np.maximum(probabilities[np.arange(len(targets)), targets], LOG_LOSS_FLOOR)))
 
 
 def label_metrics(answers: Sequence[str | None], targets: Sequence[str], labels: Iterable[str]) -> dict[str, float]:

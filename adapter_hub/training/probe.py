@@ -44,9 +44,12 @@ def start_from_probe(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
-    """The one linear layer outside the transformer with an output for each label; None if there is not exactly one."""
+    """The one trainable linear layer outside the transformer with an output for each label; None if there is not exactly one."""
     body = set(model.base_model.modules())
-    found = [m for m in model.modules() if isinstance(m, nn.Linear) and m not in body and m.out_features == model.config.num_labels]
+    found = [
+        m for m in model.modules()
+        if isinstance(m, nn.Linear) and m not in body and m.out_features == model.config.num_labels and m.weight.requires_grad
+    ]    # fmt: skip
     return found[0] if len(found) == 1 else None
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -44,6 +45,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.data import Parts, split, task_seed
+from adapter_hub.training.evaluate import log_losses
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.probe import output_name, start_from_probe
@@ -203,6 +205,38 @@ class _Watch(TrainerCallback):
             control.should_training_stop = True
 
 
+def losses_after(
+    base: FrozenBase,
+    rows: Sequence[Example],
+    asked: Sequence[Example],
+    *,
+    steps: int,
+    task: str = "",
+    config: TrainConfig | str | None = None,
+    start: Start | None = None,
+) -> NDArray[np.float64]:
+    """(n,): log loss, in nats, of each row of `asked` after a classifier's training of `steps` steps on `rows`. Nothing is kept.
+
+    Seeds depend on config, task and labels alone: two starts meet the same batches. Raises InvalidInput as `train_adapter`.
+    """
+    config = dataclasses.replace(TrainConfig.of(config), patience=0, report_to=())
+    _check_base(base, Task)
+    job = Task.of(rows, asked, None)
+    seed = task_seed(config.seed, task, job.labels)
+    once: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "max_steps": steps}
+    with (
+        _own_randomness(seed),
+        _quiet(not config.progress),
+        tempfile.TemporaryDirectory(prefix="train-") as scratch,
+        _set_up(base, job, config, Parts(rows, (), asked), start) as (model, (features, _, judging)),
+    ):
+        trainer = _trainer(model, job, features, judging, config, seed, Path(scratch), **once, warmup_steps=math.floor(config.warmup_ratio * steps))
+        trainer.train()
+        trainer.args.train_sampling_strategy = "random"    # by length, what is predicted is sorted too
+        logits: Any = trainer.predict(judging).predictions    # type: ignore[arg-type]
+    return log_losses(np.asarray(logits), np.array([row["labels"] for row in judging]))
+
+
 @dataclass(frozen=True, slots=True)
 class RateSweep:
     """Losses of one short training whose learning rate rises from step to step by the same factor."""
@@ -267,22 +301,30 @@ def _set_up(
 ) -> Iterator[tuple[PeftModel, list[list[Features]]]]:
     """The model to train, its adapter fresh or `start`'s, and the features of each part; what frozen layers make of them is computed."""
     whole = _model_copy(base, job, config)
-    features = [job.features(base, part) for part in parts]
+    features = [job.features(base, part) if part else [] for part in parts]
     _check_targets(features[0])
     output = output_name(whole)
-    if config.probe and type(job) is Task and (start is None or start.labels != job.labels):
-        rows = sorted(features[0], key=_tokens)
-        start_from_probe(whole, _batches(rows), np.array([row["labels"] for row in rows]))
+    probed = config.probe and type(job) is Task and (start is None or start.labels != job.labels)
+    headless = start is not None and not start.labels
+    if probed and not headless:
+        _probe(whole, features[0])
     with _building():
         model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
     if start is not None:
         start_from(model, start, job.labels, output)
+    if probed and headless:    # on what it will be fed: those weights are in the model now
+        _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
     once = sorted((row for part in features for row in part), key=_tokens)
     with computed_once(model, whole, _batches(once)) as hidden:
         for row, states in zip(once, hidden or (), strict=False):
             row[HIDDEN] = states
         yield model, features
+
+
+def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:
+    rows = sorted(features, key=_tokens)
+    start_from_probe(whole, _batches(rows), np.array([row["labels"] for row in rows]))
 
 
 def _tokens(row: Features) -> int:

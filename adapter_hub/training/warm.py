@@ -15,10 +15,10 @@ from adapter_hub.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A classifier adapter that another starts from: a plain PEFT folder."""
+    """What a classifier adapter starts from: a plain PEFT folder, or its tensors alone."""
 
     folder: Path
-    labels: tuple[str, ...]    # in the order of its head's outputs
+    labels: tuple[str, ...]    # in the order of its head's outputs; none where there is no head: that one is fresh
 
 
 def start_from(model: PeftModel, start: Start, labels: tuple[str, ...], output: str | None) -> None:
@@ -28,7 +28,7 @@ def start_from(model: PeftModel, start: Start, labels: tuple[str, ...], output: 
     of the older one has no place here: another rank, a module that is not adapted, a label that is not learned.
     """
     missing = sorted(set(start.labels) - set(labels))
-    if missing or (output is None and start.labels != labels):
+    if missing or (output is None and start.labels not in ((), labels)):
         fact = f"the label {missing[0]!r} is not among those to learn" if missing else "this head's outputs cannot be told apart"
         raise InvalidInput(f"the adapter to start from does not fit: {fact}.", hint='Start it anew: start="cold" (`--start cold`).')
     old, new = load_file(start.folder / "adapter_model.safetensors"), get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -236,6 +236,36 @@ def test_one_class_and_a_start_that_is_not_there_are_refused(taught: Mapping[str
     assert hub.names() == ["words"]
 
 
+def test_a_new_name_starts_from_its_nearest_where_trials_say_so_and_says_from_whom(bert: Path, taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "vectors", tmp_path)
+    hub.register("others", make_adapter(hub.base, tmp_path / "others", r=8), OLD, labels=["zebra", "apple"])
+    before = weights(hub, "words@1")
+    new = rows("apple", "zebra", count=20, frame="{} item {}")    # what words@1 tells apart already
+    config = replace(CONFIG, learning_rate=1e-9, epochs=1)    # what counts is what its weights make of the rows
+    report = hub.learn("things", new, config=config, start="transfer", promote="always")
+    stored = json.loads(hub.registry.read(report.ref, "gate.json"))
+    assert report.transfer is not None and stored["transfer"] == report.transfer.to_json() == report.to_json()["transfer"]
+    [trial] = report.transfer.trials
+    assert trial.origins == (AdapterRef("words", 1),) and report.transfer.rows == 14 and trial.advantage > trial.error
+    assert stored["start"] and stored["transfer"]["unfit"] == {"others@1": "it has not the rank 4 everywhere"}
+    assert report.transfer.note in stored["notes"] and "it starts from words@1: the best start gains +" in report.transfer.note
+    manifest = hub.show(report.ref)
+    assert (manifest.started_from, manifest.parent) == (("words@1",), None)
+    assert hub.state(report.ref).count == len(new) and weights(hub, "words@1").keys() == before.keys()
+    with pytest.raises(HubError, match="things@1"):
+        hub.purge("words@1")
+    assert hub.show(hub.teach("things", ["a thing"])).started_from == ("words@1",)
+
+
+def test_a_new_name_without_neighbours_starts_cold_and_one_in_production_is_learned_on(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = opened(taught, "vectors", tmp_path)
+    with pytest.raises(InvalidInput, match=r"words@1 is in production: .* start=\"auto\""):
+        hub.learn("words", OLD, config=CONFIG, start="transfer")
+    report = hub.learn("things", OLD, config=replace(CONFIG, r=2, epochs=1), start="transfer")
+    assert report.transfer is not None and report.transfer.origins == () and hub.show(report.ref).started_from == ()
+    assert report.transfer.note in report.gate.notes and "no adapter fits to start from" in report.transfer.note
+
+
 def test_an_adapter_that_was_registered_learns_on_too(bert: Path, tmp_path: Path) -> None:
     hub = Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
     hub.register("words", make_adapter(hub.base, tmp_path / "a", seed=1), OLD, labels=["zebra", "apple"])    # in another order

@@ -284,6 +284,22 @@ def test_what_a_version_has_from_its_parent_does_not_hold_up_its_purge(family):
     assert family.open_version("banking@1") and family.verify().ok
 
 
+def test_what_was_started_from_a_versions_weights_holds_its_data(family, facts, files):
+    """letters@1 began with the weights of two others; letters@2 was made from it."""
+    family.add("letters", dataclasses.replace(facts, started_from=("travel@1", "banking@4")), files("five"))
+    family.add("letters", dataclasses.replace(facts, parent="letters@1"), files("six"))
+    with pytest.raises(DataRemains) as caught:
+        family.purge("travel@1")
+    assert [str(ref) for ref in caught.value.holders] == ["letters@1", "letters@2"]
+    assert family.manifest("letters@1").origins == ("travel@1", "banking@4") and b"travel@1, banking@4" in family.read("letters@1", "README.md")
+    assert {str(ref) for ref in family.purge("travel@1", descendants=True)} == {"travel@1", "letters@1", "letters@2"}
+    assert family.open_version("banking@4") and family.verify().ok
+
+
+def test_a_version_that_was_started_from_none_says_nothing_of_it(family):
+    assert "started_from" not in family.manifest("travel@1").to_json()
+
+
 def test_routing_states_without_vectors_are_no_shared_data(place, facts, files):
     registry, empty = place.create(), (2).to_bytes(8, "little") + b"{}"
     for name in ("banking", "travel"):
