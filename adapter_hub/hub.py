@@ -798,7 +798,7 @@ class Hub:
             router = self._live.snapshot()
             decisions = self._route(router, [question_of(text) for text in found], ask, max_false_reject)
             predictions = []
-            for one in self._answered(router, found, decisions, generation, truncate, ask):
+            for one in self._contested(router, self._encoder_of(router), found, decisions, generation, truncate, ask):
                 if isinstance(one, Exception):
                     raise one
                 predictions.append(one)
@@ -875,33 +875,47 @@ class Hub:
         answering = [self._resolved(named) for named in aligned(adapters, len(texts))]
         return [Decision.named(foremost(adapter)) for adapter in answering], answering
 
-    def _answered(
-        self, router: Router, texts: Sequence[str | Conversation], decisions: Sequence[Decision], generation: Generation, truncate: bool, ask: int
+    def _contested(
+        self,
+        router: Router,
+        encoder: Encoder,
+        texts: Sequence[str | Conversation],
+        decisions: Sequence[Decision],
+        generation: Generation,
+        truncate: bool,
+        ask: int,
     ) -> list[Prediction | Exception]:
-        """Each input answered by the adapter that was chosen, or why not; of near candidates (see `contest`) by the one with the best answer."""
+        """Each input answered by the adapter that was chosen, or why not; of near candidates by the one with the best answer.
+
+        There is no contest where the chosen one gives no answer that can be weighed.
+        """
         from adapter_hub.routing.contest import evidence, rivals
         from adapter_hub.routing.features import extract
 
-        near = [(row, ref) for row, one in enumerate(decisions) if self._labels(one.adapter) for ref in rivals(one, ask) if self._labels(ref)]
-        who = [*((row, one.adapter) for row, one in enumerate(decisions)), *near]
+        chosen = [decision.adapter for decision in decisions]
+        near = [(row, ref) for row, one in enumerate(decisions) if (them := rivals(one, ask)) and self._labels(chosen[row]) for ref in them]
+        requests = _requests([*texts, *(texts[row] for row, _ in near)], [*chosen, *(ref for _, ref in near)], truncate)
         calls = [*generation, *[None] * len(near)] if isinstance(generation, Sequence) else generation
-        outputs = self.engine.answers(_requests([texts[row] for row, _ in who], [ref for _, ref in who], truncate), generation=calls)
-        contested = {row for row, _ in near}
-        said = [
-            (row, ref, output)
-            for (row, ref), output in zip(who, outputs, strict=True)
-            if row in contested and ref is not None and not isinstance(output, Exception) and output.label in self._labels(ref)
-        ]
-        features = extract(self._encoder_of(router), [question_of(texts[row]) for row, _, _ in said])
+        outputs = self.engine.answers(requests, generation=calls)
+        said: dict[int, list[tuple[AdapterRef, Output]]] = {}    # of contested rows, the chosen one's answer first
+        rows = list(dict.fromkeys(row for row, _ in near))
+        pairs = zip([*((row, chosen[row]) for row in rows), *near], [*(outputs[row] for row in rows), *outputs[len(texts) :]], strict=True)
+        for (row, ref), output in pairs:
+            if ref and not isinstance(output, Exception) and output.label in self._labels(ref) and (row in said or ref == chosen[row]):
+                said.setdefault(row, []).append((ref, output))
+        flat = [(row, ref, output) for row, answers in said.items() if len(answers) > 1 for ref, output in answers]
         weighed: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
-        for (row, ref, output), responses in zip(said, router.label_responses(features, [ref for _, ref, _ in said]), strict=True):
-            response = float(responses[self._labels(ref).index(output.label or "")])
-            weighed.setdefault(row, []).append((evidence(response, output.scores[output.label or ""]), ref, output))
+        if flat:
+            features = extract(encoder, [question_of(texts[row]) for row, _, _ in flat])
+            for (row, ref, output), responses in zip(flat, router.label_responses(features, [ref for _, ref, _ in flat]), strict=True):
+                label = output.label or ""
+                weight = evidence(float(responses[self._labels(ref).index(label)]), output.scores[label])
+                weighed.setdefault(row, []).append((weight, ref, output))
         found: list[Prediction | Exception] = []
-        for row, (decision, own) in enumerate(zip(decisions, outputs[: len(texts)], strict=True)):
-            answers = sorted(weighed.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
-            best = answers[0][2] if len(answers) > 1 else own
-            asked = tuple((ref, weight) for weight, ref, _ in answers) if len(answers) > 1 else ()
+        for row, decision in enumerate(decisions):
+            ranked = sorted(weighed.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
+            best = ranked[0][2] if ranked else outputs[row]
+            asked = tuple((ref, weight) for weight, ref, _ in ranked)
             found.append(best if isinstance(best, Exception) else Prediction.of(decision, decision.adapter, best, asked))
         return found
 
@@ -912,7 +926,10 @@ class Hub:
         if ref not in self._label_names:
             manifest = self.registry.manifest(ref)
             single = manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type is None and manifest.labels
-            names = self._live.state(ref).class_names if single else ()
+            try:
+                names = self._live.state(ref).class_names if single else ()
+            except HubError:    # its routing file was damaged since it was indexed: whoever asks for it is told, and it is no rival
+                return ()
             self._label_names[ref] = tuple(name for name in names if name is not None)
         return self._label_names[ref]
 
@@ -992,8 +1009,17 @@ class Hub:
 
         def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
             decisions = self._route(router, [question_of(text) for text in texts], ask, rate, encoder)
+            found: Sequence[Prediction | Exception]
+            if ask > 1:
+                found = self._contested(router, encoder, texts, decisions, generation, truncate, ask)
+            else:
+                outputs = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions], truncate), generation=generation)
+                found = [
+                    one if isinstance(one, Exception) else Prediction.of(decision, decision.adapter, one)
+                    for decision, one in zip(decisions, outputs, strict=True)
+                ]
             answered: list[dict[str, Any] | HubError] = []
-            for one in self._answered(router, texts, decisions, generation, truncate, ask):
+            for one in found:
                 if isinstance(one, Exception) and not isinstance(one, HubError):
                     raise one    # not a row's fault: the job stops, and can be resumed
                 answered.append(one if isinstance(one, HubError) else one.row())

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from adapter_hub.engine.engine import Output
     from adapter_hub.engine.stream import Stream
 
+ASKED = "asked"    # the reason of a row whose near candidates were asked: `adapter` gave the best answer
+
 Answering = AdapterRef | Mixture | None    # who answers an input, resolved; None: the base model
 
 
@@ -65,8 +67,12 @@ class Prediction:
         return self.decision.to_json() | self.row() | {key: value for key, value in more.items() if value}
 
     def row(self) -> dict[str, Any]:
-        """The columns that the batch job adds to its input: flat, and the same for every row of a kind."""
-        row: dict[str, Any] = {"adapter": str(self.adapter) if self.adapter else None, "reason": str(self.decision.reason)}
+        """The columns that the batch job adds to its input: flat, and the same for every row of a kind.
+
+        `score` and `margin` are the router's, of its best candidate; where several were asked, the reason is that.
+        """
+        reason = ASKED if self.asked else str(self.decision.reason)
+        row: dict[str, Any] = {"adapter": str(self.adapter) if self.adapter else None, "reason": reason}
         row |= {"score": rounded(self.decision.score), "margin": rounded(self.decision.margin)}
         return row | self.answer() | ({"truncated": True} if self.truncated else {})
 

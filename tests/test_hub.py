@@ -415,6 +415,45 @@ def test_of_near_candidates_the_one_with_the_likeliest_answer_answers(hub: Hub, 
     assert written == [str(one.adapter) for one in asked]
 
 
+def twins(hub: Hub, folder: Path) -> None:
+    """Three adapters that the router cannot tell apart."""
+    for seed, name in enumerate(("first", "second", "third")):
+        hub.register(name, make_adapter(hub.base, folder / name, seed=seed), COLOURS, labels=["red", "blue"])
+
+
+def test_a_chosen_adapter_that_cannot_answer_is_told_and_no_rival_answers_for_it(hub: Hub, tmp_path: Path) -> None:
+    twins(hub, tmp_path)
+    [whole] = hub.predict(["paint the wall red"], max_false_reject=0, ask=3)
+    assert len(whole.asked) == 3 and whole.decision.adapter is not None and whole.row()["reason"] == "asked"
+    hub.engine.evict(whole.decision.adapter)
+    weights = hub.registry.open_version(whole.decision.adapter) / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(b"damaged")
+    with pytest.raises(CorruptVersion):
+        hub.predict(["paint the wall red"], max_false_reject=0, ask=3)
+
+
+def test_a_rival_that_cannot_answer_is_left_out(hub: Hub, tmp_path: Path) -> None:
+    twins(hub, tmp_path)
+    [whole] = hub.predict(["paint the wall red"], max_false_reject=0, ask=3)
+    other = Hub.open(hub.registry.layout.root)
+    other.settle()    # its router is in memory before the damage
+    unread, unloaded = [ref for ref, _ in whole.asked if ref != whole.decision.adapter]
+    for ref, file in ((unread, "routing.safetensors"), (unloaded, "adapter_model.safetensors")):
+        path = other.registry.open_version(ref) / file
+        path.chmod(0o644)
+        path.write_bytes(b"damaged")
+    [alone] = other.predict(["paint the wall red"], max_false_reject=0, ask=3)
+    assert alone.adapter == alone.decision.adapter == whole.decision.adapter and not alone.asked
+
+
+def test_where_there_is_nothing_to_route_the_base_answers_also_a_job(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "paint"}\n{"text": "sleep"}\n')
+    for ask in (1, 2):
+        assert hub.run(tmp_path / "in.jsonl", tmp_path / f"{ask}.jsonl", ask=ask).answered == 2
+    assert [one.adapter for one in hub.predict(["paint"], ask=2)] == [None]
+
+
 def test_who_is_not_a_classifier_of_one_label_is_not_asked_beside_another(filled: Hub, tmp_path: Path) -> None:
     filled.register("numbers", make_adapter(filled.base, tmp_path / "n", seed=4, outputs=1), COLOURS, problem_type="regression")
     texts = [str(row["text"]) for row in COLOURS]

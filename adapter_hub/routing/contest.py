@@ -16,7 +16,7 @@ from adapter_hub.routing.decision import Decision
 NEAR = 0.2            # of candidates' scores: 4 % of the inputs are nearer, and a wider one gains nothing
 TEMPERATURE = 0.05    # of responses beside log probabilities, by maximum likelihood
 PROBABILITY_MIN = 1e-12
-DECIMALS = 5    # sums run in another order in a batch than alone
+DECIMALS = 3    # sums run in another order in a batch than alone, and a response's last bits weigh 1 / TEMPERATURE times as much
 
 
 def rivals(decision: Decision, ask: int) -> tuple[AdapterRef, ...]:
