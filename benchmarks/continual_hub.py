@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,64 +22,64 @@ ASKED = 2           # candidates, where they come near
 SINGLE_ROWS = 100   # asked one at a time
 
 
-@dataclass(frozen=True)
-class Answered:
-    """What each row got, aligned."""
-
-    routed: list[str | None]    # of near candidates both are asked
-    alone: list[str | None]     # the router's choice alone answers
-    named: list[str | None]
-    right_adapter: list[bool]
+Record = dict[str, Any]
 
 
 class HubRun:
-    """A registry that learns task after task. What it has learned already, as of a run that was cut off, is taken as it is."""
+    """A registry that learns task after task, and writes what it measured after each: a run that was cut off goes on behind the last stage."""
 
-    def __init__(self, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, **models: Any) -> None:
         self._folder, self._config = folder, config
-        self.hub = Hub.open(folder) if (folder / "hub.toml").exists() else Hub.create(folder)
-        self._golden: dict[str, list[str]] = {}
-        self._asked: dict[str, list[str]] = {}
+        self.hub = Hub.open(folder) if (folder / "hub.toml").exists() else Hub.create(folder, **models)
 
-    def learn(self, task: Task, other: Path | None = None) -> dict[str, Any]:
-        """Seconds, bytes and the gate's verdict. With `other`, the folder of another run's registry, its version is registered here."""
-        facts = self._folder / f"{task.name}.json"
-        if task.name not in self.hub.names() or not facts.exists():
-            if other is None:
-                started = time.perf_counter()
-                report = self.hub.learn(task.name, task.train, task.validation, config=self._config, promote="always")
-                found = {"seconds": time.perf_counter() - started, "verdict": str(report.verdict), "reason": report.reason}
-            else:
-                with Hub.open(other) as learned:
-                    ref = learned.registry.resolve(task.name)
-                    source, labels = learned.registry.open_version(ref), learned.show(ref).labels
-                    self.hub.register(task.name, source, task.train, labels=labels, evaluation=task.validation, assume_base=True)
-                found = json.loads((other / f"{task.name}.json").read_text())
-            version = self.hub.registry.open_version(self.hub.registry.resolve(task.name))
-            found["bytes"] = sum(file.stat().st_size for file in version.iterdir())
-            facts.write_text(json.dumps(found))
-        self.hub.calibrate()
-        self.hub.settle()
-        self._asked[task.name] = [row.text for row in task.test[:GOLDEN_ROWS]]
-        self._golden[task.name] = self._named(task.name)
-        result: dict[str, Any] = json.loads(facts.read_text())
-        return result
+    def stage(self, number: int, tasks: Sequence[Task], mixture: tuple[Sequence[Example], Sequence[str]], other: Path | None = None) -> Record:
+        """Learn the last of `tasks`, and answer the mixture: rows, and the name of each one's task. What was measured before is read again.
 
-    def answered(self, rows: Sequence[Example], homes: Sequence[str]) -> Answered:
+        With `other`, another run's registry, the version is taken from there: no other order changes it.
+        """
+        path = self._folder / f"stage-{number:03}.json"
+        if path.exists():
+            found: Record = json.loads(path.read_text())
+            return found
+        task = tasks[-1]
+        found = self._learned(task) if other is None else self._taken(task, other)
+        rows, homes = mixture
         texts = [row.text for row in rows]
         alone, routed = (self.hub.predict(texts, max_false_reject=0, ask=ask) for ask in (1, ASKED))
         named = self.hub.predict(texts, adapters=list(homes))
-        right = [one.adapter is not None and one.adapter.name == home for one, home in zip(routed, homes, strict=True)]
-        return Answered([one.label for one in routed], [one.label for one in alone], [one.label for one in named], right)
+        found |= {kind: [one.label for one in answers] for kind, answers in (("routed", routed), ("alone", alone), ("named", named))}
+        found["right_adapter"] = [one.adapter is not None and one.adapter.name == home for one, home in zip(routed, homes, strict=True)]
+        found["golden"] = {one.name: self._golden(one) for one in tasks}
+        version = self.hub.registry.open_version(self.hub.registry.resolve(task.name))
+        found["bytes"] = sum(file.stat().st_size for file in version.iterdir())
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(path)
+        return found
+
+    def _learned(self, task: Task) -> Record:
+        """Cold: a task that was learned before the run was cut off, and not measured, is learned again to the same weights."""
+        started = time.perf_counter()
+        report = self.hub.learn(task.name, task.train, task.validation, config=self._config, promote="always", start="cold")
+        learned = time.perf_counter() - started
+        self.hub.calibrate()
+        self.hub.settle()
+        return {"learning": learned, "seconds": time.perf_counter() - started, "verdict": str(report.verdict), "reason": report.reason}
+
+    def _taken(self, task: Task, other: Path) -> Record:
+        started = time.perf_counter()
+        with Hub.open(other) as learned:
+            ref = learned.registry.resolve(task.name)
+            source, labels = learned.registry.open_version(ref), learned.show(ref).labels
+            self.hub.register(task.name, source, task.train, labels=labels, evaluation=task.validation, assume_base=True)
+        self.hub.calibrate()
+        self.hub.settle()
+        return {"seconds": time.perf_counter() - started, "verdict": None}
 
     def at_random(self, rows: Sequence[Example], seed: int) -> list[str | None]:
         """Each by an adapter drawn for it."""
         draw, names = random.Random(seed), self.hub.names()
         return [one.label for one in self.hub.predict([row.text for row in rows], adapters=[draw.choice(names) for _ in rows])]
-
-    def golden_same(self) -> bool:
-        """Whether every earlier task's named answers are what they were when it was learned, byte for byte."""
-        return all(self._named(name) == before for name, before in self._golden.items())
 
     def singles_same(self, rows: Sequence[Example]) -> bool:
         """Whether rows asked one at a time go where they go in a batch, and get its labels."""
@@ -88,10 +88,15 @@ class HubRun:
         alone = [self.hub.predict([text], max_false_reject=0, ask=ASKED)[0] for text in texts]
         return [_answer(one) for one in together] == [_answer(one) for one in alone]
 
-    def _named(self, name: str) -> list[str]:
-        """Label and probabilities, each number as its bits."""
-        found = self.hub.predict(self._asked[name], adapters=name)
+    def _golden(self, task: Task) -> list[str]:
+        """Label and probabilities of its first test rows, each number as its bits."""
+        found = self.hub.predict([row.text for row in task.test[:GOLDEN_ROWS]], adapters=task.name)
         return [repr((one.label, [(label, score.hex()) for label, score in one.scores.items()])) for one in found]
+
+
+def golden_same(stages: Sequence[Record]) -> bool:
+    """Whether every task's named answers are to the last stage what they were when it was learned, byte for byte."""
+    return all(later["golden"][name] == answers for stage, later in pairwise(stages) for name, answers in stage["golden"].items())
 
 
 def _answer(one: Prediction) -> tuple[str | None, str | None]:

@@ -1,4 +1,4 @@
-"""How else a sequence of tasks is learned, on the same base, examples and steps: one LoRA throughout, and heads on the frozen encoder.
+"""How else a sequence of tasks is learned, on the same base, examples and passes: one LoRA throughout, and heads on the frozen encoder.
 
 `Scores` are the ways that score every label with one model; the hub has its own module. What a way may see: the rows of the task at
 hand, and what it kept of the earlier ones itself. Joint ways see all tasks at once, and bound the others.
@@ -6,6 +6,7 @@ hand, and what it kept of the earlier ones itself. Joint ways see all tasks at o
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import tempfile
@@ -34,12 +35,13 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
+from adapter_hub.training.probe import inputs_of, probe
 from adapter_hub.training.train import train_classifier
 
 # n rows, c labels of the whole sequence, d encoder width, h hidden width, r rank
 F32 = NDArray[np.float32]
 REPLAYED = 0.02            # of each earlier task's rows (the issue's baseline)
-ELASTICITY = 1000.0        # of EWC, chosen on carved rows: LOG.md
+ELASTICITY = 1000.0        # of EWC, set by hand: not searched
 FISHER_ROWS = 200
 ORTHOGONALITY = 0.5        # of O-LoRA, as its authors' code
 RANDOM_FEATURES = 4096
@@ -48,6 +50,7 @@ INVERSE_PENALTIES = (1.0, 10.0, 100.0)    # of the joint probe
 BATCH_ROWS = 64
 BUCKET = 8                 # batches whose rows are sorted by length together
 ONCE_ROWS = 16             # rows for computing hidden states once
+SETTINGS = (REPLAYED, ELASTICITY, FISHER_ROWS, ORTHOGONALITY, RANDOM_FEATURES)    # what a record depends on beside config and rows
 
 
 class Scores(Protocol):
@@ -215,6 +218,7 @@ class SequentialLora:
 
     def learn(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
+            self._start(task)
             self._seen = sorted({*self._seen, *(self._place[label] for label in task.labels)})
             self._fit(task.train, self._seen)
 
@@ -222,8 +226,21 @@ class SequentialLora:
         """What else is in the loss of a batch."""
         return None
 
+    def _start(self, task: Task) -> None:
+        """The head's rows of a task's labels from a linear probe of what the model makes of its inputs, as the hub's trainer starts its heads."""
+        rows = sorted(task.train, key=lambda row: len(row.text))
+        encoded = self._base.encode([row.text for row in rows])
+        inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in encoded]
+        batches = (_padded(inputs[at : at + BATCH_ROWS]) for at in range(0, len(inputs), BATCH_ROWS))
+        layer = self._whole.classifier.modules_to_save["default"]
+        weight, bias = probe(inputs_of(layer, self._model, batches), np.array([task.labels.index(str(row.label)) for row in rows]))
+        places = [self._place[label] for label in task.labels]
+        with torch.no_grad():
+            layer.weight[places] = torch.from_numpy(weight).float()
+            layer.bias[places] = torch.from_numpy(bias).float()
+
     def _fit(self, rows: Sequence[Example], known: Sequence[int]) -> None:
-        """As the hub's trainer, but for the choice of an epoch: AdamW, warm-up, then down to 0; `known` labels compete."""
+        """As the hub's trainer, but for the choice of an epoch, the last is taken: AdamW, warm-up, then down to 0; `known` labels compete."""
         config, model = self._config, self._model
         encoded = self._base.encode([row.text for row in rows])
         place = {label: number for number, label in enumerate(known)}
@@ -232,7 +249,10 @@ class SequentialLora:
         lengths = [len(row["input_ids"]) for row in inputs]
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, config.learning_rate, weight_decay=config.weight_decay)
+        head = list(self._whole.classifier.modules_to_save["default"].parameters())    # no decay: rows of other tasks' labels would shrink
+        body = [parameter for parameter in trained if not any(parameter is one for one in head)]
+        groups = [{"params": body, "weight_decay": config.weight_decay}, {"params": head, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, config.learning_rate)
         steps = config.epochs * math.ceil(len(rows) / config.batch_size)
         warm = max(1, int(config.warmup_ratio * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warm, max(0, (steps - step) / max(1, steps - warm))))
@@ -278,6 +298,23 @@ class SequentialLora:
         return sum(parameter.nbytes for parameter in self._model.parameters() if parameter.requires_grad)
 
 
+class Alone(SequentialLora):
+    """A LoRA a task, each from the base: what one LoRA would be without the other tasks. For forward transfer, and with the task named."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._fresh = {name: parameter.detach().clone() for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+
+    def learn(self, tasks: Sequence[Task]) -> None:
+        for task in tasks:
+            with torch.no_grad():
+                for name, parameter in self._model.named_parameters():
+                    if name in self._fresh:
+                        parameter.copy_(self._fresh[name])
+            self._seen = []
+            super().learn([task])
+
+
 class Replay(SequentialLora):
     """Sequential, with REPLAYED of each earlier task's rows among the new ones."""
 
@@ -287,6 +324,7 @@ class Replay(SequentialLora):
 
     def learn(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
+            self._start(task)
             self._seen = sorted({*self._seen, *(self._place[label] for label in task.labels)})
             self._fit([*task.train, *self._kept], self._seen)
             self._kept += self._random.sample(task.train, max(1, round(REPLAYED * len(task.train))))
@@ -335,7 +373,8 @@ class Elastic(SequentialLora):
 class OrthogonalLora(SequentialLora):
     """O-LoRA (Wang et al. 2023): a fresh LoRA a task, kept orthogonal to the earlier ones, which are merged into the weights.
 
-    A task trains the outputs of its own labels alone, so that the rows of the head that earlier ones need stay.
+    Its authors' model writes labels as text; here a task trains the head's rows of its own labels alone, so that those of earlier labels
+    stay as they are. Rows of different tasks are thus never compared while training, and are at test.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -354,6 +393,7 @@ class OrthogonalLora(SequentialLora):
 
     def learn(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
+            self._start(task)
             own = sorted(self._place[label] for label in task.labels)
             self._seen = sorted({*self._seen, *own})
             self._fit(task.train, own)
@@ -379,7 +419,7 @@ class JointLora:
     def learn(self, tasks: Sequence[Task]) -> None:
         """The same rows, however they are cut into tasks, are trained on once."""
         train, carved = (sorted((row for task in tasks for row in part(task)), key=_text) for part in (lambda t: t.train, lambda t: t.validation))
-        folder = self._kept / f"joint-{digest_of([*train, *carved])[-16:]}-{self._config.epochs}-{self._config.seed}"
+        folder = self._kept / f"joint-{digest_of([*train, *carved])[-8:]}-{hashlib.sha256(repr(self._config).encode()).hexdigest()[:8]}"
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=self._kept) as scratch:
                 train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=Path(scratch) / "adapter")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,14 +78,6 @@ class AccuracyMatrix:
     def _learned(self) -> F64:
         """(t,): R[j, j]"""
         return np.diagonal(self.values)
-
-    def to_json(self) -> dict[str, Any]:
-        rows = [[None if np.isnan(value) else round(float(value), 5) for value in row] for row in self.values]
-        return {"tasks": list(self.tasks), "values": rows}
-
-    @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> AccuracyMatrix:
-        return cls(facts["tasks"], [[np.nan if value is None else value for value in row] for row in facts["values"]])
 
 
 def routing_gap(routed: AccuracyMatrix, named: AccuracyMatrix) -> float:

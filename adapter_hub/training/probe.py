@@ -30,17 +30,22 @@ def start_from_probe(model: PreTrainedModel, batches: Iterable[Mapping[str, Tens
     layer = output_layer(model)
     if layer is None:
         return False
-    features = _inputs_of(layer, model, batches)
+    weight, bias = probe(inputs_of(layer, model, batches), targets)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.from_numpy(bias))
+    return True
+
+
+def probe(features: NDArray[np.float64], targets: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(weight (c, h), bias (c,)) of a logistic regression on the inputs (n, h) of a head."""
     centre, spread = features.mean(axis=0), features.std(axis=0) + DEVIATION_FLOOR
     # A dimension that is constant on the training rows says nothing; dividing by its spread would make it shout elsewhere.
     spread[spread < 1e-3 * np.median(spread)] = np.inf
-    probe = LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit((features - centre) / spread, targets)
-    weight, bias = _one_row_a_class(probe.coef_, probe.intercept_)
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weight / spread))
-        if layer.bias is not None:
-            layer.bias.copy_(torch.from_numpy(bias - (weight / spread) @ centre))
-    return True
+    found = LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit((features - centre) / spread, targets)
+    weight, bias = _one_row_a_class(found.coef_, found.intercept_)
+    return weight / spread, bias - (weight / spread) @ centre
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:
@@ -59,18 +64,18 @@ def output_name(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if layer is not None and module is layer), None)
 
 
-def _inputs_of(layer: nn.Linear, model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> NDArray[np.float64]:
+def inputs_of(layer: nn.Module, model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> NDArray[np.float64]:
     """What reaches `layer` for each row, (n, h)."""
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.train(False)
     try:
         rows = []
         with torch.inference_mode():
             for batch in batches:
-                model(**{key: tensor.to(model.device) for key, tensor in batch.items()})
-                rows.append(_one_a_row(seen.pop(), batch["attention_mask"].to(model.device)).double().cpu().numpy())
+                model(**{key: tensor.to(device) for key, tensor in batch.items()})
+                rows.append(_one_a_row(seen.pop(), batch["attention_mask"].to(device)).double().cpu().numpy())
     finally:
         hook.remove()
         model.train(was_training)

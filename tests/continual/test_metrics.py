@@ -36,11 +36,6 @@ def test_isolated_tasks_forget_nothing_and_transfer_nothing(accuracies: list[flo
     assert matrix.acc == pytest.approx(np.mean(accuracies))
 
 
-def test_it_comes_back_from_json() -> None:
-    again = AccuracyMatrix.from_json(FORGETS.to_json())
-    assert again.tasks == FORGETS.tasks and np.array_equal(again.values, FORGETS.values, equal_nan=True)
-
-
 def test_the_routing_gap_is_what_the_name_gives() -> None:
     named = AccuracyMatrix(("a",), [[0.9]])
     assert routing_gap(AccuracyMatrix(("a",), [[0.8]]), named) == pytest.approx(0.1)

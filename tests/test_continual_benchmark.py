@@ -1,0 +1,142 @@
+"""The benchmark of continual learning on toy tasks: it goes on where it was cut off, and its baselines are what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from adapter_hub.base_model import FrozenBase
+from adapter_hub.examples import Example
+from adapter_hub.routing.encoder import HashEncoder
+from adapter_hub.testing import tiny_model
+from adapter_hub.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIG = TrainConfig(r=2, alpha=4, epochs=2, steps_min=0, learning_rate=1e-2)
+LONGER = replace(CONFIG, epochs=30)
+THINGS = ("wall", "door", "car", "fence", "roof", "gate")
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return {name: __import__(name) for name in ("continual", "continual_data", "continual_hub", "continual_methods")}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "bert", "bert")
+
+
+@pytest.fixture
+def tasks(modules: dict[str, ModuleType]) -> tuple[Any, ...]:
+    def task(name: str, verb: str, labels: tuple[str, str]) -> Any:
+        rows = [Example(f"{verb} the {thing} {label}", label) for thing in THINGS for label in labels]
+        return modules["continual_data"].Task(name, tuple(rows[:6]), tuple(rows[6:8]), tuple(rows[8:]))
+
+    return task("colours", "paint", ("red", "blue")), task("animals", "feed", ("dog", "cat"))
+
+
+def labels_of(tasks: tuple[Any, ...]) -> list[str]:
+    return sorted(label for task in tasks for label in task.labels)
+
+
+def test_a_run_that_was_cut_off_goes_on_behind_its_last_stage(
+    modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...], tmp_path: Path
+) -> None:
+    module, models = modules["continual_hub"], {"base_model": bert, "encoder": "hash"}
+
+    def stages(run: Any, numbers: range) -> list[dict[str, Any]]:
+        asked = [[(row, task.name) for task in tasks[: number + 1] for row in task.test] for number in (0, 1)]
+        return [run.stage(n, tasks[: n + 1], ([row for row, _ in asked[n]], [name for _, name in asked[n]])) for n in numbers]
+
+    whole = stages(module.HubRun(tmp_path / "whole", CONFIG, **models), range(2))
+    assert module.golden_same(whole) and [one["verdict"] for one in whole]
+    cut = module.HubRun(tmp_path / "cut", CONFIG, **models)
+    stages(cut, range(1))
+    cut._learned(tasks[1])    # and killed before it was measured
+    again = module.HubRun(tmp_path / "cut", CONFIG)
+    asked: list[str] = []
+    learned = again._learned
+    again._learned = lambda task: asked.append(task.name) or learned(task)
+    resumed = stages(again, range(2))
+    assert asked == ["animals"]
+    for before, after in zip(whole, resumed, strict=True):
+        assert [before[key] for key in ("routed", "alone", "named", "golden")] == [after[key] for key in ("routed", "alone", "named", "golden")]
+    damaged = [resumed[0], resumed[1] | {"golden": {name: ["other"] for name in resumed[1]["golden"]}}]
+    assert not module.golden_same(damaged)
+
+
+@pytest.mark.parametrize("name", ["SequentialLora", "Replay", "Elastic", "OrthogonalLora", "Alone"])
+def test_a_label_that_was_never_seen_is_never_answered(modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...], name: str) -> None:
+    method = getattr(modules["continual_methods"], name)(FrozenBase.load(bert), labels_of(tasks), CONFIG, 0)
+    texts = [row.text for task in tasks for row in task.test]
+    method.learn(tasks[:1])
+    known = np.isin(labels_of(tasks), tasks[0].labels)
+    scores = method.scores(texts)
+    assert np.isfinite(scores[:, known]).all() and (scores[:, ~known] == -np.inf).all()
+    method.learn(tasks[1:])
+    assert np.isfinite(method.scores(texts)[:, ~known]).all() and method.bytes_stored > 0
+
+
+def test_what_is_trained_learns_its_task(modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...]) -> None:
+    method = modules["continual_methods"].SequentialLora(FrozenBase.load(bert), labels_of(tasks), LONGER, 0)
+    method.learn(tasks[:1])
+    best = method.scores([row.text for row in tasks[0].train]).argmax(axis=1)
+    assert [labels_of(tasks)[place] for place in best] == [row.label for row in tasks[0].train]
+
+
+def test_orthogonal_adapters_leave_the_heads_rows_of_earlier_labels_and_keep_every_earlier_a(
+    modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...]
+) -> None:
+    method = modules["continual_methods"].OrthogonalLora(FrozenBase.load(bert), labels_of(tasks), CONFIG, 0)
+    method.learn(tasks[:1])
+    rows = [labels_of(tasks).index(label) for label in tasks[0].labels]
+    head = method._whole.classifier.modules_to_save["default"].weight
+    before = head[rows].clone()
+    method.learn(tasks[1:])
+    assert torch.equal(head[rows], before) and {len(kept) for kept in method._earlier.values()} == {2}
+
+
+def test_what_resists_enough_does_not_move(modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...]) -> None:
+    free, held = (modules["continual_methods"].Elastic(FrozenBase.load(bert), labels_of(tasks), LONGER, 0, strength) for strength in (0.0, 1e4))
+    moved = []
+    for method in (free, held):
+        method.learn(tasks[:1])
+        anchor, fisher = dict(method._anchor), dict(method._fisher)
+        method.learn(tasks[1:])
+        with torch.no_grad():
+            moved.append(sum(float((fisher[name] * (value - anchor[name]) ** 2).sum()) for name, value in method._trained().items()))
+    assert moved[1] < moved[0]
+
+
+def test_the_random_ridge_does_not_depend_on_the_order(
+    modules: dict[str, ModuleType], tasks: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = modules["continual_methods"]
+    monkeypatch.setattr(methods, "RANDOM_FEATURES", 64)
+    texts = [row.text for task in tasks for row in task.test]
+    found = []
+    for order in (tasks, tasks[::-1]):
+        ridge = methods.RandomRidge(methods.Vectors(HashEncoder()), labels_of(tasks), 0)
+        for task in order:
+            ridge.learn([task])
+        found.append(ridge.scores(texts))
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
+def test_a_bar_that_was_not_measured_is_missed(modules: dict[str, ModuleType]) -> None:
+    missed = modules["continual"].missed
+    assert any("acc was not measured" in line for line in missed("clinc_domains", {}))
+    good = {"acc": [0.97], "minus_named": [-0.01], "bwt_named": [0.0], "golden_same": [1.0], "singles_same": [1.0]}
+    assert missed("clinc_domains", {"hub": good, "joint": {"acc": [0.972]}}) == []
+    assert missed("clinc_domains", {"hub": good | {"golden_same": [0.0]}, "joint": {"acc": [0.98]}}) == [
+        "clinc_domains: minus_joint -0.0100 < -0.003",
+        "clinc_domains: golden_same 0.0000 < 1",
+    ]
