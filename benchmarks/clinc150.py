@@ -40,6 +40,8 @@ BARS: dict[str, tuple[float | None, float | None]] = {
 MEANING = {
     "domain_accuracy": "domain routing, never abstaining",
     "intent_accuracy": "intent accuracy, never abstaining",
+    "intent_accuracy_asked": "intent accuracy, never abstaining, near candidates asked (--ask 2)",
+    "domain_accuracy_asked": "domain, never abstaining, near candidates asked",
     "intent_accuracy_named": "intent accuracy, the right adapter named",
     "false_rejection": "in-scope inputs turned away, default rate",
     "intent_accuracy_default": "intent accuracy, default rate (turned away = wrong)",
@@ -80,6 +82,7 @@ def measure(data: Path, registry: Path) -> dict[str, float]:
         started = time.perf_counter()
         forced = answered(registry, inputs, Path(scratch) / "forced.jsonl", ["--max-false-reject", "0"])
         seconds = time.perf_counter() - started
+        asked = answered(registry, inputs, Path(scratch) / "asked.jsonl", ["--max-false-reject", "0", "--ask", "2"])
         default = answered(registry, inputs, Path(scratch) / "default.jsonl", [])
     with Hub.open(registry) as hub:
         named = named_labels(hub, [row for row in rows if row["domain"] is not None])
@@ -90,6 +93,8 @@ def measure(data: Path, registry: Path) -> dict[str, float]:
     return {
         "domain_accuracy": share(forced, rows, in_scope, right_domain),
         "intent_accuracy": share(forced, rows, in_scope, right_intent),
+        "intent_accuracy_asked": share(asked, rows, in_scope, right_intent),
+        "domain_accuracy_asked": share(asked, rows, in_scope, right_domain),
         "intent_accuracy_named": float(np.mean([label == row["intent"] for label, row in zip(named, _where(rows, in_scope), strict=True)])),
         "false_rejection": float(kept_out[in_scope].mean()),
         "intent_accuracy_default": share(default, rows, in_scope, right_intent),
