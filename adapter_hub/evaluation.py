@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
@@ -185,66 +185,73 @@ def check_rows(rows: Sequence[Example], homes: Sequence[AdapterRef | None], task
             raise InvalidInput(f"evaluation needs rows{whose}, each with {_WANTED[task.kind]}; row {position} has none.", hint=hint)
 
 
-def report(answered: Sequence[Answered], tasks: Mapping[AdapterRef, Task]) -> dict[str, Any]:
-    """Of at least one row: see `Hub.evaluate`. Raises InvalidInput where a row names no adapter and got no single label or text."""
-    facts: dict[str, Any] = {"rows": len(answered), **_accuracy("accuracy", [_right(one, tasks, one.routed) for one in answered])}
-    facts["abstained"] = _abstained(answered)
-    named = [one for one in answered if one.named is not None]
-    if named and len(named) == len(answered):
-        facts["routing_accuracy"] = _reached(answered)
-        facts |= _accuracy("accuracy_named", [_right(one, tasks, one.named) for one in named])
+def check_answers(answering: Mapping[AdapterRef, Task]) -> None:
+    """Raises InvalidInput where rows that name no adapter go to one that gives neither a label nor a text."""
+    for ref, task in answering.items():
+        if task.kind in (Kind.LABELS, Kind.NUMBER, Kind.SPANS):
+            fact = f"{ref} gives {'spans' if task.kind is Kind.SPANS else 'several labels or a number'}"
+            raise InvalidInput(f"{fact}: accuracy is of one label.", hint="Name the adapter of each row, in its field `adapter`.")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is left of rows that were measured together: all of one adapter's, or all that name none. Counts add up; answers are let go."""
+
+    rows: int
+    abstained: int
+    measurable: int                     # rows whose whole answer can be right or wrong
+    right: int                          # of those, as routed
+    home: AdapterRef | None = None
+    named_right: int = 0
+    reached: int = 0                    # were routed to their adapter, in whatever version is in production
+    figures: Mapping[str, Any] = field(default_factory=dict)    # of the adapter
+
+
+def part_of(answered: Sequence[Answered], home: AdapterRef | None, task: Task, known: int = 0) -> Part:
+    """Of at least one row, all of `home`. `known` of them are its examples too."""
+    if home is None:
+        right = [_same(one.row, one.routed) for one in answered]
+        return Part(len(answered), _abstained(answered), len(right), sum(right))
+    routed, named = ([task.right(one.row, answer) for one in answered if (answer := getattr(one, side))] for side in ("routed", "named"))
+    reached = sum(one.routed.adapter is not None and one.routed.adapter.name == home.name for one in answered)
+    abstained, measurable = _abstained(answered), sum(hit is not None for hit in routed)
+    figures = _of_adapter(task, answered) | {"routing_accuracy": reached / len(answered), "abstained": abstained / len(answered)}
+    figures |= {"digest": digest_of([one.row for one in answered])} | ({"known": known} if known else {})
+    return Part(len(answered), abstained, measurable, routed.count(True), home, named.count(True), reached, figures)
+
+
+def report(parts: Sequence[Part]) -> dict[str, Any]:
+    """Of at least one part, each of another adapter: see `Hub.evaluate`."""
+
+    def total(what: str) -> int:
+        return sum(getattr(part, what) for part in parts)
+
+    facts: dict[str, Any] = {"rows": total("rows")} | ({"accuracy": total("right") / total("measurable")} if total("measurable") else {})
+    facts["abstained"] = total("abstained") / facts["rows"]
+    if all(part.home for part in parts):
+        facts["routing_accuracy"] = total("reached") / facts["rows"]
         if "accuracy" in facts:
+            facts["accuracy_named"] = total("named_right") / total("measurable")
             facts["gap"] = facts["accuracy_named"] - facts["accuracy"]
-    if named:
-        by_home: dict[AdapterRef, list[Answered]] = {}
-        for one in named:
-            by_home.setdefault(_home(one), []).append(one)
-        each = {str(ref): _of_adapter(tasks[ref], rows) for ref, rows in sorted(by_home.items())}
+    if each := dict(sorted((part.home, part.figures) for part in parts if part.home)):
         facts |= {side: mean_metrics(one[side] for one in each.values()) for side in ("oracle", "routed")}
-        facts["adapters"] = each
+        facts["adapters"] = {str(ref): dict(figures) for ref, figures in each.items()}
     return facts
 
 
 def _of_adapter(task: Task, rows: Sequence[Answered]) -> dict[str, Any]:
     oracle, routed = (task.metrics(rows, routed=side) for side in (False, True))
     unlabelled = sum(task.target(one.row) is None for one in rows) if task.kind is not Kind.VECTOR else 0
-    return {
-        "task": str(task.kind),
-        "rows": len(rows),
-        "oracle": oracle,
-        "routed": routed,
-        "gap": {key: oracle[key] - routed[key] for key in oracle if key in routed},
-        "routing_accuracy": _reached(rows),
-        "abstained": _abstained(rows),
-        "digest": digest_of([one.row for one in rows]),
-    } | ({"unlabelled": unlabelled} if unlabelled else {})
+    # Errors of numbers are over the rows that got one: over fewer rows than the oracle's they compare with nothing.
+    compared = ("answered",) if routed.get("answered", 1.0) < 1 else oracle
+    gap = {key: oracle[key] - routed[key] for key in compared if key in routed}
+    facts = {"task": str(task.kind), "rows": len(rows), "oracle": oracle, "routed": routed, "gap": gap}
+    return facts | ({"unlabelled": unlabelled} if unlabelled else {})
 
 
-def _right(one: Answered, tasks: Mapping[AdapterRef, Task], answer: Prediction | None) -> bool | None:
-    assert answer is not None
-    if one.named is not None:
-        return tasks[_home(one)].right(one.row, answer)
-    if answer.labels is not None or answer.value is not None or answer.tokens is not None:
-        fact = f"{answer.adapter} gives several labels or a number" if answer.tokens is None else f"{answer.adapter} gives spans"
-        raise InvalidInput(f"{fact}: accuracy is of one label.", hint="Name the adapter of each row, in its field `adapter`.")
-    return same_text(answer.text, one.row.label or "") if answer.text is not None else answer.label == one.row.label
+def _same(row: Example, answer: Prediction) -> bool:
+    return same_text(answer.text, row.label or "") if answer.text is not None else answer.label == row.label
 
 
-def _home(one: Answered) -> AdapterRef:
-    assert one.named is not None and one.named.adapter is not None
-    return one.named.adapter
-
-
-def _accuracy(key: str, hits: Sequence[bool | None]) -> dict[str, float]:
-    """Of the rows that can be right; absent where none can."""
-    known = [hit for hit in hits if hit is not None]
-    return {key: float(np.mean(known))} if known else {}
-
-
-def _abstained(rows: Sequence[Answered]) -> float:
-    return float(np.mean([one.routed.adapter is None for one in rows]))
-
-
-def _reached(rows: Sequence[Answered]) -> float:
-    """The share that was routed to its adapter, in whatever version is in production."""
-    return float(np.mean([one.routed.adapter is not None and one.routed.adapter.name == _home(one).name for one in rows]))
+def _abstained(rows: Sequence[Answered]) -> int:
+    return sum(one.routed.adapter is None for one in rows)

@@ -31,11 +31,13 @@ from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
+    CorruptVersion,
     HubError,
     InvalidInput,
     InvalidName,
     ModelChanged,
     ModelNotFound,
+    NotRoutable,
     RegistryError,
     RegistryExists,
     WrongBase,
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from adapter_hub.continual.learner import Current, Lesson
     from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
+    from adapter_hub.evaluation import Part
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("adapter_hub")
 
 LABELS_SHOWN = 6    # in one warning
+CHOSE = "chose_epoch"    # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
 
@@ -456,7 +460,7 @@ class Hub:
         with _IMPORTING:
             from adapter_hub.adapters.checks import check_acts, check_fits, without_copies
             from adapter_hub.adapters.weights import adapter_of, settings_of
-            from adapter_hub.routing.statistics import build_state
+            from adapter_hub.routing.statistics import build_state, unknown
 
         tags = texts_of("tags", tags)
         names = texts_of("labels", labels) if labels is not None else None
@@ -489,7 +493,6 @@ class Hub:
             generation=settings,
             metrics=dict(metrics or {}),
             training_data_digest=training_data_digest,
-            evaluation_digest=digest_of(held_out) if held_out else None,
             parent=str(parent) if parent else None,
             started_from=tuple(map(str, started_from)),
             license=license,
@@ -504,6 +507,9 @@ class Hub:
                 log.warning("%d of the %d %s of %s are among its examples or negatives, and dropped.", dropped, len(given), what, name)
         if not state.count:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
+        if len(state.evaluation) < len(held_out):
+            held_out = unknown(self.encoder, held_out, state.exemplars, state.negatives)
+        facts = replace(facts, evaluation_digest=_digest_of(held_out))
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
         return _Prepared(adapter, facts, files | self._routing_files(state, rows, held_out, refused), state)
 
@@ -605,6 +611,7 @@ class Hub:
 
         rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
+        evaluation = [*{row.text: row for row in evaluation}.values()]
         current = self._current(name)
         newer, before, seen = None, None, []
         if current is not None and start not in ("cold", "transfer"):
@@ -627,7 +634,7 @@ class Hub:
             prepared = self._prepared(
                 name, result.folder, rows, evaluation, refused, labels=result.labels, assume_base=True, state=newer, **facts
             )
-        prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused)
+        prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
         report = judge(self._evidence(name, prepared, lesson, result, current), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
@@ -638,10 +645,20 @@ class Hub:
         return LearnReport(ref, good, reason, result.metrics, report, lesson.transfer)
 
     def _nearest(self, name: str, state: RoutingState) -> Sequence[tuple[AdapterRef, float]]:
-        """The adapters in production of other names, the closest to `state` first."""
+        """The closest to `state` of the adapters in production of other names."""
         from adapter_hub.routing.nearest import nearest
 
-        return nearest(state, {ref: self._live.state(ref) for ref in self._live.snapshot().refs if ref.name != name})
+        return nearest(state, self._sound(ref for ref in self._live.snapshot().refs if ref.name != name))
+
+    def _sound(self, refs: Iterable[AdapterRef]) -> Iterator[tuple[AdapterRef, RoutingState]]:
+        """Their states, one after the other; one that is damaged or was purged meanwhile is left out with a warning."""
+        for ref in refs:
+            try:
+                state = self._live.state(ref)
+            except (CorruptVersion, NotRoutable) as error:
+                log.warning("%s is left out of the comparison: %s", ref, error)
+            else:
+                yield ref, state
 
     def _current(self, name: str) -> Current | None:
         """The version in production, if it is a classifier of single labels."""
@@ -668,17 +685,30 @@ class Hub:
         rows: Sequence[Example],
         evaluation: Sequence[Example],
         refused: Sequence[Example],
+        *,
+        given: bool,
     ) -> _Prepared:
-        """What the version that it was learned from knew, it knows too; and where texts are kept, those that measured it."""
+        """What the version that it was learned from knew, it knows too; and where texts are kept, those that measured it.
+
+        Where validation rows were `given`, those that chose the epoch are kept for the thresholds alone. Else training rows were held out:
+        the router knows them, and they are kept all the same, so that no later training meets them.
+        """
+        from adapter_hub.routing.statistics import unknown
+
         newer, parent = prepared.state, lesson.parent
         state = before.succeeded(self.encoder, newer) if before is not None and parent is not None else newer
         kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         if before is not None and len(kept) == before.count:
             kept = [kept[row] for row in before.rows_before(newer)]
-        learned = {row.text for row in lesson.train} - {row.text for row in result.validation}
-        held = {row.text: row for row in (*evaluation, *(row for row in (*held_out, *result.validation) if row.text not in learned))}
-        files = self._routing_files(state, [*kept, *rows], [*held.values()], [*negatives, *refused])
-        facts = replace(prepared.facts, evaluation_digest=digest_of([*held.values()]) if held else None)
+        measuring = {row.text for row in result.validation}
+        learned = {row.text for row in lesson.train} - measuring
+        old = unknown(self.encoder, held_out, newer.exemplars, state.negatives)
+        new = unknown(self.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
+        choosing = {row.text for row in (*(lesson.validation or ()), *filter(_chose, old))} - measuring
+        held = {row.text: row for row in (*old, *new, *(() if given else result.validation)) if row.text not in learned}
+        marked = [replace(row, extra={**row.extra, CHOSE: text in choosing}) for text, row in held.items()]
+        files = self._routing_files(state, [*kept, *rows], marked, [*negatives, *refused])
+        facts = replace(prepared.facts, evaluation_digest=_digest_of(marked))
         return replace(prepared, facts=facts, files=prepared.files | files, state=state)
 
     def _evidence(self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None) -> Evidence:
@@ -734,6 +764,9 @@ class Hub:
         What is given now holds against what was given before: an example among the `negatives` is one no more, and the other way round.
         By default it takes over `production` where the version that was taught has it, and nowhere else. Raises InvalidInput.
         """
+        with _IMPORTING:
+            from adapter_hub.routing.statistics import unknown
+
         old = self.registry.resolve(ref)
         manifest, rows, refused = self.registry.manifest(old), as_examples(texts), as_examples(negatives)
         if not rows and not refused:
@@ -746,11 +779,16 @@ class Hub:
         texts_of = {f: read_examples(folder / f) if f in manifest.files else [] for f in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE)}
         kept = texts_of[EXEMPLARS_FILE]
         kept = [kept[row] for row in before.exemplars.rows_without(state.negatives)] if len(kept) == before.count else kept
-        files |= self._routing_files(state, [*kept, *rows], texts_of[EVALUATION_FILE], [*texts_of[NEGATIVES_FILE], *refused])
+        # What is taught now measures no more; where the texts are not kept, nobody can say which are left.
+        held_out = unknown(self.encoder, texts_of[EVALUATION_FILE], state.exemplars.without(before.exemplars), state.negatives)
+        fewer = len(state.evaluation) < len(before.evaluation)
+        digest = _digest_of(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
+        files |= self._routing_files(state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
         reason = f"taught {len(rows)} texts" + (f", and {len(refused)} that are none of its" if refused else "")
-        return self._added(old.name, manifest.facts(parent=str(old)), files, state, promote=promote, reason=reason)
+        facts = manifest.facts(parent=str(old), evaluation_digest=digest)
+        return self._added(old.name, facts, files, state, promote=promote, reason=reason)
 
     # ---- route and run ------------------------------------------------------------------------------------------
 
@@ -1076,7 +1114,10 @@ class Hub:
         from adapter_hub.routing.effect import effect
         from adapter_hub.routing.scoring import Scoring
 
-        states = {ref: self._live.state(ref) for ref in now.refs if ref != newcomer} | {newcomer: state}
+        others = [ref for ref in now.refs if ref != newcomer]
+        # An estimate may go without a damaged one; a limit is held to exactly, or not at all.
+        states = {ref: self._live.state(ref) for ref in others} if exemplars_max is None else dict(self._sound(others))
+        states[newcomer] = state
         if exemplars_max is not None:
             share = exemplars_max / max(1, sum(one.count for one in states.values()))
             states = {ref: one.thinned(share) for ref, one in states.items()}
@@ -1105,35 +1146,63 @@ class Hub:
         One label: accuracy, macro_f1. Several: accuracy (all right), macro_f1. A number: rmse, mae, correlation. Spans: span_precision,
         span_recall, span_f1, token_accuracy. Texts: exact_match, rouge_l, chrf (the extra `evaluation`) and, oracle only, perplexity a token.
         Vectors: only their routing. Without `data` also `without`, the adapters of which no set is kept, and of an adapter `unlabelled`, the
-        rows that have no target and count for routing alone. Rates are 0-1; keys that do not apply are absent.
+        rows that have no target and count for routing alone, and `known`, those that are its examples too where their texts are kept: to
+        learn without validation rows holds some out of training, not of the router. Numbers that are not `answered` by one have no `gap`.
+        Rates are 0-1; keys that do not apply are absent. The rows of one adapter after the other are asked and let go.
         A row that was routed to its own version has the answer of that one: it is asked once.
-        Raises InvalidInput for rows without the target that their adapter gives, or where no set is kept; AdapterNotFound, NotRoutable.
+        Raises InvalidInput for rows without the target that their adapter gives, rows that name none and go to an adapter that gives neither
+        a label nor a text, no `names`, or where no set is kept; AdapterNotFound, NotRoutable.
         """
         with _IMPORTING:
-            from adapter_hub.evaluation import Answered, Kind, Task, check_packages, check_rows, report
+            from adapter_hub.evaluation import Task, check_packages, check_rows, report
 
         wanted = None if names is None else texts_of("names", names)
-        homes: list[AdapterRef | None]
+        if wanted == ():
+            raise InvalidInput("names is empty: nobody is to be measured.", hint="Name adapters, or leave `names` out.")
+        groups: Iterable[tuple[AdapterRef | None, Sequence[Example]]]
         if data is None:
-            sets = self._kept_sets(wanted)
-            without = {"without": [str(ref) for ref, kept in sets.items() if not kept]}
-            rows, homes = [row for kept in sets.values() for row in kept], [ref for ref, kept in sets.items() for _ in kept]
+            refs = list(dict.fromkeys(self.registry.production() if wanted is None else map(self.registry.resolve, wanted)))
+            manifests = (self.registry.manifest(ref) for ref in refs)
+            check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
+            groups = ((ref, _measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
         else:
-            rows, without = rows_of(data), {}
-            rows = rows if wanted is None else self._rows_of(wanted, rows)
+            rows = rows_of(data) if wanted is None else self._rows_of(wanted, rows_of(data))
             named = [row.extra.get("adapter") for row in rows]
             known = {home: self.registry.resolve(home) for home in named if isinstance(home, str)}
             homes = [known[home] if isinstance(home, str) else None for home in named]
-        tasks = {ref: Task.of(self.registry.manifest(ref)) for ref in homes if ref}
-        if data is not None:
+            tasks = {ref: Task.of(self.registry.manifest(ref)) for ref in homes if ref}
             check_rows(rows, homes, tasks)
-        check_packages(tasks.values())
+            check_packages(tasks.values())
+            by_home: dict[AdapterRef | None, list[Example]] = {None: []}    # first: who cannot answer them is found before the work
+            for row, home in zip(rows, homes, strict=True):
+                by_home.setdefault(home, []).append(row)
+            groups = by_home.items()
+        router, parts, without = self._live.snapshot(), [], []
+        for home, group in groups:
+            if group:
+                parts.append(self._measured(router, home, group, max_false_reject))
+            elif home:
+                without.append(str(home))
+        if not parts:
+            whose = ", ".join(without) or "any adapter: none is in production"
+            hint = 'Give rows (`--data FILE`). With keep = "text" in hub.toml, a version that is registered with evaluation= keeps its set.'
+            raise InvalidInput(f"no evaluation set is kept of {whose}.", hint=hint)
+        return report(parts) | ({"without": without} if data is None else {})
+
+    def _measured(self, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None) -> Part:
+        """Of the rows of one adapter, or of those that name none: what they are in figures. The answers are let go."""
+        from adapter_hub.evaluation import Answered, Kind, Task, check_answers, part_of
+
+        task = Task.of(self.registry.manifest(home)) if home else Task(Kind.LABEL)
         texts = [row.text for row in rows]
-        decisions, answering = self._chosen(texts, None, max_false_reject, 1)
-        asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, home in enumerate(homes) if home)]))
+        decisions = self._route(router, texts, 1, max_false_reject)
+        answering = [decision.adapter for decision in decisions]
+        if home is None:
+            check_answers({ref: Task.of(self.registry.manifest(ref)) for ref in answering if ref})
+        asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
         outputs = dict(zip(asked, self.engine.predict(_requests([texts[i] for i, _ in asked], [ref for _, ref in asked], True)), strict=True))
-        writing = [i for i, home in enumerate(homes) if home and tasks[home].kind is Kind.TEXT and tasks[home].target(rows[i]) is not None]
-        requests = _requests([texts[i] for i in writing], [homes[i] for i in writing], True)
+        writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
+        requests = _requests([texts[i] for i in writing], [home] * len(writing), True)
         likelihoods = dict(zip(writing, self.engine.score(requests, [rows[i].label or "" for i in writing]), strict=True))
         answered = [
             Answered(
@@ -1142,19 +1211,10 @@ class Hub:
                 Prediction.of(Decision.named(home), home, outputs[i, home]) if home else None,
                 likelihoods.get(i),
             )
-            for i, (row, home) in enumerate(zip(rows, homes, strict=True))
+            for i, row in enumerate(rows)
         ]
-        return report(answered, tasks) | without
-
-    def _kept_sets(self, names: Sequence[str] | None) -> dict[AdapterRef, list[Example]]:
-        """The evaluation set that is kept with each of these, or with all in production. Raises InvalidInput where no set is."""
-        refs = self.registry.production() if names is None else [self.registry.resolve(name) for name in names]
-        sets = {ref: self._kept(ref, EVALUATION_FILE) for ref in refs}
-        if not any(sets.values()):
-            whose = ", ".join(map(str, sets)) or "any adapter: none is in production"
-            hint = 'Give rows (`--data FILE`). With keep = "text" in hub.toml, a version that is registered with evaluation= keeps its set.'
-            raise InvalidInput(f"no evaluation set is kept of {whose}.", hint=hint)
-        return sets
+        examples = {row.text for row in self._kept(home, EXEMPLARS_FILE)} if home else set()
+        return part_of(answered, home, task, known=sum(text in examples for text in texts))
 
     def _rows_of(self, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:
         """The rows of these adapters. Raises AdapterNotFound, InvalidInput for a name that no row mentions."""
@@ -1384,6 +1444,24 @@ def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -
         )    # fmt: skip
 
 
+def _chose(row: Example) -> bool:
+    return row.extra.get(CHOSE) is True
+
+
+def _measuring(held_out: Iterable[Example]) -> list[Example]:
+    """The rows of an evaluation set that measure: the best of many epochs is flattered by those that chose it."""
+    return [row for row in held_out if not _chose(row)]
+
+
+def _digest_of(held_out: Iterable[Example]) -> str | None:
+    """Of those that measure; None where none does."""
+    measuring = _measuring(held_out)
+    return digest_of(measuring) if measuring else None
+
+
 def _jsonl(rows: Sequence[Example]) -> bytes:
-    lines = ({"text": row.text} | ({"label": row.label} if row.label is not None else {}) | targets_of(row) for row in rows)
+    lines = (
+        {"text": row.text} | ({"label": row.label} if row.label is not None else {}) | targets_of(row) | ({CHOSE: True} if _chose(row) else {})
+        for row in rows
+    )
     return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode()

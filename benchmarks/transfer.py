@@ -128,8 +128,7 @@ def drawn(rows: Rows, shots: int, seed: int) -> Rows:
 def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig, trials: bool) -> Cell:
     """Accuracy and log loss of each start and, where `trials` are wanted, what `transfer` chooses."""
     state = build_state(hub.encoder, rows.train)
-    others = {ref: hub.state(ref) for ref in hub.registry.production() if ref.name != target}
-    ranked = nearest(state, others)
+    ranked = nearest(state, ((ref, hub.state(ref)) for ref in hub.registry.production() if ref.name != target))
     found = [Neighbour(ref, near, read_adapter(hub.registry.open_version(ref), labels=hub.show(ref).labels)) for ref, near in ranked]
     neighbours = [one for one in found if not fault_of(one.adapter, hub.base, config)][:NEIGHBOURS_MAX]
     groups: dict[str, Sequence[Neighbour]] = {"nearest": neighbours[:1], "second": neighbours[1:2], "combined": neighbours}

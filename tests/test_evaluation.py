@@ -129,11 +129,37 @@ def test_what_goes_astray_is_wrong_as_routed_and_unchanged_when_named(hub: Hub) 
     assert each["colours@1"]["gap"]["accuracy"] == each["colours@1"]["oracle"]["accuracy"] == hub.evaluate(lost["colours"])["accuracy_named"]
 
 
+def test_errors_of_numbers_have_no_gap_where_some_rows_got_no_number(hub: Hub) -> None:
+    """Previously they were those of all rows less those of the rows that got one."""
+    rows = [{**row, "adapter": "stars"} for row in ROWS["stars"]]
+    rows[0]["text"] = rows[0]["text"].replace(WORDS["stars"], WORDS["vectors"])
+    told = hub.evaluate(rows)["adapters"]["stars@1"]
+    assert told["routed"]["answered"] == 0.75 and set(told["routed"]) == set(told["oracle"]) and told["gap"] == {"answered": 0.25}
+
+
 def test_rows_that_name_no_adapter_are_measured_as_routed_alone(hub: Hub) -> None:
     given = hub.evaluate(ROWS["colours"])
     assert set(given) == {"rows", "accuracy", "abstained"} and given["accuracy"] == hub.evaluate(names=["colours"])["accuracy"]
     some = hub.evaluate([*everybody()[:2], *ROWS["colours"][2:]])
     assert some["accuracy"] == given["accuracy"] and "accuracy_named" not in some and some["adapters"]["colours@1"]["rows"] == 2
+
+
+def test_one_adapters_answers_are_in_memory_at_a_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously all sets were read and asked at once."""
+    asked: list[int] = []
+    predict = hub.engine.predict
+    monkeypatch.setattr(hub.engine, "predict", lambda requests: (asked.append(len(requests)), predict(requests))[1])
+    assert hub.evaluate()["rows"] == hub.evaluate(everybody())["rows"] == 20 and asked == [4] * 10
+
+
+def test_rows_whose_answers_are_no_question_of_accuracy_are_found_before_any_is_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously after all the work."""
+    asked: list[object] = []
+    monkeypatch.setattr(hub.engine, "predict", asked.append)
+    for name, says in (("moods", "moods@1 gives several labels"), ("stars", "or a number"), ("names", "names@1 gives spans")):
+        with pytest.raises(InvalidInput, match=says):
+            hub.evaluate([*everybody()[:4], {"text": ROWS[name][0]["text"], "label": "red"}])
+    assert not asked
 
 
 def test_a_version_that_is_not_in_production_is_measured_by_its_name_and_number(hub: Hub, made: Path) -> None:
@@ -184,6 +210,59 @@ def test_what_was_learned_has_the_digest_of_the_rows_that_measured_it(hub: Hub) 
     assert found["accuracy_named"] == pytest.approx(report.metrics["accuracy"])
 
 
+def test_what_the_adapter_knows_measures_nothing(hub: Hub, made: Path) -> None:
+    """Previously the kept set and its digest had rows that were examples or negatives, which the router had dropped."""
+    rows = [{"text": f"glue the {thing}", "label": "red"} for thing in (*THINGS, "fifth")]
+    texts = [row["text"] for row in rows]
+    ref = hub.register("glue", made / "colours", [*texts[:2], "glue"], evaluation=rows, negatives=[texts[2]], labels=["red", "blue"])
+    for version, left in ((ref, rows[3:]), (hub.teach(ref, [texts[3]]), rows[4:])):
+        kept = read_examples(hub.registry.folder(version) / "evaluation.jsonl")
+        assert [row.text for row in kept] == [row["text"] for row in left] and len(kept) == len(hub.state(version).evaluation)
+        assert hub.evaluate(names=[str(version)])["rows"] == len(left) and hub.show(version).evaluation_digest == digest_of(kept)
+    last = hub.teach("glue", negatives=[texts[4]])
+    assert hub.show(last).evaluation_digest is None and hub.evaluate()["without"] == ["glue@3"]
+
+
+def test_where_no_text_is_kept_a_digest_goes_with_the_first_row_that_is_taught(tmp_path: Path, made: Path) -> None:
+    hub = Hub.create(tmp_path / "registry", base_model=made / "bert", encoder="hash")
+    rows = [Example(row["text"], row["label"]) for row in ROWS["colours"]]
+    hub.register("colours", made / "colours", ["paint", rows[0].text], evaluation=rows, labels=["red", "blue"])
+    assert hub.show("colours").evaluation_digest == digest_of(rows[1:])
+    assert hub.show(hub.teach("colours", ["paint well"])).evaluation_digest == digest_of(rows[1:])
+    assert hub.show(hub.teach("colours", [rows[1].text])).evaluation_digest is None
+
+
+def test_rows_that_chose_the_epoch_serve_the_thresholds_and_measure_nothing(hub: Hub) -> None:
+    """Previously the digest and `evaluate` were of all validation rows, half of which had chosen the epoch."""
+    def words(*labels: str, frame: str, count: int = 8) -> list[Example]:
+        return [Example(frame.format(word, n), word) for word in labels for n in range(count)]
+
+    config = TrainConfig(r=4, epochs=1, steps_min=0)
+    validation = words("apple", "zebra", frame="ask {} number {}", count=4)
+    first = hub.learn("words", words("apple", "zebra", frame="tell {} number {}"), validation, config=config, promote="always")
+    kept = read_examples(hub.registry.folder(first.ref) / "evaluation.jsonl")
+    measuring = [row for row in kept if "chose_epoch" not in row.extra]
+    assert {row.text for row in kept} == {row.text for row in validation} and len(measuring) == 4 and len(hub.state(first.ref).evaluation) == 8
+    found = hub.evaluate(names=["words"])
+    assert found["rows"] == 4 and found["accuracy_named"] == pytest.approx(first.metrics["accuracy"])
+    assert hub.show(first.ref).evaluation_digest == digest_of(measuring) == found["adapters"]["words@1"]["digest"]
+    # What is learned later keeps both, each as what it is; the digest is of old and new rows that measured.
+    assert hub.show(hub.teach("words", ["tell me"])).evaluation_digest == digest_of(measuring)
+    more = words("mango", frame="ask {} number {}", count=4)
+    second = hub.learn("words", words("mango", frame="tell {} number {}"), more, config=config, promote="always")
+    after = read_examples(hub.registry.folder(second.ref) / "evaluation.jsonl")
+    assert after[:8] == kept and len(after) == 12 == len(hub.state(second.ref).evaluation)
+    assert hub.evaluate(names=["words"])["rows"] == 6
+    assert hub.show(second.ref).evaluation_digest == digest_of([row for row in after if "chose_epoch" not in row.extra])
+
+
+def test_rows_that_were_held_out_of_training_rows_are_counted_as_known_to_the_router(hub: Hub) -> None:
+    rows = [{"text": f"ask {word} number {n}", "label": word} for word in ("apple", "zebra") for n in range(8)]
+    hub.learn("words", rows, config=TrainConfig(r=4, epochs=1, steps_min=0), promote="always")
+    told = hub.evaluate()["adapters"]
+    assert told["words@1"]["known"] == told["words@1"]["rows"] and "known" not in told["colours@1"]
+
+
 def test_a_manifest_from_before_is_read_and_has_the_digest_that_it_was_sealed_with(hub: Hub) -> None:
     new = hub.show("colours")
     old = {key: value for key, value in new.to_json().items() if key not in ("digest", "evaluation_digest")}
@@ -206,7 +285,8 @@ BEYOND = [{"start": 2, "end": 9, "label": "PER"}]    # "meet" ends before
         (lambda h: h.evaluate([*everybody()[:4], {"text": "1", "adapter": "stars", "label": "red"}]), InvalidInput, "a number as its label; row 5"),
         (lambda h: h.evaluate([{"text": "meet", "adapter": "names", "spans": BEYOND}]), InvalidInput, "within its text"),
         (lambda h: h.evaluate([{"text": "paint", "adapter": "colours", "labels": ["red"]}]), InvalidInput, "of colours@1, each with a label; row 1"),
-        (lambda h: h.evaluate(names=[]), InvalidInput, "no evaluation set is kept"),
+        (lambda h: h.evaluate(names=[]), InvalidInput, "names is empty"),
+        (lambda h: h.evaluate(everybody(), names=[]), InvalidInput, "names is empty"),
         (lambda h: h.evaluate("absent.jsonl"), InvalidInput, "absent.jsonl"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -11,17 +12,19 @@ from adapter_hub.routing.statistics import F64, Exemplars, RoutingState
 
 # c classes, d encoder width
 
+RANKED_MAX = 32    # more than that are not near
 
-def nearest(state: RoutingState, others: Mapping[AdapterRef, RoutingState]) -> list[tuple[AdapterRef, float]]:
-    """(ref, closeness) of the others, closest first, ties by reference; those without exemplars are left out.
 
-    Closeness is the mean, over the newcomer's class means, of the best cosine with one of the other's: -1 to 1.
+def nearest(state: RoutingState, others: Iterable[tuple[AdapterRef, RoutingState]]) -> list[tuple[AdapterRef, float]]:
+    """(ref, closeness) of at most RANKED_MAX others, closest first, ties by reference; those without exemplars are left out.
+
+    One of the others is held at a time. Closeness is the mean, over the newcomer's class means, of the best cosine with one of the other's: -1 to 1.
     """
     if not state.count:
         return []
     own = _directions(state)
-    found = {ref: float((own @ _directions(other).T).max(axis=1).mean()) for ref, other in others.items() if other.count}
-    return sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))
+    found = ((ref, float((own @ _directions(other).T).max(axis=1).mean())) for ref, other in others if other.count)
+    return heapq.nsmallest(RANKED_MAX, found, key=lambda pair: (-pair[1], pair[0]))
 
 
 def _directions(state: RoutingState) -> F64:

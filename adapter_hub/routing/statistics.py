@@ -314,6 +314,15 @@ def build_state(
     return _classified(encoder, exemplars[kept], [rows[row].label for row in kept], held_out, refused, from_description=described)
 
 
+def unknown(encoder: Encoder, rows: Sequence[Example], *known: Encodings) -> list[Example]:
+    """In their order, those of `rows` whose texts are none of the known. Raises InvalidInput where the encoder does."""
+    encoded = _encoded(encoder, rows)
+    for one in known:
+        kept = encoded.rows_without(one)
+        rows, encoded = [rows[row] for row in kept], encoded[kept]
+    return list(rows)
+
+
 def _and_first(rows: Sequence[int]) -> list[int]:
     return sorted({0, *rows})
 

@@ -7,10 +7,12 @@ imported when a search begins.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +96,8 @@ def search(
     Hyper-Parameter Optimization", section 4); a trial below the median of the others at its epoch is stopped. Each has the same seed, rows
     and split. Where `r` varies and `alpha` does not, alpha / r stays the config's. After `seconds_max` no trial begins; the first always does.
     `storage` is an SQLite file that keeps each trial: called again, also after it was killed, the same search goes on to `trials`, and
-    proposes what it would have proposed. Raises InvalidInput: no Optuna, a space that no config fits, no trial that ended, bad rows.
+    proposes what it would have proposed. One search at a time uses a storage, by a lock file beside it. Raises InvalidInput: no Optuna, a
+    space that no config fits, no trial that ended, bad rows, a storage in use.
     """
     optuna = _optuna()
     config = TrainConfig.of(config)
@@ -108,13 +111,14 @@ def search(
     facts = [base.fingerprint, task, repr(config), repr(sorted(space.items())), kind, told]
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     begun = time.monotonic()
-    with _study(optuna, storage, identity) as study:
+    with _alone(storage), _study(optuna, storage, identity) as study:
         while (done := len(_finished(optuna, study))) < trials:
             if done and seconds_max is not None and time.monotonic() - begun >= seconds_max:
                 break
             # Seeded by the trial, not by the process: a search that goes on proposes what it would have proposed.
             study.sampler = optuna.samplers.TPESampler(seed=task_seed(config.seed, f"trial {done}", ()), n_startup_trials=STARTUP)
-            if not done and all(_holds(one, getattr(config, name)) for name, one in space.items()):
+            waiting = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))    # of a process killed right here: `ask` takes it
+            if not done and not waiting and all(_holds(one, getattr(config, name)) for name, one in space.items()):
                 study.enqueue_trial({name: getattr(config, name) for name in space})
             trial = study.ask()
             settings = {name: _suggested(trial, name, one) for name, one in space.items()}
@@ -158,6 +162,26 @@ def _optuna() -> Any:
 
 
 @contextmanager
+def _alone(storage: Path | str | None) -> Iterator[None]:
+    """Raises InvalidInput while another search uses the storage: each would take the other's running trial for one that was killed."""
+    if storage is None:
+        yield
+        return
+    try:
+        handle = os.open(f"{storage}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise InvalidInput(f"{str(storage)!r} cannot keep a search: {error}.", hint="Name another file.") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InvalidInput(f"another search is using {str(storage)!r}.", hint="Wait for it, or name another file.") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def _study(optuna: Any, storage: Path | str | None, identity: str) -> Iterator[Any]:
     """The study of this name, begun or gone on with, and Optuna's log left as it was. Raises InvalidInput where the file is no storage."""
     verbosity = optuna.logging.get_verbosity()
@@ -169,7 +193,7 @@ def _study(optuna: Any, storage: Path | str | None, identity: str) -> Iterator[A
             study = optuna.create_study(storage=kept, study_name=identity, direction="maximize", pruner=pruner, load_if_exists=True)
         except (importlib.import_module("sqlalchemy.exc").SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             raise InvalidInput(f"{str(storage)!r} cannot keep a search: {error}".splitlines()[0] + ".", hint="Name another file.") from error
-        for left in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING)):
+        for left in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
             study.tell(left.number, state=optuna.trial.TrialState.FAIL)    # of a process that was killed: tried again
         yield study
     finally:

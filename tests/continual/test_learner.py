@@ -257,6 +257,20 @@ def test_a_new_name_starts_from_its_nearest_where_trials_say_so_and_says_from_wh
     assert hub.show(hub.teach("things", ["a thing"])).started_from == ("words@1",)
 
 
+def test_a_damaged_neighbour_is_left_out_with_a_warning(taught: Mapping[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Previously it stopped the learning."""
+    hub = opened(taught, "vectors", tmp_path)
+    hub.register("broken", make_adapter(hub.base, tmp_path / "broken", seed=2), OLD, labels=["zebra", "apple"])
+    assert len(hub.settle().refs) == 2    # the router has read it
+    path = hub.registry.folder(AdapterRef("broken", 1)) / "routing.safetensors"
+    path.chmod(0o644)
+    path.write_bytes(b"damaged" + path.read_bytes()[7:])
+    new = rows("apple", "zebra", frame="{} item {}")
+    report = hub.learn("things", new, config=replace(CONFIG, learning_rate=1e-9, epochs=1), start="transfer")
+    assert report.transfer is not None and [trial.origins for trial in report.transfer.trials] == [(AdapterRef("words", 1),)]
+    assert "broken@1 is left out of the comparison: " in caplog.text
+
+
 def test_a_new_name_without_neighbours_starts_cold_and_one_in_production_is_learned_on(taught: Mapping[str, Path], tmp_path: Path) -> None:
     hub = opened(taught, "vectors", tmp_path)
     with pytest.raises(InvalidInput, match=r"words@1 is in production: .* start=\"auto\""):

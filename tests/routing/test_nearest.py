@@ -26,17 +26,23 @@ def test_closeness_is_the_mean_best_cosine_of_class_means() -> None:
     def means(one: RoutingState) -> list[np.ndarray]:
         return [one.exemplars.vectors[one.classes == c].mean(axis=0) for c in range(len(one.class_names))]
 
-    for ref, found in nearest(CARS, OTHERS):
+    for ref, found in nearest(CARS, OTHERS.items()):
         best = [max(a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in means(OTHERS[ref])) for a in means(CARS)]
         assert found == pytest.approx(np.mean(best), abs=1e-9)
 
 
 def test_the_closest_comes_first_and_an_adapter_is_closest_to_itself() -> None:
     itself = AdapterRef("cars", 1)
-    ranked = nearest(CARS, OTHERS | {itself: CARS})
+    ranked = nearest(CARS, (OTHERS | {itself: CARS}).items())
     assert ranked[0] == (itself, pytest.approx(1.0)) and [ref.name for ref, _ in ranked] == ["cars", "travel", "music"]
+
+
+def test_of_a_stream_of_many_the_closest_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.routing.nearest.RANKED_MAX", 2)
+    others = ((AdapterRef("music" if version < 4 else "travel", version), MUSIC if version < 4 else TRAVEL) for version in range(9, 0, -1))
+    assert [str(ref) for ref, _ in nearest(CARS, others)] == ["travel@4", "travel@5"]
 
 
 def test_what_has_no_exemplars_is_near_to_nothing() -> None:
     empty = build_state(ENCODER, [])
-    assert nearest(CARS, {AdapterRef("empty", 1): empty}) == [] and nearest(empty, OTHERS) == []
+    assert nearest(CARS, [(AdapterRef("empty", 1), empty)]) == [] and nearest(empty, OTHERS.items()) == []

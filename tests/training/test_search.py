@@ -76,6 +76,41 @@ def test_a_search_that_goes_on_proposes_what_it_would_have_proposed(base: Frozen
     assert len(optuna.get_all_study_names(url)) == 2    # another search has no part in this one
 
 
+def test_a_kill_before_the_first_trial_was_asked_for_leaves_it_to_be_tried(base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously Optuna 5 could not tell a trial that waits, and the storage was of no use any more."""
+    optuna = pytest.importorskip("optuna", reason="the extra 'search' is not installed")
+    storage, config = tmp_path / "trials.sqlite", replace(CONFIG, epochs=1)
+    with monkeypatch.context() as killed:
+        killed.setattr(optuna.Study, "ask", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            search(base, ROWS, task="t", config=config, trials=2, space=FEW, storage=storage)
+    [name] = optuna.get_all_study_names(f"sqlite:///{storage}")
+    left = optuna.load_study(study_name=name, storage=f"sqlite:///{storage}").trials
+    assert [trial.state.name for trial in left] == ["WAITING"]
+    whole = search(base, ROWS, task="t", config=config, trials=2, space=FEW)
+    assert facts(search(base, ROWS, task="t", config=config, trials=2, space=FEW, storage=storage)) == facts(whole)
+
+
+def test_two_searches_at_once_do_not_share_a_storage(base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously the second took the trial that the first was running for one of a killed process."""
+    optuna = pytest.importorskip("optuna", reason="the extra 'search' is not installed")
+    storage, ask = tmp_path / "trials.sqlite", optuna.Study.ask
+    refused: list[str] = []
+
+    def asked(study: object) -> object:
+        monkeypatch.setattr(optuna.Study, "ask", ask)
+        with pytest.raises(InvalidInput, match="another search is using") as caught:
+            search(base, ROWS, task="another", config=CONFIG, trials=1, space=FEW, storage=storage)
+        refused.append(str(caught.value))
+        return ask(study)
+
+    monkeypatch.setattr(optuna.Study, "ask", asked)
+    result = search(base, ROWS, task="t", config=replace(CONFIG, epochs=1), trials=1, space=FEW, storage=storage)
+    assert len(refused) == 1 and len(result.trials) == 1 and result.trials[0].score is not None
+    with pytest.raises(InvalidInput, match="cannot keep a search"):
+        search(base, ROWS, task="t", trials=1, storage=tmp_path / "absent" / "trials.sqlite")
+
+
 def test_settings_that_do_not_go_together_are_told_in_the_table_and_time_ends_a_search(base: FrozenBase) -> None:
     pytest.importorskip("optuna", reason="the extra 'search' is not installed")
     odd = replace(CONFIG, epochs=1, layers_share=0.5)
