@@ -1,8 +1,8 @@
 """Continual learning, no task id at test: this hub beside one LoRA throughout, joint training, and heads on the frozen encoder.
 
-    python benchmarks/continual.py --data DIR --work DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0]
+    python benchmarks/continual.py --data DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0]
 
-DIR of `--data` holds the folders clinc150, banking77, standard_cl and cl_benchmark. `--work` keeps registries and one record a run: what is
+DIR holds the folders clinc150, banking77, standard_cl and cl_benchmark. `--work` keeps registries and one record a run: what is
 there is not computed again, so that a run that was cut off goes on. Every method gets the same rows and passes over them, and starts its
 heads from a linear probe; the hub and the joint LoRA choose their epoch on carved rows, the others take the last. The joint LoRA, which is
 the bound, adapts every layer at twice the rank. Accuracy is of the label, among those of all tasks learned so far (where tasks share labels, whoever
@@ -53,6 +53,7 @@ from adapter_hub.routing.encoder import load_encoder
 from adapter_hub.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter_hub-benchmarks" / "continual"
 HUB, ALONE, RANDOM, JOINT = "hub", "alone", "random", "joint"    # the second and the third are told by the hub's runs
 COLD = "cold"    # each task by a LoRA of its own, for the forward transfer of SEQUENTIAL
 SEQUENTIAL = ("sequential", "replay", "ewc", "olora")
@@ -302,7 +303,7 @@ def missed(name: str, figures: Figures) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of public data")
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where registries and records are kept; a run goes on from there")
+    parser.add_argument("--work", type=Path, default=CACHE, metavar="DIR", help=f"keeps registries and records (default: {CACHE})")
     parser.add_argument("--budget", choices=tuple(CONFIGS), default="small", help="20 examples a class, or all (default: small)")
     parser.add_argument("--only", default="clinc_domains,banking", metavar="NAMES", help=f"of {', '.join(SEQUENCES)}")
     parser.add_argument("--methods", metavar="NAMES", help=f"of {', '.join(TITLES)} (default: all; with --budget full {', '.join(HEADLINE)})")
