@@ -73,12 +73,14 @@ if TYPE_CHECKING:
     from adapter_hub.routing.router import Router
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
+    from adapter_hub.training.report import DataReport
     from adapter_hub.training.train import TrainResult
     from adapter_hub.training.transfer import Transfer
 
 log = logging.getLogger("adapter_hub")
 
 LABELS_SHOWN = 6    # in one warning
+LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics"))
 CHOSE = "chose_epoch"    # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
@@ -92,6 +94,7 @@ class LearnReport:
     reason: str
     metrics: Mapping[str, float]
     gate: GateReport    # stored with the version as gate.json
+    data: DataReport    # contradictions, leaks and imbalance among the rows; not stored
     transfer: Transfer | None = None    # with start="transfer": what each start gained
 
     @property
@@ -101,7 +104,7 @@ class LearnReport:
 
     def to_json(self) -> dict[str, Any]:
         facts = {"ref": str(self.ref), "promoted": self.promoted, "verdict": str(self.verdict), "reason": self.reason}
-        facts |= {"metrics": dict(self.metrics), "gate": self.gate.to_json()}
+        facts |= {"metrics": dict(self.metrics), "gate": self.gate.to_json(), "data": self.data.to_json()}
         return facts | ({"transfer": self.transfer.to_json()} if self.transfer else {})
 
 
@@ -583,7 +586,7 @@ class Hub:
         name: str,
         train: str | Path | Iterable[Mapping[str, Any] | Example],
         validation: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
-        config: TrainConfig | None = None,
+        config: TrainConfig | str | None = None,
         promote: str = "auto",
         start: str = "auto",
         **facts: Any,
@@ -598,7 +601,9 @@ class Hub:
         examples whose texts are kept (see `plan_lesson`); description, tags and license stay. `start="warm"` insists on its weights,
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
-        `facts` go to `register` (tags, license, …). The base stays frozen: training happens on a copy. Raises InvalidInput, and what
+        `config` may be a preset's name. `facts` go to `register` (tags, license, …). `LearnReport.data` tells of rows that contradict each
+        other, stand in training and validation, or leave a label rare; it is warned of.
+        The base stays frozen: training happens on a copy. Raises InvalidInput, and what
         `register` raises; nothing is stored then.
         """
         if promote not in ("auto", "always", "never"):
@@ -607,8 +612,12 @@ class Hub:
         with _IMPORTING:
             from adapter_hub.continual.learner import plan_lesson, transferred
             from adapter_hub.routing.statistics import build_state
+            from adapter_hub.training.config import TrainConfig
             from adapter_hub.training.train import train_classifier
 
+        config = None if config is None else TrainConfig.of(config)
+        if unknown := sorted(set(facts) - LEARN_FACTS):    # before it is trained
+            raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=f"Facts to register with it: {', '.join(sorted(LEARN_FACTS))}.")
         rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
         evaluation = [*{row.text: row for row in evaluation}.values()]
@@ -629,6 +638,8 @@ class Hub:
             result = train_classifier(
                 self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start
             )
+            for said in result.report.warnings:
+                log.warning("%s: %s.", name, said)
             lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}
             facts = {"metrics": result.metrics} | lineage | facts
             prepared = self._prepared(
@@ -642,7 +653,7 @@ class Hub:
         stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
         gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
         ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
-        return LearnReport(ref, good, reason, result.metrics, report, lesson.transfer)
+        return LearnReport(ref, good, reason, result.metrics, report, result.report, lesson.transfer)
 
     def _nearest(self, name: str, state: RoutingState) -> Sequence[tuple[AdapterRef, float]]:
         """The closest to `state` of the adapters in production of other names."""

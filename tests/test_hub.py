@@ -296,6 +296,16 @@ def test_learning_trains_registers_and_promotes_without_touching_the_base(hub: H
         hub.learn("words", rows, promote="maybe")
 
 
+def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [*COLOURS, {"text": COLOURS[0]["text"], "label": "blue"}, *({"text": f"paint the hut number {i} red", "label": "red"} for i in range(12))]
+    report = hub.learn("colours", rows, [COLOURS[1], COLOURS[2], *ANIMALS[:0]], config="fast")
+    assert report.data.contradictions_count == 1 and report.data.leaks_count == 2
+    assert "1 text stands with two labels or more" in caplog.text and "2 validation rows stand in training too" in caplog.text
+    assert report.to_json()["data"]["warnings"] == list(report.data.warnings)
+    with pytest.raises(InvalidInput, match="learn takes no 'checkpoint_folder'"):
+        hub.learn("colours", rows, checkpoint_folder="x")
+
+
 def test_an_export_is_a_plain_peft_folder(filled: Hub, tmp_path: Path) -> None:
     folder = filled.export("animals", tmp_path / "out")
     inputs = filled.base.tokenize(["the dog runs"])

@@ -89,7 +89,7 @@ def in_full(document: Mapping[str, JSON]) -> None:
 def learned(document: Mapping[str, JSON]) -> None:
     """What `learn` made, whether it is in production, and what each check of the gate found."""
     gate = document["gate"]
-    facts({key: value for key, value in document.items() if key not in ("gate", "reason", "transfer")})
+    facts({key: value for key, value in document.items() if key not in ("gate", "reason", "transfer", "data")})
     line(f"reason: {document['reason']}")
     tried = document.get("transfer", {"trials": (), "unfit": {}})
     for trial in tried["trials"]:

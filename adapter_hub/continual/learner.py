@@ -65,7 +65,8 @@ class Lesson:
     start: Start | None = None                      # warm
     transfer: Transfer | None = None                # of a new name, what starting from others' weights was found to give
     parent: AdapterRef | None = None                # whose weights or examples are in it
-    unseen: bool = False                            # the version in production was trained on none of the validation rows
+    unseen: bool = False                            # the version in production was not trained on all of the validation rows
+    known: frozenset[str] = frozenset()             # texts that it was trained on
     slices: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     lost_labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -175,7 +176,7 @@ def _start(current: Current) -> Start:
 def _compared(lesson: Lesson, rows: Sequence[Example], current: Current, seen: Collection[int]) -> Lesson:
     """With rows that tell which is better: given ones, or some held out of those that are new; and with the old ones that are none of either."""
     known = {row.text for row in current.exemplars} | {rows[position].text for position in seen}
-    unseen = lesson.validation is not None and not known & {row.text for row in lesson.validation}
+    unseen = lesson.validation is not None and not known >= {row.text for row in lesson.validation}
     if lesson.validation is None:
         new = [row for row in rows if row.text not in known]
         share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
@@ -189,7 +190,7 @@ def _compared(lesson: Lesson, rows: Sequence[Example], current: Current, seen: C
             lesson, unseen = replace(lesson, train=tuple(rest), validation=tuple(held)), True
     learned = {row.text for row in (*lesson.train, *(lesson.validation or ()))}
     old = [row for row in current.evaluation if row.text not in learned]
-    return replace(lesson, unseen=unseen, slices={EVALUATION: _spread(old)} if old else {})
+    return replace(lesson, unseen=unseen, known=frozenset(known), slices={EVALUATION: _spread(old)} if old else {})
 
 
 def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:
@@ -248,8 +249,12 @@ def evidence_of(
 ) -> Evidence:
     """What the gate judges by. `vectors` (texts to (n, d)) is the frozen encoder."""
     notes, faults, rows = list(lesson.notes), list(asked.faults), asked.validation
-    if current is not None and asked.current is not None and lesson.unseen:
+    fresh = [row for row in rows if row.text not in lesson.known]
+    if current is not None and asked.current is not None and lesson.unseen and fresh:
+        rows = fresh
         validation, first = _paired(rows, asked.candidate, asked.current, str(current.ref)), False
+        if len(fresh) < len(asked.validation):
+            notes.append(f"{len(asked.validation) - len(fresh)} validation rows are left out: {current.ref} was trained on them")
     else:
         measured = {row.text for row in rows}
         train = [row for row in lesson.train if row.text not in measured]
@@ -259,9 +264,9 @@ def evidence_of(
         validation, first = _paired(rows, asked.candidate, probed, "a linear probe of the encoder"), True
         if current is not None:
             notes.append(f"{current.ref} may know the validation rows: on them it is not compared with")
-    right = sum(validation.candidate_right)
-    if asked.trained_accuracy is not None and abs(right - asked.trained_accuracy * len(rows)) > 1.5:    # one may go either way by rounding
-        faults.append(f"in use it answers {right} of {len(rows)} validation rows rightly, {asked.trained_accuracy * len(rows):.0f} in training")
+    right, count = sum(asked.candidate[row.text] == row.label for row in asked.validation), len(asked.validation)
+    if asked.trained_accuracy is not None and abs(right - asked.trained_accuracy * count) > 1.5:    # one may go either way by rounding
+        faults.append(f"in use it answers {right} of {count} validation rows rightly, {asked.trained_accuracy * count:.0f} in training")
     slices = {}
     if current is not None and asked.current is not None:
         slices = {what: _paired(given, asked.candidate, asked.current, str(current.ref)) for what, given in asked.slices.items() if given}

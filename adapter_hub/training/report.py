@@ -8,6 +8,7 @@ Near-duplicates are texts whose sets of character 3-grams are alike: Jaccard sim
 
 from __future__ import annotations
 
+import dataclasses
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from adapter_hub.examples import Example
 SIMILAR = 0.85          # one word of ten differs
 BANDS, BAND_HASHES = 16, 4    # finds 99.99 % of the pairs at SIMILAR
 BUCKET_MAX = 64         # in a fuller bucket each row is compared with the first only
+IMBALANCED = 3.0        # times the rows of the rarest label: said
 SHOWN_MAX = 20          # examples of each fault that a report names
 _PRIME = (1 << 31) - 1
 
@@ -60,6 +62,29 @@ class DataReport:
     def imbalance(self) -> float:
         """Rows of the commonest label over rows of the rarest, at least 1."""
         return self.rows_per_label[-1][1] / self.rows_per_label[0][1]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What should be looked at before the result is trusted, in words."""
+        found = []
+        if self.contradictions_count:
+            first = self.contradictions[0]
+            found.append(f"{_texts(self.contradictions_count)} with two labels or more, as {first.text[:60]!r}: {', '.join(map(repr, first.labels))}")
+        if self.leaks_count:
+            leak = self.leaks[0]
+            place = f"row {leak.validation_row}, row {leak.training_row} of training"
+            found.append(f"{self.leaks_count} validation rows stand in training too, or nearly, as {place}: what they measure flatters")
+        if self.imbalance >= IMBALANCED:
+            (rare, few), (common, many) = self.rows_per_label[0], self.rows_per_label[-1]
+            found.append(f"{rare!r} has {few} rows and {common!r} {many}: class_weights=True lets all labels weigh alike")
+        return tuple(found)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"rows_per_label": dict(self.rows_per_label), "warnings": list(self.warnings)}
+
+
+def _texts(count: int) -> str:
+    return "1 text stands" if count == 1 else f"{count} texts stand"
 
 
 def report_of(rows: Sequence[Example], validation: Sequence[Example] = ()) -> DataReport:

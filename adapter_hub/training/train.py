@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -37,6 +39,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from adapter_hub.adapters.config import ProblemType, TaskType
@@ -308,15 +311,20 @@ def _set_up(
     headless = start is not None and not start.labels
     if probed and not headless:
         _probe(whole, features[0])
-    with _building():
-        model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
+    try:
+        with _building():
+            model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
+    except ValueError as error:    # PEFT's, of modules that are not there, or of a kind that it does not adapt
+        endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
+        fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
+        raise InvalidInput(fact, hint=f"Its linear layers are named {', '.join(endings)}; {ALL_LINEAR!r} takes all.") from error
     if start is not None:
         start_from(model, start, job.labels, output)
     if probed and headless:    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
     once = sorted((row for part in features for row in part), key=_tokens)
-    with computed_once(model, whole, _batches(once)) as hidden:
+    with computed_once(model, whole, _batches(once, whole.config.pad_token_id)) as hidden:
         for row, states in zip(once, hidden or (), strict=False):
             row[HIDDEN] = states
         yield model, features
@@ -324,7 +332,7 @@ def _set_up(
 
 def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:
     rows = sorted(features, key=_tokens)
-    start_from_probe(whole, _batches(rows), np.array([row["labels"] for row in rows]))
+    start_from_probe(whole, _batches(rows, whole.config.pad_token_id), np.array([row["labels"] for row in rows]))
 
 
 def _tokens(row: Features) -> int:
@@ -398,7 +406,8 @@ def _trainer(
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
         per_device_eval_batch_size=EVAL_BATCH_ROWS,
-        warmup_steps=math.floor(config.warmup_ratio * epochs * steps_per_epoch),
+        # A warm-up's first step has the rate 0: an epoch of one step would leave the adapter as it began.
+        warmup_steps=math.floor(config.warmup_ratio * epochs * steps_per_epoch) if steps_per_epoch > 1 else 0,
         lr_scheduler_type=config.schedule,
         weight_decay=config.weight_decay,
         seed=seed,
@@ -428,7 +437,7 @@ def _trainer(
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**settings | more),
-        data_collator=_collate,
+        data_collator=partial(_collate, pad=model.config.pad_token_id),
         train_dataset=train,
         eval_dataset=choosing,
         compute_metrics=job.metrics,
@@ -450,9 +459,10 @@ class _Patience(EarlyStoppingCallback):
             control.should_training_stop = True
 
 
-def _collate(rows: Sequence[Features]) -> dict[str, torch.Tensor]:
-    """Padded on the right, as the engine does; what pads is masked, and is in no loss."""
-    batch = {key: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True) for key in MODEL_INPUTS}
+def _collate(rows: Sequence[Features], pad: int) -> dict[str, torch.Tensor]:
+    """Padded on the right, as the engine does; what pads is masked, and is in no loss. A causal classifier finds a row's end by `pad`."""
+    padding = {"input_ids": pad}
+    batch = {key: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=padding.get(key, 0)) for key in MODEL_INPUTS}
     if HIDDEN in rows[0]:
         batch[HIDDEN] = pad_sequence([row[HIDDEN] for row in rows], batch_first=True)
     if "labels" in rows[0]:
@@ -461,10 +471,10 @@ def _collate(rows: Sequence[Features]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def _batches(rows: Sequence[Features]) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(rows: Sequence[Features], pad: int) -> Iterator[dict[str, torch.Tensor]]:
     """The rows in their order, padded batch by batch, without their targets."""
     for start in range(0, len(rows), EVAL_BATCH_ROWS):
-        yield _collate([{key: row[key] for key in MODEL_INPUTS} for row in rows[start : start + EVAL_BATCH_ROWS]])
+        yield _collate([{key: row[key] for key in MODEL_INPUTS} for row in rows[start : start + EVAL_BATCH_ROWS]], pad)
 
 
 def _chosen(trainer: Trainer) -> dict[str, float]:

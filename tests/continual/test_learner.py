@@ -63,6 +63,18 @@ def test_the_two_versions_are_compared_on_rows_that_are_new_to_both() -> None:
     assert not seen.unseen    # by their vectors: the texts are not kept
 
 
+def test_one_validation_row_that_is_known_leaves_the_others_to_compare_on() -> None:
+    """Previously it left none: a worse version was promoted."""
+    new = rows("mango", "apple", frame="fresh {} {}")
+    asked_of = (*new[:6], OLD[0])
+    lesson = plan_lesson("words", new[6:], asked_of, CONFIG, CURRENT, "cold")
+    assert lesson.unseen
+    right, wrong = ({row.text: answer(row) for row in asked_of} for answer in (lambda row: row.label, lambda row: "none"))
+    evidence = evidence_of(lesson, Asked(asked_of, {}, wrong, right), CURRENT, lambda texts: np.eye(len(texts), dtype=np.float32))
+    assert evidence.validation.counts == (6, 0, 6) and not evidence.probed
+    assert any("1 validation rows are left out" in note for note in evidence.notes)
+
+
 def test_what_is_said_now_holds_against_what_was_said_before() -> None:
     lesson = plan_lesson("words", [Example(OLD[5].text, "zebra"), *rows("apple", frame="fresh {} {}")], None, CONFIG, CURRENT, "auto")
     assert [row.label for row in lesson.train if row.text == OLD[5].text] == ["zebra"]

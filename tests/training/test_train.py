@@ -24,6 +24,7 @@ from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
+from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import load_peft, tiny_model
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import split, task_seed
@@ -212,6 +213,33 @@ def test_a_causal_base_learns_to_classify_by_its_last_token(tmp_path: Path, shap
     result = train_classifier(base, ROWS, config=replace(CONFIG, epochs=16), folder=tmp_path / "adapter")
     assert result.metrics["accuracy"] > 0.6    # a third by chance
     check_fits(read_adapter(result.folder, labels=result.labels), base)
+
+
+@pytest.mark.skipif("ADAPTER_HUB_TEST_LM" not in os.environ, reason="ADAPTER_HUB_TEST_LM names no folder with a small language model")
+def test_a_causal_classifier_reads_the_last_token_also_where_padding_is_not_token_0(tmp_path: Path) -> None:
+    """Previously short rows were classified at a position that pads them, in training alone."""
+    base = FrozenBase.load(os.environ["ADAPTER_HUB_TEST_LM"])
+    rows = [Example(row.text if i % 2 else f"{row.text}, and what else was told of it that day", row.label) for i, row in enumerate(ROWS)]
+    result = train_classifier(base, rows, config=SHORT, folder=tmp_path)
+    ref = AdapterRef("things", 1)
+    engine = Engine(base, lambda _: read_adapter(tmp_path, labels=result.labels))
+    answers = engine.predict([Request(row.text, ref) for row in result.validation])
+    right = [one.label == row.label for one, row in zip(answers, result.validation, strict=True)]
+    assert base.tokenizer.pad_token_id != 0 and np.mean(right) == pytest.approx(result.metrics["accuracy"])
+    losses = [-np.log(one.scores[row.label or ""]) for one, row in zip(answers, result.validation, strict=True)]
+    assert np.mean(losses) == pytest.approx(result.metrics["log_loss"], abs=1e-4)
+
+
+def test_an_epoch_of_one_step_trains(base: FrozenBase, tmp_path: Path) -> None:
+    """Previously the first step of the warm-up, with the rate 0, was all of the first epoch, and an adapter of zeros might be the best."""
+    train_classifier(base, ROWS[:16], config=replace(CONFIG, epochs=1, batch_size=64, warmup_ratio=0.9), folder=tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def test_modules_that_are_not_there_are_named_beside_those_that_are(base: FrozenBase, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"target_modules=\('nosuch',\) cannot be adapted.*dense, key, query, value"):
+        train_classifier(base, ROWS, config=replace(SHORT, target_modules=("nosuch",)), folder=tmp_path)
 
 
 def test_a_sequence_to_sequence_base_is_refused(tmp_path: Path) -> None:
