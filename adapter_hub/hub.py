@@ -843,7 +843,7 @@ class Hub:
         found = inputs_of(texts)
         if _checked_ask(ask) > 1:
             if adapters is not None or mix != 1:
-                raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave `adapters` and `mix` out.")
+                raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
             router = self._live.snapshot()
             decisions = self._route(router, [question_of(text) for text in found], ask, max_false_reject)
             predictions = []

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedModel, T5Config
 
-from adapter_hub.training.probe import output_layer, start_from_probe
+from adapter_hub.training.probe import DEVIATION_FLOOR, output_layer, probe, start_from_probe
 
 SMALL = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
 CONFIGS = {
@@ -83,3 +83,15 @@ def test_a_head_without_one_output_layer_is_left_as_it_was() -> None:
     assert output_layer(model) is None
     assert not start_from_probe(model, batches(), np.arange(20) % 3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_many_classes_are_met_by_the_nearest_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.training.probe.CELLS_MAX", 1)
+    generator = np.random.default_rng(0)
+    targets = np.arange(60) % 5
+    features = generator.standard_normal((60, 8)) * generator.uniform(0.5, 3, 8) + 4 * generator.standard_normal((5, 8))[targets]
+    weight, bias = probe(features, targets)
+    scaled = (features - features.mean(axis=0)) / (features.std(axis=0) + DEVIATION_FLOOR)
+    means = np.array([scaled[targets == number].mean(axis=0) for number in range(5)])
+    nearest = ((scaled[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+    assert ((features @ weight.T + bias).argmax(axis=1) == nearest).all()
