@@ -24,7 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import continual_plots as plots
 import numpy as np
 from continual_data import ORDERS, SEQUENCES, Task, TaskSequence, load
 from continual_hub import ASKED, HubRun, golden_same
@@ -270,6 +269,8 @@ def _plain(values: Sequence[float] | None) -> str:
 
 def draw(name: str, path: Path, runs: Mapping[str, Sequence[tuple[Run, Record]]]) -> None:
     """The curves of all methods, and the matrices of those that learn task after task."""
+    import continual_plots as plots    # matplotlib, which only pictures need
+
     found = {
         TITLES[method]: [AccuracyMatrix([task.name for task in run.tasks], _nan(record["routed"])) for run, record in own]
         for method, own in runs.items()
