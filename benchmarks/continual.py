@@ -269,7 +269,7 @@ def _plain(values: Sequence[float] | None) -> str:
 
 def draw(name: str, path: Path, runs: Mapping[str, Sequence[tuple[Run, Record]]]) -> None:
     """The curves of all methods, and the matrices of those that learn task after task."""
-    import continual_plots as plots    # matplotlib, which only pictures need
+    import continual_plots as plots  # matplotlib, which only pictures need
 
     found = {
         TITLES[method]: [AccuracyMatrix([task.name for task in run.tasks], _nan(record["routed"])) for run, record in own]
