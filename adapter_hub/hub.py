@@ -589,6 +589,7 @@ class Hub:
         config: TrainConfig | str | None = None,
         promote: str = "auto",
         start: str = "auto",
+        checkpoint_folder: str | Path | None = None,
         **facts: Any,
     ) -> LearnReport:
         """Train a classifier adapter on rows with text and label, let the gate judge it, register it, and promote it by the rule named.
@@ -601,6 +602,8 @@ class Hub:
         examples whose texts are kept (see `plan_lesson`); description, tags and license stay. `start="warm"` insists on its weights,
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
+        With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
+        the weights that it would have had.
         `config` may be a preset's name. `facts` go to `register` (tags, license, …). `LearnReport.data` tells of rows that contradict each
         other, stand in training and validation, or leave a label rare; it is warned of.
         The base stays frozen: training happens on a copy. Raises InvalidInput, and what
@@ -636,8 +639,9 @@ class Hub:
                 newer = build_state(self.encoder, rows, "", evaluation, (), refused)
                 lesson = transferred(name, lesson, self._nearest(name, newer), self.base, self._load, Path(folder) / "starts")
             result = train_classifier(
-                self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start
-            )
+                self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start,
+                checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),
+            )  # fmt: skip
             for said in result.report.warnings:
                 log.warning("%s: %s.", name, said)
             lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 from adapter_hub.cli import app
 from adapter_hub.cli.arguments import label_names, shown_url
 from adapter_hub.cli.console import plain, rows, shown
+from adapter_hub.cli.verbs import _train_config
 from adapter_hub.errors import InvalidInput
+from adapter_hub.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -409,3 +411,12 @@ def test_a_cell_is_one_short_line_that_a_terminal_does_not_obey() -> None:
     assert shown("x" * 500) == "x" * 59 + "…"
     assert shown(list("abcdefgh")) == "a, b, c, d, e, f, … (8)"
     assert [shown(value) for value in (None, True, 0.123456, 12345.6, {"a": 1})] == ["-", "yes", "0.1235", "12,346", "a=1"]
+
+
+def test_a_training_config_is_a_presets_name_json_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('preset = "fast"\nr = 16\n')
+    assert _train_config("fast") == TrainConfig.preset("fast")
+    assert _train_config('{"preset": "fast", "r": 16}') == _train_config(str(tmp_path / "c.toml")) == TrainConfig.preset("fast", r=16)
+    assert _train_config("") is None
+    with pytest.raises(InvalidInput, match="JSON"):
+        _train_config("fastest")

@@ -302,8 +302,37 @@ def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub:
     assert report.data.contradictions_count == 1 and report.data.leaks_count == 2
     assert "1 text stands with two labels or more" in caplog.text and "2 validation rows stand in training too" in caplog.text
     assert report.to_json()["data"]["warnings"] == list(report.data.warnings)
-    with pytest.raises(InvalidInput, match="learn takes no 'checkpoint_folder'"):
-        hub.learn("colours", rows, checkpoint_folder="x")
+    with pytest.raises(InvalidInput, match="learn takes no 'epochs'"):
+        hub.learn("colours", rows, epochs=3)
+
+
+def test_learning_that_was_killed_goes_on_from_its_checkpoints_to_the_same_weights(hub: Hub, tmp_path: Path) -> None:
+    config = TrainConfig(r=2, epochs=4, steps_min=0, probe=False)
+    whole = hub.learn("colours", COLOURS, config=config)
+    other = Hub.create(tmp_path / "other", base_model=hub.base.path, encoder="hash")
+    code = f"""
+import os, sys
+from transformers import TrainerCallback
+import adapter_hub.training.train as train
+from adapter_hub.hub import Hub
+from adapter_hub.training.config import TrainConfig
+class Kill(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, **more):
+        if state.epoch >= 2:
+            os.kill(os.getpid(), 9)
+made = train._trainer
+def killed(*args, **more):
+    trainer = made(*args, **more)
+    trainer.add_callback(Kill())
+    return trainer
+train._trainer = killed
+Hub.open({str(tmp_path / "other")!r}).learn("colours", {COLOURS!r}, config={config!r}, checkpoint_folder={str(tmp_path / "kept")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=Path(__file__).parents[1]).returncode == -9
+    assert other.names() == [] and list((tmp_path / "kept").glob("checkpoint-*"))
+    resumed = other.learn("colours", COLOURS, config=config, checkpoint_folder=tmp_path / "kept")
+    weights = [one.registry.open_version(report.ref) / "adapter_model.safetensors" for one, report in ((hub, whole), (other, resumed))]
+    assert weights[0].read_bytes() == weights[1].read_bytes() and not list((tmp_path / "kept").iterdir())
 
 
 def test_an_export_is_a_plain_peft_folder(filled: Hub, tmp_path: Path) -> None:

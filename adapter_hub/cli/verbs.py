@@ -212,12 +212,13 @@ def learn(
     name: Name,
     train: Annotated[str, typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet.")],
     validation: Annotated[str, typer.Option(help="Rows to judge it on; by default some are held out of TRAIN.")] = "",
-    config: Annotated[str, typer.Option(help='Training settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
+    config: Annotated[str, typer.Option(help='fast, balanced or thorough; or settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
     promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: unless the gate sees harm in it.")] = "auto",
     start: Annotated[
         Literal["auto", "warm", "cold", "transfer"],
         typer.Option(help="NAME in production: warm, its weights; cold, without what it knew. A new one: transfer, from the nearest if it helps."),
     ] = "auto",
+    checkpoints: Annotated[str, typer.Option(metavar="DIR", help="Keep each epoch there: the same command goes on after it was killed.")] = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Train an adapter on labelled rows and register it.
@@ -226,18 +227,22 @@ def learn(
     there and says why it promotes, holds or rejects it. Exit code 1 where it is not promoted.
     """
     settings = _train_config(config)
-    report = _open(ctx, registry).learn(name, train=train, validation=validation or None, config=settings, promote=promote, start=start)
+    report = _open(ctx, registry).learn(
+        name, train=train, validation=validation or None, config=settings, promote=promote, start=start, checkpoint_folder=checkpoints or None,
+    )  # fmt: skip
     emit(report, as_json, learned)
     if not report.promoted and promote != "never":
         raise typer.Exit(SOME_FAILED)
 
 
 def _train_config(text: str) -> TrainConfig | None:
-    """Settings as JSON on the command line, or a .json or .toml file of them. Raises InvalidInput."""
+    """A preset's name, settings as JSON on the command line, or a .json or .toml file of them. Raises InvalidInput."""
     if not text:
         return None
-    from adapter_hub.training.config import TrainConfig
+    from adapter_hub.training.config import PRESETS, TrainConfig
 
+    if text in PRESETS:
+        return TrainConfig.preset(text)
     written = read_utf8(text) if text.endswith((".json", ".toml")) else text
     if not text.endswith(".toml"):
         return TrainConfig.from_dict(json_object("--config", written) or {})
