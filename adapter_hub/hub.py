@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
 from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
-from adapter_hub.batch.job import BEGIN_AGAIN, Progress, Summary, interrupted, run_job
+from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
@@ -1078,9 +1078,8 @@ class Hub:
                 answered.append(one if isinstance(one, HubError) else one.row())
             return answered
 
-        return run_job(
-            input, output, answer, resume=resume, overwrite=overwrite, settings=settings, facts=facts, progress=progress
-        )
+        how: dict[str, Any] = {"settings": settings, "facts": facts, "resume": resume, "overwrite": overwrite, "progress": progress}
+        return run_job(input, output, answer, chunk_rows=CHUNK_ROWS if self.base.kind == "encoder" else WRITING_CHUNK_ROWS, **how)
 
     def _router_of(self, versions: Iterable[str | AdapterRef], calibration: int | None) -> Router:
         """The router over these versions under a stored calibration: what it was when they were in production."""

@@ -523,9 +523,12 @@ def test_the_batch_job_answers_as_predict_does(filled: Hub, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fault", ["damaged", "removed", "purged"])
-def test_an_adapter_that_goes_while_a_job_runs_fails_its_own_rows_only(filled: Hub, tmp_path: Path, fault: str) -> None:
+def test_an_adapter_that_goes_while_a_job_runs_fails_its_own_rows_only(
+    filled: Hub, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Previously a purge stopped the job, which could not be resumed then, and one damaged file cost a chunk its batches."""
-    rows = [row for _ in range(20) for row in (*COLOURS, *ANIMALS)]    # a chunk is 256
+    monkeypatch.setattr("adapter_hub.hub.CHUNK_ROWS", 256)
+    rows = [row for _ in range(20) for row in (*COLOURS, *ANIMALS)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     filled._engine = engine = Engine(filled.base, filled._load, slots_max=1)    # so that each is loaded again
     filled.run(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", max_false_reject=0)

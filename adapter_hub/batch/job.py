@@ -25,7 +25,8 @@ from adapter_hub.registry.artifacts import sync_folder
 
 JSON = Any
 Answer = Callable[[Sequence[str | Conversation]], Sequence[Mapping[str, JSON] | HubError]]    # a row's fault may stand in its place
-CHUNK_ROWS = 256
+CHUNK_ROWS = 1024    # the more rows are sorted by length together, the less they are padded
+WRITING_CHUNK_ROWS = 256    # of a model that writes: what a kill loses is minutes there
 BEGIN_AGAIN = "Begin again with overwrite=True (`--overwrite`)."
 
 # What an answer may hold. An input's field of such a name is renamed in every row, whichever adapter answers it: a column means one thing.

@@ -5,13 +5,14 @@ Either may be shared by threads that have few texts each: `GatheringEncoder`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import lru_cache
 from itertools import pairwise
@@ -27,6 +28,7 @@ from adapter_hub.errors import InvalidInput, ModelNotFound
 # n texts, d width
 Vectors = NDArray[np.float32]
 
+TOKENS_MAX = 2**16    # that are counted of a text, where its model has no limit
 HASH_DIM = 256
 HASH_DIM_MAX = 2048    # the metric takes d × d numbers and d³ steps
 WORD = re.compile(r"\w+", re.UNICODE)
@@ -110,7 +112,8 @@ class SentenceEncoder:
         texts = _checked(texts)
         model = _sentence_model(self.path, self._device)
         # Sorted by length, so that a batch is padded little; ties keep their order, so the batches are the same every time.
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        lengths = _token_counts(self.path, self._device)(texts)
+        order = sorted(range(len(texts)), key=lambda i: -lengths[i])
         vectors = np.zeros((len(texts), self.dim), np.float64)
         for start in range(0, len(texts), self._batch_size):
             batch = order[start : start + self._batch_size]
@@ -170,6 +173,19 @@ def _sentence_model(path: Path, device: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelNotFound(f"{path} does not load as a sentence encoder: {error}.", hint="Name a sentence-transformers model.") from error
     return model.eval()
+
+
+@lru_cache(maxsize=2)
+def _token_counts(path: Path, device: str) -> Callable[[Sequence[str]], list[int]]:
+    """How long each text is, in tokens, or in characters where the model has no fast tokenizer."""
+    model = _sentence_model(path, device)
+    backend = getattr(getattr(model[0], "tokenizer", None), "backend_tokenizer", None)
+    if backend is None:
+        return lambda texts: list(map(len, texts))
+    counter = copy.deepcopy(backend)    # the model's own keeps a limit and padding in itself, which another thread may be using
+    counter.no_padding()
+    counter.enable_truncation(model.max_seq_length or TOKENS_MAX)
+    return lambda texts: list(map(len, counter.encode_batch_fast(list(texts))))
 
 
 @lru_cache(maxsize=8)

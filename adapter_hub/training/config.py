@@ -105,8 +105,8 @@ class TrainConfig:
 
 # What each costs and gives is in benchmarks/LOG.md.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"layers_share": 0.5, "epochs": 3, "steps_min": 60, "patience": 1},
-    "balanced": {"layers_share": 0.5, "epochs": 6, "patience": 2},
+    "fast": {"layers_share": 0.5, "epochs": 3, "steps_min": 60},
+    "balanced": {"layers_share": 0.5, "epochs": 6},
     "thorough": {"r": 16, "alpha": 32, "epochs": 15, "patience": 4},
 }
 
