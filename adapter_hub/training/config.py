@@ -27,6 +27,7 @@ class TrainConfig:
     layers_share: float = 1.0              # share of the layers, from the top, that "all-linear" adapts; those below are computed once
     use_rslora: bool = False
     use_dora: bool = False
+    pissa: bool = False                    # begin with the greatest singular vectors (PiSSA); written as a plain LoRA of rank 2 r
     epochs: int = 10                       # passes over the training rows, at most epochs_max
     patience: int = 0                      # stop after so many epochs without a better one; 0 runs all
     steps_min: int = 100                   # small sets get more epochs, until the optimiser took this many steps
@@ -66,6 +67,9 @@ class TrainConfig:
         if self.noise and self.layers_share < 1:
             fact = f"noise={self.noise} is put on the embeddings, and with layers_share={self.layers_share} they are computed once"
             raise InvalidInput(f"{fact}.", hint="Use layers_share=1, or token_dropout.")
+        if self.pissa and (self.use_dora or self.use_rslora):
+            other = "use_dora" if self.use_dora else "use_rslora"
+            raise InvalidInput(f"pissa and {other} do not go together: what is written would not be a plain LoRA.", hint="Choose one of them.")
         if not isinstance(self.report_to, tuple) or not set(self.report_to) <= set(TRACKERS):
             raise InvalidInput(f"report_to={self.report_to!r} is not a list of some of {', '.join(TRACKERS)}.", hint='As in ["tensorboard"].')
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
@@ -139,5 +143,5 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "validation_share": (lambda value: 0 < value < 1, "a share above 0 and below 1"),
     "seed": (_at_least(0), "a whole number of at least 0"),
 }
-_SWITCHES = ("base_dropout", "class_weights", "use_rslora", "use_dora", "probe", "progress")
+_SWITCHES = ("base_dropout", "class_weights", "use_rslora", "use_dora", "pissa", "probe", "progress")
 _WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed", "patience", "accumulation"})

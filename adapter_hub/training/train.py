@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 import time
@@ -25,7 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -59,6 +61,7 @@ from adapter_hub.training.warm import Start, start_from
 
 EVAL_BATCH_ROWS = 64
 HEADS = r"(.*\.)?(classifier|score)"    # of token classification, which PEFT would take for linear layers of the transformer
+_FACTOR = re.compile(r"\.lora_[AB]\.")
 _IDENTITY = "training.json"             # in a folder of checkpoints: which training they are of
 _STATE = "trainer_state.json"           # the last file of a checkpoint that the Trainer writes
 
@@ -124,6 +127,8 @@ def train_adapter(
     job, seed, parts = _prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
     if start is not None and type(job) is not Task:
         raise InvalidInput("an adapter to start from is for one label among several.", hint="Start it anew: leave `start` out.")
+    if start is not None and config.pissa:
+        raise InvalidInput("pissa begins with the base's singular vectors, and an adapter to start from with its own.", hint="Choose one of them.")
     report = report_of(rows, validation or ())
     with (
         _own_randomness(seed),
@@ -131,11 +136,12 @@ def train_adapter(
         _checkpoints(checkpoint_folder, base, job, config, seed, rows, validation, start) as kept,
         _set_up(base, job, config, parts, start) as (model, (features, choosing, measuring)),
     ):
+        taken_out = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items() if _FACTOR.search(key)} if config.pissa else {}
         trainer = _trainer(model, job, features, choosing, config, seed, kept, run_name=task or "adapter")
         with tracked(trainer, config.report_to, task, _begun(kept)):
             trainer.train(resume_from_checkpoint=_last_checkpoint(kept))
             metrics = _chosen(trainer) | _measured(trainer, job, measuring)
-        _write(model, base.id, Path(folder))
+        _write(model, base.id, Path(folder), taken_out)
     seconds = time.perf_counter() - started
     return TrainResult(
         Path(folder), job.labels, metrics, tuple(parts.validation), seconds, report, job.task_type, job.problem_type, prompt_template
@@ -391,6 +397,7 @@ def _lora_config(model: PreTrainedModel, job: Task, config: TrainConfig) -> Lora
         exclude_modules="|".join(excluded) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        init_lora_weights="pissa" if config.pissa else True,
     )
 
 
@@ -555,8 +562,11 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(max(whole, key=lambda one: int(one.name.rpartition("-")[2]))) if whole else None
 
 
-def _write(model: PeftModel, base_id: str, folder: Path) -> None:
-    """PEFT's two files, the same bytes each time: sets are sorted, and the base is named by its id, not by a local path."""
+def _write(model: PeftModel, base_id: str, folder: Path, taken_out: Mapping[str, torch.Tensor]) -> None:
+    """PEFT's two files, the same bytes each time: sets are sorted, and the base is named by its id, not by a local path.
+
+    What PiSSA has `taken_out` of the base's weights, B₀ A₀ (Meng et al. 2024), is subtracted: B A − B₀ A₀ = [B −B₀] [A; A₀], for the base as it is.
+    """
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)    # a form to fill in, not facts
     path = folder / "adapter_config.json"
@@ -565,6 +575,13 @@ def _write(model: PeftModel, base_id: str, folder: Path) -> None:
     for key in ("target_modules", "modules_to_save"):
         if isinstance(config[key], list):
             config[key] = sorted(set(config[key]))
+    if taken_out:
+        config |= {"r": 2 * config["r"], "lora_alpha": 2 * config["lora_alpha"], "init_lora_weights": True}
+        weights = load_file(folder / "adapter_model.safetensors")
+        for key, factor in taken_out.items():
+            narrow = ".lora_A." in key
+            weights[key] = torch.cat([weights[key], (factor if narrow else -factor).cpu()], dim=0 if narrow else 1)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,17 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from transformers.trainer_pt_utils import LabelSmoother
 
+from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
+from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import tiny_model
 from adapter_hub.training.config import PRESETS, TrainConfig
 from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.train import _swept, find_learning_rate, train_classifier
+from adapter_hub.training.warm import Start
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers")}
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}")
@@ -90,6 +95,24 @@ def test_each_option_changes_what_is_trained(base: FrozenBase, tmp_path: Path, o
 
 def vars_of(config: TrainConfig) -> dict[str, object]:
     return {name: getattr(config, name) for name in ("r", "epochs", "steps_min", "batch_size", "learning_rate")}
+
+
+def test_pissa_begins_with_singular_vectors_and_is_written_for_the_base_as_it_is(base: FrozenBase, tmp_path: Path) -> None:
+    plain = train_classifier(base, ROWS, config=CONFIG, folder=tmp_path / "plain")
+    result = train_classifier(base, ROWS, config=replace(CONFIG, pissa=True), folder=tmp_path / "pissa")
+    adapter, ref = read_adapter(result.folder, labels=result.labels), AdapterRef("pissa", 1)
+    outputs = Engine(base, lambda _: adapter).predict([Request(row.text, ref) for row in result.validation])
+    losses = [-math.log(output.scores[row.label or ""]) for output, row in zip(outputs, result.validation, strict=True)]
+    assert np.mean(losses) == pytest.approx(result.metrics["log_loss"], abs=1e-5) != plain.metrics["log_loss"]
+    written = json.loads((result.folder / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["init_lora_weights"]) == (8, 32, True)
+    again = train_classifier(base, ROWS, config=replace(CONFIG, pissa=True), folder=tmp_path / "again")
+    assert (again.folder / "adapter_model.safetensors").read_bytes() == (result.folder / "adapter_model.safetensors").read_bytes()
+    for other in ("use_dora", "use_rslora"):
+        with pytest.raises(InvalidInput, match=f"pissa and {other} do not go together"):
+            replace(CONFIG, pissa=True, **{other: True})
+    with pytest.raises(InvalidInput, match="pissa begins with the base's singular vectors"):
+        train_classifier(base, ROWS, config=replace(CONFIG, pissa=True), folder=tmp_path / "x", start=Start(plain.folder, plain.labels))
 
 
 def test_training_stops_when_epochs_get_no_better(base: FrozenBase, tmp_path: Path) -> None:
