@@ -320,12 +320,12 @@ class Kill(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **more):
         if state.epoch >= 2:
             os.kill(os.getpid(), 9)
-made = train._trainer
+made = train.trainer_of
 def killed(*args, **more):
     trainer = made(*args, **more)
     trainer.add_callback(Kill())
     return trainer
-train._trainer = killed
+train.trainer_of = killed
 Hub.open({str(tmp_path / "other")!r}).learn("colours", {COLOURS!r}, config={config!r}, checkpoint_folder={str(tmp_path / "kept")!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=Path(__file__).parents[1]).returncode == -9

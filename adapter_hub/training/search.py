@@ -26,7 +26,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import task_seed
-from adapter_hub.training.train import rehearse
+from adapter_hub.training.trials import rehearse
 
 STARTUP = 5            # trials drawn at random, before the sampler and the pruner have seen enough
 FIXED = frozenset({"seed", "validation_share", "report_to", "progress"})    # another seed or split would compare rows, not settings

@@ -34,7 +34,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.data import check_task, split, task_seed
 from adapter_hub.training.frozen import below
-from adapter_hub.training.train import losses_after
+from adapter_hub.training.trials import losses_after
 from adapter_hub.training.warm import Start
 
 NEIGHBOURS_MAX = 2

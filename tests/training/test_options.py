@@ -24,7 +24,8 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import tiny_model
 from adapter_hub.training.config import PRESETS, TrainConfig
 from adapter_hub.training.loss import class_weights, classifier_loss, varied
-from adapter_hub.training.train import _swept, find_learning_rate, train_classifier
+from adapter_hub.training.train import train_classifier
+from adapter_hub.training.trials import _swept, find_learning_rate
 from adapter_hub.training.warm import Start
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers")}

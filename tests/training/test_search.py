@@ -15,7 +15,8 @@ from adapter_hub.examples import Example
 from adapter_hub.testing import tiny_model
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.search import SPACE, SearchResult, Space, Span, search
-from adapter_hub.training.train import rehearse, train_classifier
+from adapter_hub.training.train import train_classifier
+from adapter_hub.training.trials import rehearse
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers")}
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}")

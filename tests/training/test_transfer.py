@@ -18,8 +18,9 @@ from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
 from adapter_hub.training.config import TrainConfig
-from adapter_hub.training.train import losses_after, train_classifier
+from adapter_hub.training.train import train_classifier
 from adapter_hub.training.transfer import Neighbour, combined, fault_of, judged, placed, start_of, transfer
+from adapter_hub.training.trials import losses_after
 from adapter_hub.training.warm import Start
 
 CONFIG = TrainConfig(r=4, alpha=8, epochs=1, steps_min=0, learning_rate=5e-3)

@@ -1,0 +1,148 @@
+"""What comes before the first step: rows become a task and its parts, the base a copy with an adapter in it, texts features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from adapter_hub.adapters.config import TaskType
+from adapter_hub.base_model import BaseKind, FrozenBase
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
+from adapter_hub.training.config import ALL_LINEAR, TrainConfig
+from adapter_hub.training.data import Parts, split, task_seed
+from adapter_hub.training.frozen import HIDDEN, below, computed_once
+from adapter_hub.training.loop import batches
+from adapter_hub.training.loss import varied
+from adapter_hub.training.probe import output_name, start_from_probe
+from adapter_hub.training.scope import building
+from adapter_hub.training.tasks import IGNORED, Features, Task, task_of
+from adapter_hub.training.warm import Start, start_from
+
+HEADS = r"(.*\.)?(classifier|score)"    # of token classification, which PEFT would take for linear layers of the transformer
+
+
+def prepared(
+    base: FrozenBase,
+    rows: Sequence[Example],
+    validation: Sequence[Example] | None,
+    config: TrainConfig,
+    task: str,
+    task_type: str,
+    problem_type: str | None,
+    prompt_template: str | None,
+) -> tuple[Task, int, Parts]:
+    """What is to be learned, its seed, and which rows do what. Raises InvalidInput."""
+    kind = task_of(task_type, problem_type)
+    check_base(base, kind)
+    if prompt_template is not None and prompt_template.count("{text}") != 1:
+        raise InvalidInput(f"the prompt template {prompt_template[:60]!r} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
+    job = kind.of(rows, validation, prompt_template)
+    if config.r_drop and kind is not Task:
+        raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
+    seed = task_seed(config.seed, task, job.labels)
+    return job, seed, split(rows, validation, config.validation_share, seed, job.stratum)
+
+
+def check_base(base: FrozenBase, kind: type[Task]) -> None:
+    writes = {BaseKind.CAUSAL: TaskType.CAUSAL_LM, BaseKind.SEQ2SEQ: TaskType.SEQ_2_SEQ_LM}
+    headed = kind.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+    if base.kind is BaseKind.SEQ2SEQ and headed:
+        raise InvalidInput(f"{base.id} is a sequence-to-sequence model; it takes no classifier.", hint="Use an encoder or a causal model.")
+    if not headed and writes.get(base.kind) is not kind.task_type:
+        raise InvalidInput(f"{base.id} is {base.kind}; it takes no {kind.task_type} adapter.", hint="Use another base, or task type.")
+
+
+@contextmanager
+def set_up(
+    base: FrozenBase, job: Task, config: TrainConfig, parts: Parts, start: Start | None = None
+) -> Iterator[tuple[PeftModel, list[list[Features]]]]:
+    """The model to train, its adapter fresh or `start`'s, and the features of each part; what frozen layers make of them is computed."""
+    whole = _model_copy(base, job, config)
+    features = [job.features(base, part) if part else [] for part in parts]
+    _check_targets(features[0])
+    output = output_name(whole)
+    probed = config.probe and type(job) is Task and (start is None or start.labels != job.labels)
+    headless = start is not None and not start.labels
+    if probed and not headless:
+        _probe(whole, features[0])
+    try:
+        with building():
+            model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
+    except ValueError as error:    # PEFT's, of modules that are not there, or of a kind that it does not adapt
+        endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
+        fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
+        raise InvalidInput(fact, hint=f"Its linear layers are named {', '.join(endings)}; {ALL_LINEAR!r} takes all.") from error
+    if start is not None:
+        start_from(model, start, job.labels, output)
+    if probed and headless:    # on what it will be fed: those weights are in the model now
+        _probe(whole, features[0])
+    model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
+    once = sorted((row for part in features for row in part), key=_tokens)
+    with computed_once(model, whole, batches(once, whole.config.pad_token_id)) as hidden:
+        for row, states in zip(once, hidden or (), strict=False):
+            row[HIDDEN] = states
+        yield model, features
+
+
+def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:
+    rows = sorted(features, key=_tokens)
+    start_from_probe(whole, batches(rows, whole.config.pad_token_id), np.array([row["labels"] for row in rows]))
+
+
+def _tokens(row: Features) -> int:
+    """Rows of like length stand together: little is padded."""
+    return len(row["input_ids"])
+
+
+def _check_targets(rows: Sequence[Features]) -> None:
+    """Raises InvalidInput where no token of any row has a target: there is nothing to learn."""
+    if all(isinstance(row["labels"], list) and set(row["labels"]) == {IGNORED} for row in rows):
+        raise InvalidInput("no token of the training rows has a target.", hint="Shorten the prompts, or the prompt template.")
+
+
+def _model_copy(base: FrozenBase, job: Task, config: TrainConfig) -> PreTrainedModel:
+    """The base's weights once more, with a fresh head where the task has one."""
+    own = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+    if job.problem_type is not None or job.labels:
+        names = dict(enumerate(job.labels)) or {0: "value"}
+        own.num_labels, own.id2label, own.label2id = len(names), names, {label: number for number, label in names.items()}
+        own.problem_type = None if job.problem_type is None else str(job.problem_type)
+    if not config.base_dropout:
+        for name, value in vars(own).items():
+            if "drop" in name and isinstance(value, float):    # hidden_dropout_prob, attn_pdrop, dropout_rate, …
+                setattr(own, name, 0.0)
+    with building():
+        model: PreTrainedModel = job.auto.from_pretrained(
+            base.path, config=own, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        ).to(base.device)
+    # Causal models find the last token that is not padding by this number.
+    model.config.pad_token_id = base.tokenizer.pad_token_id
+    model.config.use_cache = False
+    return model
+
+
+def _lora_config(model: PreTrainedModel, job: Task, config: TrainConfig) -> LoraConfig:
+    targets = config.target_modules
+    excluded: list[str] = []
+    if targets == ALL_LINEAR:
+        lower = below(model, config)
+        excluded = [*([lower] if lower else []), *([HEADS] if job.task_type is TaskType.TOKEN_CLS else [])]
+    return LoraConfig(
+        task_type=str(job.task_type),
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules="|".join(excluded) or None,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init_lora_weights="pissa" if config.pissa else True,
+    )
