@@ -840,18 +840,18 @@ class Hub:
         that cannot be mixed with the best one (a head with other labels, a DoRA, …) are left out, and the others' shares grow in
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         With `ask=k` an accepted input is answered by each of its k best candidates that come near the best (see `routing.contest`), and
-        the answer is taken that router and adapter together find the likeliest: of classifiers of one label; others are not asked.
-        Then `Prediction.adapter` is who gave it, and `asked` says what each answer weighed.
+        the label is given that router and adapter together find the likeliest: of classifiers of one label; others are not judged. It
+        need not be the adapter's own first choice; `scores` are the adapter's own. Then `Prediction.adapter` is who knows it, and `asked`
+        says what the best label of each weighed.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
         found = inputs_of(texts)
         if _checked_ask(ask) > 1:
             if adapters is not None or mix != 1:
                 raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
-            router = self._live.snapshot()
-            decisions = self._route(router, [question_of(text) for text in found], ask, max_false_reject)
+            router, rate = self._live.snapshot(), self._rate(max_false_reject)
             predictions = []
-            for one in self._contested(router, self._encoder_of(router), found, decisions, generation, truncate, ask):
+            for one in self._contested(router, self._encoder_of(router), found, generation, rate, truncate, ask):
                 if isinstance(one, Exception):
                     raise one
                 predictions.append(one)
@@ -933,42 +933,43 @@ class Hub:
         router: Router,
         encoder: Encoder,
         texts: Sequence[str | Conversation],
-        decisions: Sequence[Decision],
         generation: Generation,
+        rate: float,
         truncate: bool,
         ask: int,
     ) -> list[Prediction | Exception]:
-        """Each input answered by the adapter that was chosen, or why not; of near candidates by the one with the best answer.
+        """Each input answered with the label that router and asked adapters together find the likeliest, or why not.
 
-        There is no contest where the chosen one gives no answer that can be weighed.
+        There is nothing to judge where the chosen one gives no answer that can be weighed.
         """
         from adapter_hub.routing.contest import evidence, rivals
         from adapter_hub.routing.features import extract
 
+        if not texts:
+            return []
+        features = extract(encoder, [question_of(text) for text in texts])
+        decisions = router.route_features(features, k=ask, max_false_reject=rate)
         chosen = [decision.adapter for decision in decisions]
         near = [(row, ref) for row, one in enumerate(decisions) if (them := rivals(one, ask)) and self._labels(chosen[row]) for ref in them]
-        requests = _requests([*texts, *(texts[row] for row, _ in near)], [*chosen, *(ref for _, ref in near)], truncate)
+        pairs = [*enumerate(chosen), *near]    # the chosen one's answer comes first
         calls = [*generation, *[None] * len(near)] if isinstance(generation, Sequence) else generation
-        outputs = self.engine.answers(requests, generation=calls)
-        said: dict[int, list[tuple[AdapterRef, Output]]] = {}    # of contested rows, the chosen one's answer first
-        rows = list(dict.fromkeys(row for row, _ in near))
-        pairs = zip([*((row, chosen[row]) for row in rows), *near], [*(outputs[row] for row in rows), *outputs[len(texts) :]], strict=True)
-        for (row, ref), output in pairs:
+        outputs = self.engine.answers(_requests([texts[row] for row, _ in pairs], [ref for _, ref in pairs], truncate), generation=calls)
+        said: dict[int, list[tuple[AdapterRef, Output]]] = {}
+        for (row, ref), output in zip(pairs, outputs, strict=True):
             if ref and not isinstance(output, Exception) and output.label in self._labels(ref) and (row in said or ref == chosen[row]):
                 said.setdefault(row, []).append((ref, output))
-        flat = [(row, ref, output) for row, answers in said.items() if len(answers) > 1 for ref, output in answers]
+        flat = [(row, ref, output) for row, answers in said.items() for ref, output in answers]
         weighed: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
-        if flat:
-            features = extract(encoder, [question_of(texts[row]) for row, _, _ in flat])
-            for (row, ref, output), responses in zip(flat, router.label_responses(features, [ref for _, ref, _ in flat]), strict=True):
-                label = output.label or ""
-                weight = evidence(float(responses[self._labels(ref).index(label)]), output.scores[label])
-                weighed.setdefault(row, []).append((weight, ref, output))
+        all_responses = router.label_responses(features[[row for row, _, _ in flat]], [ref for _, ref, _ in flat]) if flat else []
+        for (row, ref, output), responses in zip(flat, all_responses, strict=True):
+            labels = zip(self._labels(ref), responses.tolist(), strict=True)
+            weight, label = max(((evidence(response, output.scores[label]), label) for label, response in labels), key=lambda one: one[0])
+            weighed.setdefault(row, []).append((weight, ref, replace(output, label=label)))
         found: list[Prediction | Exception] = []
         for row, decision in enumerate(decisions):
             ranked = sorted(weighed.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
             best = ranked[0][2] if ranked else outputs[row]
-            asked = tuple((ref, weight) for weight, ref, _ in ranked)
+            asked = tuple((ref, weight) for weight, ref, _ in ranked) if len(ranked) > 1 else ()
             found.append(best if isinstance(best, Exception) else Prediction.of(decision, decision.adapter, best, asked))
         return found
 
@@ -1061,11 +1062,11 @@ class Hub:
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
         def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
-            decisions = self._route(router, [question_of(text) for text in texts], ask, rate, encoder)
             found: Sequence[Prediction | Exception]
             if ask > 1:
-                found = self._contested(router, encoder, texts, decisions, generation, truncate, ask)
+                found = self._contested(router, encoder, texts, generation, rate, truncate, ask)
             else:
+                decisions = self._route(router, [question_of(text) for text in texts], 1, rate, encoder)
                 outputs = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions], truncate), generation=generation)
                 found = [
                     one if isinstance(one, Exception) else Prediction.of(decision, decision.adapter, one)

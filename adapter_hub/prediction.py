@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapter_hub.engine.engine import Output
     from adapter_hub.engine.stream import Stream
 
-ASKED = "asked"    # the reason of a row whose near candidates were asked: `adapter` gave the best answer
+ASKED = "asked"    # the reason of a row whose near candidates were asked: `adapter` knows the likeliest label
 
 Answering = AdapterRef | Mixture | None    # who answers an input, resolved; None: the base model
 
@@ -28,7 +28,7 @@ class Prediction:
     """
 
     adapter: AdapterRef | None                  # the version that answered, of a mixture the weightiest; None is the base model. Of several
-                                                # that were asked the one with the best answer, which may be another than the decision's
+                                                # that were asked the one with the likeliest label, which may be another than the decision's
     decision: Decision
     label: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)   # label -> probability

@@ -40,7 +40,7 @@ BARS: dict[str, tuple[float | None, float | None]] = {
 MEANING = {
     "domain_accuracy": "domain routing, never abstaining",
     "intent_accuracy": "intent accuracy, never abstaining",
-    "intent_accuracy_asked": "intent accuracy, never abstaining, near candidates asked (--ask 2)",
+    "intent_accuracy_asked": "intent accuracy, never abstaining, near candidates asked (--ask 3)",
     "domain_accuracy_asked": "domain, never abstaining, near candidates asked",
     "intent_accuracy_named": "intent accuracy, the right adapter named",
     "false_rejection": "in-scope inputs turned away, default rate",
@@ -82,7 +82,7 @@ def measure(data: Path, registry: Path) -> dict[str, float]:
         started = time.perf_counter()
         forced = answered(registry, inputs, Path(scratch) / "forced.jsonl", ["--max-false-reject", "0"])
         seconds = time.perf_counter() - started
-        asked = answered(registry, inputs, Path(scratch) / "asked.jsonl", ["--max-false-reject", "0", "--ask", "2"])
+        asked = answered(registry, inputs, Path(scratch) / "asked.jsonl", ["--max-false-reject", "0", "--ask", "3"])
         default = answered(registry, inputs, Path(scratch) / "default.jsonl", [])
     with Hub.open(registry) as hub:
         named = named_labels(hub, [row for row in rows if row["domain"] is not None])

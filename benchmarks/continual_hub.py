@@ -18,7 +18,7 @@ from adapter_hub.prediction import Prediction
 from adapter_hub.training.config import TrainConfig
 
 GOLDEN_ROWS = 50    # of each task, whose answers are kept and asked for again at the end
-ASKED = 2           # candidates, where they come near
+ASKED = 3           # candidates, where they come near
 SINGLE_ROWS = 100   # asked one at a time
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ from adapter_hub.examples import Example, read_examples
 from adapter_hub.hub import Hub, LearnReport
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import QUANTILES
+from adapter_hub.routing.contest import TEMPERATURE
 from adapter_hub.routing.decision import Reason
 from adapter_hub.routing.encoder import HashEncoder, SentenceEncoder
 from adapter_hub.routing.features import extract
@@ -432,7 +434,7 @@ def test_text_is_kept_only_where_the_policy_says_so(filled: Hub, tmp_path: Path)
     assert not list((tmp_path / "registry").rglob("exemplars.jsonl"))
 
 
-def test_of_near_candidates_the_one_with_the_likeliest_answer_answers(hub: Hub, tmp_path: Path) -> None:
+def test_of_near_candidates_the_one_with_the_likeliest_label_answers(hub: Hub, tmp_path: Path) -> None:
     """Two adapters that the router cannot tell apart: only their own answers can."""
     rows = [{"text": f"{word} {i}", "label": label} for i, word in enumerate(("gate", "roof", "door")) for label in ("one", "two")]
     for name, seed in (("first", 1), ("second", 0)):    # the second is surer
@@ -440,12 +442,16 @@ def test_of_near_candidates_the_one_with_the_likeliest_answer_answers(hub: Hub, 
     texts = [f"{word} {i} again" for word in ("gate", "roof", "door") for i in range(8)]
     alone, asked = hub.predict(texts, max_false_reject=0), hub.predict(texts, max_false_reject=0, ask=2)
     named = {name: hub.predict(texts, adapters=name) for name in ("first", "second")}
+    router, features = hub._live.snapshot(), extract(hub.encoder, texts)
     assert all(one.decision.adapter == before.decision.adapter and not before.asked for one, before in zip(asked, alone, strict=True))
     for row, one in enumerate(asked):
         assert one.asked[0][0] == one.adapter and {ref.name for ref, _ in one.asked} == {"first", "second"}
         assert one.asked[0][1] >= one.asked[1][1]
         given = named[one.adapter.name if one.adapter else ""][row]
-        assert one.label == given.label and one.scores == pytest.approx(given.scores, abs=1e-6)
+        assert one.scores == pytest.approx(given.scores, abs=1e-6)
+        responses = dict(zip(("one", "two"), router.label_responses(features[[row]], [one.adapter])[0].tolist(), strict=True))
+        by_both = {label: response / TEMPERATURE + math.log(one.scores[label]) for label, response in responses.items()}
+        assert one.label == max(by_both, key=by_both.__getitem__) and one.asked[0][1] == pytest.approx(max(by_both.values()), abs=2e-3)
         assert one.to_json()["asked"][0]["adapter"] == str(one.adapter)
     assert {str(one.adapter) for one in asked} == {"second@1"} and "first@1" in {str(one.adapter) for one in alone}
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

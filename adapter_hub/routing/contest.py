@@ -1,8 +1,8 @@
-"""Which candidates come so near the best that their own answers shall decide, and what an answer weighs. Standard library only.
+"""Which candidates come so near the best that their own answers shall decide, and what a label weighs. Standard library only.
 
 The router knows inputs of every adapter, and sees them through the frozen encoder alone; an adapter sees more, and knows its own labels
-alone. Of a near input each candidate is asked, and its answer is weighed by both: by the router's response to that label, and by the
-probability that the adapter gives it (a product of experts, Hinton 2002).
+alone. Of a near input each candidate is asked, and each of its labels is weighed by both: by the router's response to that label, and by
+the probability that the adapter gives it (a product of experts, Hinton 2002).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.decision import Decision
 
 # Both on CLINC150's validation split: benchmarks/LOG.md.
-NEAR = 0.2            # of candidates' scores: 4 % of the inputs are nearer, and a wider one gains nothing
-TEMPERATURE = 0.05    # of responses beside log probabilities, by maximum likelihood
+NEAR = 0.3            # of candidates' scores: 6 % of the inputs are nearer
+TEMPERATURE = 0.15    # of responses beside log probabilities; both by maximum likelihood
 PROBABILITY_MIN = 1e-12
 DECIMALS = 3    # sums run in another order in a batch than alone, and a response's last bits weigh 1 / TEMPERATURE times as much
 
@@ -28,5 +28,5 @@ def rivals(decision: Decision, ask: int) -> tuple[AdapterRef, ...]:
 
 
 def evidence(response: float, probability: float) -> float:
-    """For an answer, from the router's response to its label and the probability that its adapter gives it: log odds but for a constant."""
+    """For a label, from the router's response to its label and the probability that its adapter gives it: log odds but for a constant."""
     return round(response / TEMPERATURE + math.log(max(probability, PROBABILITY_MIN)), DECIMALS)
