@@ -433,7 +433,7 @@ def route(
     emit(_beside(inputs, found), as_json, explanations if explain or (k or 1) > 1 else decisions)
 
 
-Ask = Annotated[int, typer.Option(metavar="K", help="Where up to K candidates come near, let each answer; the label is given that router and adapters together find likeliest.", min=1)]
+Ask = Annotated[int, typer.Option(metavar="K", help="Let up to K candidates that come near answer, and judge their labels with the router.", min=1)]
 
 
 @_verb("predict", "adapter-hub predict 'my card was declined abroad' --json")
