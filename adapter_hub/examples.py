@@ -22,7 +22,7 @@ from adapter_hub.errors import InvalidInput, UnreadableFile
 JSON = Any
 LINE_BYTES_MAX = 64 << 20    # a longer line is a fault in the file, not a text
 UNSEEN = ("Cc", "Cf")        # categories of characters that show nothing: control characters, joiners and marks of direction
-TARGETS = ("labels", "spans")  # what a row may have as its target where one label does not say it
+TARGETS = ("labels", "spans", "messages")    # what a row may have as its target where one label does not say it
 _INPUTS = {"text", "messages"}    # columns of which a table has one: who reads its rows says which of them will do
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import shlex
 import tempfile
 import threading
@@ -27,7 +26,7 @@ from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, 
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.chat import Conversation, question_of
-from adapter_hub.engine.generation import check_generation
+from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
@@ -80,7 +79,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("adapter_hub")
 
 LABELS_SHOWN = 6    # in one warning
-LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics"))
+LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))
 CHOSE = "chose_epoch"    # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
@@ -590,65 +589,81 @@ class Hub:
         promote: str = "auto",
         start: str = "auto",
         checkpoint_folder: str | Path | None = None,
+        task_type: str | None = None,
+        problem_type: str | None = None,
+        prompt_template: str | None = None,
         **facts: Any,
     ) -> LearnReport:
-        """Train a classifier adapter on rows with text and label, let the gate judge it, register it, and promote it by the rule named.
+        """Train an adapter on rows with text and target, let the gate judge it, register it, and promote it by the rule named.
 
+        `task_type`, `problem_type` and `prompt_template` are `register`'s. By default they are those of the version in production; of a new
+        name, and with `start="cold"`, one label among several, without a template. A row's target is its `label` (a label, a number, a text to
+        write), its list `labels` (several) or `spans`, or `messages` that end with what an assistant should write: see `training.tasks`.
         `promote` is "auto" (the gate's verdict, see `continual.gate`), "always" or "never"; "always" does not override `max_taken` in
         hub.toml. What is held or rejected is stored too, and not promoted; each version keeps its verdict as gate.json. It is judged on
         rows that had no part in training: half of the validation rows, the other half having chosen the epoch, or as many held out of
         `train`.
         A name that is in production already is learned on: new rows and new labels are added to what it knows, from its weights and with the
-        examples whose texts are kept (see `plan_lesson`); description, tags and license stay. `start="warm"` insists on its weights,
+        examples whose texts are kept (see `plan_lesson`); description, tags, license and generation stay. `start="warm"` insists on its weights,
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
-        `config` may be a preset's name. `facts` go to `register` (tags, license, …). `LearnReport.data` tells of rows that contradict each
-        other, stand in training and validation, or leave a label rare; it is warned of.
-        The base stays frozen: training happens on a copy. Raises InvalidInput, and what
-        `register` raises; nothing is stored then.
+        `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
+        contradict each other, stand in training and validation, or leave a label rare; it is warned of.
+        The base stays frozen: training happens on a copy. Raises InvalidInput, also for another kind of task than the version in production
+        has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
         with _IMPORTING:
             from adapter_hub.continual.learner import plan_lesson, transferred
+            from adapter_hub.continual.measures import Kind
             from adapter_hub.routing.statistics import build_state
             from adapter_hub.training.config import TrainConfig
-            from adapter_hub.training.train import train_classifier
+            from adapter_hub.training.train import train_adapter
 
         config = None if config is None else TrainConfig.of(config)
         if unknown := sorted(set(facts) - LEARN_FACTS):    # before it is trained
             raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=f"Facts to register with it: {', '.join(sorted(LEARN_FACTS))}.")
+        merged({}, check_generation(facts.get("generation") or {}))
         rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
         evaluation = [*{row.text: row for row in evaluation}.values()]
         current = self._current(name)
-        newer, before, seen = None, None, []
+        before, seen = None, []
+        if task_type is not None:
+            task_type = task_type_of(task_type)
+        kind = Kind.wanted(task_type, problem_type, prompt_template, current.kind if current is not None and start != "cold" else None)
+        newer = build_state(self.encoder, kind.routed(rows), "", evaluation, (), refused)
         if current is not None and start not in ("cold", "transfer"):
-            before, newer = self._live.state(current.ref), build_state(self.encoder, rows, "", evaluation, (), refused)
+            before = self._live.state(current.ref)
             known = set(before.exemplars.keys)
             seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
-        lesson = plan_lesson(name, rows, held_out, config, current, start, seen)
+        lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)
+        if current is not None and current.kind != kind:
+            current = None    # nothing of it compares
         if lesson.parent is not None:
             manifest = self.registry.manifest(lesson.parent)
-            facts = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license} | facts
+            kept = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license}
+            facts = kept | ({"generation": manifest.generation} if manifest.generation else {}) | facts
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
             if start == "transfer":
-                newer = build_state(self.encoder, rows, "", evaluation, (), refused)
                 lesson = transferred(name, lesson, self._nearest(name, newer), self.base, self._load, Path(folder) / "starts")
-            result = train_classifier(
+            result = train_adapter(
                 self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start,
                 checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),
+                task_type=kind.task.task_type, problem_type=kind.problem_type, prompt_template=kind.prompt_template,
             )  # fmt: skip
             for said in result.report.warnings:
                 log.warning("%s: %s.", name, said)
             lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}
             facts = {"metrics": result.metrics} | lineage | facts
             prepared = self._prepared(
-                name, result.folder, rows, evaluation, refused, labels=result.labels, assume_base=True, state=newer, **facts
-            )
+                name, result.folder, rows, evaluation, refused, labels=result.labels or None, assume_base=True, state=newer,
+                problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
+            )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
         report = judge(self._evidence(name, prepared, lesson, result, current), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
@@ -676,20 +691,15 @@ class Hub:
                 yield ref, state
 
     def _current(self, name: str) -> Current | None:
-        """The version in production, if it is a classifier of single labels."""
+        """The version in production."""
         from adapter_hub.continual.learner import Current
 
         version = self.registry.aliases(name).get(PRODUCTION) if name in self.registry.names() else None
         if version is None:
             return None
         manifest = self.registry.manifest(AdapterRef(name, version))
-        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type is not None or not manifest.labels:
-            return None
-        exemplars, evaluation = (
-            tuple(row for row in self._kept(manifest.ref, file) if row.label in manifest.labels) for file in (EXEMPLARS_FILE, EVALUATION_FILE)
-        )
-        folder = self.registry.open_version(manifest.ref)
-        return Current(manifest.ref, folder, manifest.labels, manifest.peft, manifest.prompt_template is None, exemplars, evaluation)
+        kept = (self._kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
+        return Current.of(manifest, self.registry.open_version(manifest.ref), *kept)
 
     def _with_memory(
         self,
@@ -732,19 +742,16 @@ class Hub:
 
         measured = {row.text for row in result.validation}
         slices = {what: [row for row in given if row.text not in measured] for what, given in lesson.slices.items()}
-        texts = list(dict.fromkeys(row.text for rows in (result.validation, *slices.values()) for row in rows))
+        rows, measure = [*result.validation, *itertools.chain(*slices.values())], lesson.kind.measure
         with self._candidate(name, prepared.adapter) as ref:
-            outputs = self.engine.predict(_requests(texts, [ref] * len(texts), True))
-        mine = dict(zip(texts, (output.label for output in outputs), strict=True))
-        theirs = None
-        if current is not None:
-            theirs = dict(zip(texts, (answer.label for answer in self.predict(texts, adapters=str(current.ref))), strict=True))
+            mine = measure.asked(self.engine, rows, ref)
+        theirs = None if current is None else measure.asked(self.engine, rows, current.ref)
+        base = measure.asked(self.engine, result.validation, None) if lesson.kind.writes else {}
         whole = self.config.max_taken < 1    # a limit is held to exactly
         effect = self._effect_of(name, prepared.state, None if whole else EXEMPLARS_MAX) if prepared.state.count else None
-        faults = () if all(math.isfinite(score) for output in outputs for score in output.scores.values()) else ("its scores are not finite",)
         # In fewer bits more rows go another way, and that is no fault.
-        trained = result.metrics["accuracy"] if self.precision == "float32" else None
-        asked = Asked(result.validation, slices, mine, theirs, routed_of(effect) if effect else (), faults, trained)
+        trained = result.metrics if self.precision == "float32" else None
+        asked = Asked(result.validation, slices, mine, theirs, base, routed_of(effect) if effect else (), trained)
         return evidence_of(lesson, asked, current, self._vectors)
 
     def _vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -113,8 +113,8 @@ def train_adapter(
     `config` may be a preset's name. What a row's target is, `tasks` says for each task and problem type; `prompt_template` holds {text}.
     The same rows, config, task name, threads and package versions give the same bytes, whatever ran before: trainings of one process
     wait for each other. Half of the validation rows choose the epoch, the others measure it; without any, training rows are held out
-    for both, of every label its share. A classifier begins with the weights of `start` where one is given: its labels must be among those
-    of the rows. With `checkpoint_folder` each epoch is kept there until all are done: called again after it was killed, the training goes
+    for both, of every label its share. It begins with the weights of `start` where one is given: its labels must be among those of the rows.
+    With `checkpoint_folder` each epoch is kept there until all are done: called again after it was killed, the training goes
     on, and gives the bytes that it would have given. Raises InvalidInput, with the position of the row where a row is at fault, and where
     that folder is another training's.
     """
@@ -122,9 +122,7 @@ def train_adapter(
     check_trackers(config.report_to)
     started = time.perf_counter()
     job, seed, parts = _prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
-    if start is not None and type(job) is not Task:
-        raise InvalidInput("an adapter to start from is for one label among several.", hint="Start it anew: leave `start` out.")
-    report = report_of(rows, validation or ())
+    report = report_of(rows, validation or (), job.shown, classes=type(job) is Task)
     with (
         _own_randomness(seed),
         _quiet(not config.progress),
@@ -319,7 +317,7 @@ def _set_up(
         fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
         raise InvalidInput(fact, hint=f"Its linear layers are named {', '.join(endings)}; {ALL_LINEAR!r} takes all.") from error
     if start is not None:
-        start_from(model, start, job.labels, output)
+        start_from(model, start, job.outputs, output)
     if probed and headless:    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
@@ -359,7 +357,7 @@ def _model_copy(base: FrozenBase, job: Task, config: TrainConfig) -> PreTrainedM
     """The base's weights once more, with a fresh head where the task has one."""
     own = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     if job.problem_type is not None or job.labels:
-        names = dict(enumerate(job.labels)) or {0: "value"}
+        names = dict(enumerate(job.outputs))
         own.num_labels, own.id2label, own.label2id = len(names), names, {label: number for number, label in names.items()}
         own.problem_type = None if job.problem_type is None else str(job.problem_type)
     if not config.base_dropout:
