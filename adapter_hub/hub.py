@@ -41,7 +41,7 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import Example, as_examples, digest_of, read_examples, targets_of
+from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
@@ -80,7 +80,6 @@ log = logging.getLogger("adapter_hub")
 
 LABELS_SHOWN = 6    # in one warning
 LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))
-CHOSE = "chose_epoch"    # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
 
@@ -511,7 +510,7 @@ class Hub:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         if len(state.evaluation) < len(held_out):
             held_out = unknown(self.encoder, held_out, state.exemplars, state.negatives)
-        facts = replace(facts, evaluation_digest=_digest_of(held_out))
+        facts = replace(facts, evaluation_digest=measuring_digest(held_out))
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
         return _Prepared(adapter, facts, files | self._routing_files(state, rows, held_out, refused), state)
 
@@ -555,7 +554,7 @@ class Hub:
         files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
         if self.config.keep == "text":
             texts = ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out), (NEGATIVES_FILE, refused))
-            files |= {file: _jsonl(given) for file, given in texts if given}
+            files |= {file: jsonl_of(given) for file, given in texts if given}
         return files
 
     def _check_named_base(self, named: str | None, assume_base: bool) -> None:
@@ -596,9 +595,9 @@ class Hub:
     ) -> LearnReport:
         """Train an adapter on rows with text and target, let the gate judge it, register it, and promote it by the rule named.
 
-        `task_type`, `problem_type` and `prompt_template` are `register`'s. By default they are those of the version in production; of a new
-        name, and with `start="cold"`, one label among several, without a template. A row's target is its `label` (a label, a number, a text to
-        write), its list `labels` (several) or `spans`, or `messages` that end with what an assistant should write: see `training.tasks`.
+        `task_type`, `problem_type` and `prompt_template` are as in `register`. By default they are those of the version in production, of a
+        new name one label among several, without a template ("{text}" says so too). A row's target is its `label` (a label, a number, a text
+        to write), its list `labels` (several) or `spans`, or `messages` that end with what an assistant should write: see `training.tasks`.
         `promote` is "auto" (the gate's verdict, see `continual.gate`), "always" or "never"; "always" does not override `max_taken` in
         hub.toml. What is held or rejected is stored too, and not promoted; each version keeps its verdict as gate.json. It is judged on
         rows that had no part in training: half of the validation rows, the other half having chosen the epoch, or as many held out of
@@ -635,7 +634,7 @@ class Hub:
         before, seen = None, []
         if task_type is not None:
             task_type = task_type_of(task_type)
-        kind = Kind.wanted(task_type, problem_type, prompt_template, current.kind if current is not None and start != "cold" else None)
+        kind = Kind.wanted(task_type, problem_type, prompt_template, None if current is None else current.kind)
         newer = build_state(self.encoder, kind.routed(rows), "", evaluation, (), refused)
         if current is not None and start not in ("cold", "transfer"):
             before = self._live.state(current.ref)
@@ -729,11 +728,11 @@ class Hub:
         learned = {row.text for row in lesson.train} - measuring
         old = unknown(self.encoder, held_out, newer.exemplars, state.negatives)
         new = unknown(self.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
-        choosing = {row.text for row in (*(lesson.validation or ()), *filter(_chose, old))} - measuring
+        choosing = {row.text for row in (*(lesson.validation or ()), *filter(chose, old))} - measuring
         held = {row.text: row for row in (*old, *new, *(() if given else result.validation)) if row.text not in learned}
         marked = [replace(row, extra={**row.extra, CHOSE: text in choosing}) for text, row in held.items()]
         files = self._routing_files(state, [*kept, *rows], marked, [*negatives, *refused])
-        facts = replace(prepared.facts, evaluation_digest=_digest_of(marked))
+        facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))
         return replace(prepared, facts=facts, files=prepared.files | files, state=state)
 
     def _evidence(self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None) -> Evidence:
@@ -804,7 +803,7 @@ class Hub:
         # What is taught now measures no more; where the texts are not kept, nobody can say which are left.
         held_out = unknown(self.encoder, texts_of[EVALUATION_FILE], state.exemplars.without(before.exemplars), state.negatives)
         fewer = len(state.evaluation) < len(before.evaluation)
-        digest = _digest_of(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
+        digest = measuring_digest(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
         files |= self._routing_files(state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
@@ -1185,7 +1184,7 @@ class Hub:
             refs = list(dict.fromkeys(self.registry.production() if wanted is None else map(self.registry.resolve, wanted)))
             manifests = (self.registry.manifest(ref) for ref in refs)
             check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
-            groups = ((ref, _measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
+            groups = ((ref, measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
         else:
             rows = rows_of(data) if wanted is None else self._rows_of(wanted, rows_of(data))
             named = [row.extra.get("adapter") for row in rows]
@@ -1218,13 +1217,17 @@ class Hub:
         texts = [row.text for row in rows]
         decisions = self._route(router, texts, 1, max_false_reject)
         answering = [decision.adapter for decision in decisions]
+        tasks: dict[AdapterRef | None, Task] = {ref: Task.of(self.registry.manifest(ref)) for ref in (*answering, home) if ref}
         if home is None:
-            check_answers({ref: Task.of(self.registry.manifest(ref)) for ref in answering if ref})
+            check_answers({ref: one for ref, one in tasks.items() if ref})
+        else:
+            tasks[None] = Task(Kind.VECTOR, chats=self.base.kind == "causal")
         asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
-        outputs = dict(zip(asked, self.engine.predict(_requests([texts[i] for i, _ in asked], [ref for _, ref in asked], True)), strict=True))
+        questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
+        outputs = dict(zip(asked, self.engine.predict(_requests(questions, [ref for _, ref in asked], True)), strict=True))
         writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
-        requests = _requests([texts[i] for i in writing], [home] * len(writing), True)
-        likelihoods = dict(zip(writing, self.engine.score(requests, [rows[i].label or "" for i in writing]), strict=True))
+        requests = _requests([task.asked(rows[i]) for i in writing], [home] * len(writing), True)
+        likelihoods = dict(zip(writing, self.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
         answered = [
             Answered(
                 row,
@@ -1463,26 +1466,3 @@ def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -
             "%d of the %d examples of %s have a label that its head does not know, and are classes for the router alone: %s%s.",
             unknown.total(), len(rows), name, shown, more,
         )    # fmt: skip
-
-
-def _chose(row: Example) -> bool:
-    return row.extra.get(CHOSE) is True
-
-
-def _measuring(held_out: Iterable[Example]) -> list[Example]:
-    """The rows of an evaluation set that measure: the best of many epochs is flattered by those that chose it."""
-    return [row for row in held_out if not _chose(row)]
-
-
-def _digest_of(held_out: Iterable[Example]) -> str | None:
-    """Of those that measure; None where none does."""
-    measuring = _measuring(held_out)
-    return digest_of(measuring) if measuring else None
-
-
-def _jsonl(rows: Sequence[Example]) -> bytes:
-    lines = (
-        {"text": row.text} | ({"label": row.label} if row.label is not None else {}) | targets_of(row) | ({CHOSE: True} if _chose(row) else {})
-        for row in rows
-    )
-    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode()

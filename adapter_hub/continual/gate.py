@@ -72,6 +72,7 @@ class Paired:
     reference_right: tuple[bool, ...]
     measure: str = ""              # what the scores are, in words; empty where a row is right or wrong
     means: tuple[float, float] = (0.0, 0.0)    # of the scores: candidate's and reference's
+    least: float = 0.0             # by which scores must differ to be told apart
 
     def __post_init__(self) -> None:
         if len(self.candidate_right) != len(self.reference_right):
@@ -89,7 +90,7 @@ class Paired:
             tuple(even or a > b for even, a, b in zip(drawn, *sides, strict=True)) for sides in ((mine, theirs), (theirs, mine))
         )
         means = (sum(mine) / max(1, len(mine)), sum(theirs) / max(1, len(theirs)))
-        return cls(reference, candidate_right, reference_right, measure, means)
+        return cls(reference, candidate_right, reference_right, measure, means, least)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -211,7 +212,7 @@ def _scored(evidence: Evidence, policy: GatePolicy) -> Finding:
     if baseline is not None:
         _, above, below = baseline.counts
         numbers |= {"above_baseline": above, "below_baseline": below} | _finite({"baseline_score": baseline.means[1]})
-        if above <= below and not baseline.means[0] > baseline.means[1]:
+        if above <= below and not baseline.means[0] - baseline.means[1] > baseline.least:
             reason = said if evidence.probed else f"{_compared(baseline)}: better on {above} of {rows} rows, worse on {below}"
             return Finding("validation", Verdict.REJECT, reason, numbers)
     # Of a baseline the rule above is all: squared errors may be small in the mean and yet larger on most rows.

@@ -56,8 +56,9 @@ class Kind:
         if task_type is None and problem_type is None and known is not None and known.trainable:
             task_type, problem_type = known.task_type, known.problem_type
         task = task_of(task_type or TaskType.SEQ_CLS, problem_type)
-        template = known.prompt_template if prompt_template is None and known is not None else prompt_template
-        return cls(task.task_type, task.problem_type, template)
+        if prompt_template is None and known is not None and known.trainable and known.task is task:
+            prompt_template = known.prompt_template
+        return cls(task.task_type, task.problem_type, None if prompt_template == "{text}" else prompt_template)
 
     def __str__(self) -> str:
         template = "" if self.prompt_template is None else f" with the prompt template {self.prompt_template[:60]!r}"
