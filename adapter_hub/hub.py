@@ -724,11 +724,11 @@ class Hub:
         kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         if before is not None and len(kept) == before.count:
             kept = [kept[row] for row in before.rows_before(newer)]
-        measuring = {row.text for row in result.validation}
-        learned = {row.text for row in lesson.train} - measuring
+        measured = {row.text for row in result.validation}
+        learned = {row.text for row in lesson.train} - measured
         old = unknown(self.encoder, held_out, newer.exemplars, state.negatives)
         new = unknown(self.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
-        choosing = {row.text for row in (*(lesson.validation or ()), *filter(chose, old))} - measuring
+        choosing = {row.text for row in (*(lesson.validation or ()), *filter(chose, old))} - measured
         held = {row.text: row for row in (*old, *new, *(() if given else result.validation)) if row.text not in learned}
         marked = [replace(row, extra={**row.extra, CHOSE: text in choosing}) for text, row in held.items()]
         files = self._routing_files(state, [*kept, *rows], marked, [*negatives, *refused])

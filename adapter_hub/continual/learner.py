@@ -114,7 +114,7 @@ def plan_lesson(
         raise InvalidInput("there is nothing to learn: no rows were given.", hint='A row to learn from is {"text": …, "label": …}.')
     if current is None:
         if start == "warm":
-            raise InvalidInput(f"{name} has no classifier in production to start from.", hint='Use start="auto" (`--start auto`).')
+            raise InvalidInput(f"{name} has nothing in production to start from.", hint='Use start="auto" (`--start auto`).')
         if start == "transfer" and kind.task is not Task:
             fact = f'start="transfer" is for one label among several, and this is {kind}'
             raise InvalidInput(f"{fact}.", hint='Use start="auto" (`--start auto`).')

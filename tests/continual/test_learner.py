@@ -241,7 +241,7 @@ def test_one_class_and_a_start_that_is_not_there_are_refused(taught: Mapping[str
     hub = opened(taught, "text", tmp_path)
     with pytest.raises(InvalidInput, match="all 3 training rows have the label 'one'"):
         hub.learn("new", rows("one", count=3), config=CONFIG)
-    with pytest.raises(InvalidInput, match="new has no classifier in production to start from"):
+    with pytest.raises(InvalidInput, match="new has nothing in production to start from"):
         hub.learn("new", OLD, config=CONFIG, start="warm")
     with pytest.raises(HubError, match="it has r=4, and the config says 8"):
         hub.learn("words", rows("mango"), config=replace(CONFIG, r=8), start="warm")
