@@ -631,22 +631,25 @@ class Hub:
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
         evaluation = [*{row.text: row for row in evaluation}.values()]
         current = self._current(name)
-        before, seen = None, []
+        newer, before, seen = None, None, []
         if task_type is not None:
             task_type = task_type_of(task_type)
         kind = Kind.wanted(task_type, problem_type, prompt_template, None if current is None else current.kind)
-        newer = build_state(self.encoder, kind.routed(rows), "", evaluation, (), refused)
+        encoded = partial(build_state, self.encoder, kind.routed(rows), "", evaluation, (), refused)
         if current is not None and start not in ("cold", "transfer"):
-            before = self._live.state(current.ref)
+            before, newer = self._live.state(current.ref), encoded()
             known = set(before.exemplars.keys)
             seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
         lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)
+        newer = newer or encoded()
         if current is not None and current.kind != kind:
             current = None    # nothing of it compares
+        labels: Sequence[str] = ()
         if lesson.parent is not None:
             manifest = self.registry.manifest(lesson.parent)
             kept = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license}
             facts = kept | ({"generation": manifest.generation} if manifest.generation else {}) | facts
+            labels = manifest.labels or ()    # a number may have a name
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
             if start == "transfer":
                 lesson = transferred(name, lesson, self._nearest(name, newer), self.base, self._load, Path(folder) / "starts")
@@ -660,7 +663,7 @@ class Hub:
             lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}
             facts = {"metrics": result.metrics} | lineage | facts
             prepared = self._prepared(
-                name, result.folder, rows, evaluation, refused, labels=result.labels or None, assume_base=True, state=newer,
+                name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
                 problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
             )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)

@@ -211,7 +211,8 @@ def learn(
     ctx: typer.Context,
     name: Name,
     train: Annotated[
-        str, typer.Argument(metavar="TRAIN", help="Rows with `text` and `label` (or `labels`, `spans`, `messages`): JSONL, CSV or Parquet.")
+        str,
+        typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet; or `labels`, `spans`, `messages`, not in CSV."),
     ],
     validation: Annotated[str, typer.Option(help="Rows to judge it on; by default some are held out of TRAIN.")] = "",
     config: Annotated[str, typer.Option(help='fast, balanced or thorough; or settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",

@@ -213,14 +213,23 @@ def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Curre
             _, held = hold_out(new, share, seed, job.stratum)    # half of it will choose the epoch
         except (InvalidInput, ValueError):
             held = []
-        out = {row.text for row in held}
-        rest = [row for row in lesson.train if row.text not in out]
+        rest = _beside(held, lesson.train)
+        if type(job) is not Task:    # a row of many labels may be the only one of some: it is trained on
+            known_labels = {label for row in rest for label in job.named(row)}
+            held = [row for row in held if known_labels.issuperset(job.named(row))]
+            rest = _beside(held, lesson.train)
         kept, all_ = ({label for row in some for label in job.named(row)} for some in (rest, lesson.train))
         if held and rest and kept == all_:
             lesson, unseen = replace(lesson, train=tuple(rest), validation=tuple(held)), True
     learned = {row.text for row in (*lesson.train, *(lesson.validation or ()))}
     old = [row for row in current.evaluation if row.text not in learned]
     return replace(lesson, unseen=unseen, known=frozenset(known), slices={EVALUATION: _spread(old)} if old else {})
+
+
+def _beside(held: Sequence[Example], rows: Sequence[Example]) -> list[Example]:
+    """Those of the rows whose texts are not held out."""
+    out = {row.text for row in held}
+    return [row for row in rows if row.text not in out]
 
 
 def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:

@@ -24,7 +24,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.manifest import Manifest
-from adapter_hub.training.tasks import Number, Several, Spans, Task, Writing, label_at, task_of
+from adapter_hub.training.tasks import Number, Several, Spans, Task, Writing, check_template, label_at, task_of
 
 Answer = Output | Likelihood
 Answers = Mapping[str, Answer]    # by `Measure.key` of the row
@@ -53,6 +53,7 @@ class Kind:
     @classmethod
     def wanted(cls, task_type: str | None, problem_type: str | None, prompt_template: str | None, known: Kind | None = None) -> Self:
         """What is asked for; of what is not said, what is `known`, else one label among several. Raises InvalidInput for what is not trained."""
+        check_template(prompt_template)
         if task_type is None and problem_type is None and known is not None and known.trainable:
             task_type, problem_type = known.task_type, known.problem_type
         task = task_of(task_type or TaskType.SEQ_CLS, problem_type)

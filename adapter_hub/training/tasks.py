@@ -360,6 +360,14 @@ def task_of(task_type: str, problem_type: str | None) -> type[Task]:
     raise InvalidInput(f"{shown} cannot be trained.", hint=f"There are: {names}.")
 
 
+def check_template(template: object) -> None:
+    """Raises InvalidInput for what is no prompt template."""
+    if template is None or (isinstance(template, str) and template.count("{text}") == 1):
+        return
+    shown = repr(template[:60]) if isinstance(template, str) else type(template).__name__
+    raise InvalidInput(f"the prompt template {shown} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
+
+
 def label_at(row: Example, start: int, end: int) -> str:
     """What a token of `text[start:end]` should be told: the label of the first span that it touches. It may begin with the space before its word."""
     return next((span["label"] for span in row.extra["spans"] if span["start"] < end and start < span["end"]), OUTSIDE)

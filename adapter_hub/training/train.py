@@ -53,7 +53,7 @@ from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.probe import output_name, start_from_probe
 from adapter_hub.training.report import DataReport, report_of
-from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Task, task_of
+from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Task, check_template, task_of
 from adapter_hub.training.trackers import check_trackers, tracked
 from adapter_hub.training.warm import Start, start_from
 
@@ -153,8 +153,7 @@ def _prepared(
     """What is to be learned, its seed, and which rows do what. Raises InvalidInput."""
     kind = task_of(task_type, problem_type)
     _check_base(base, kind)
-    if prompt_template is not None and prompt_template.count("{text}") != 1:
-        raise InvalidInput(f"the prompt template {prompt_template[:60]!r} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
+    check_template(prompt_template)
     job = kind.of(rows, validation, prompt_template)
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")

@@ -151,6 +151,25 @@ def test_a_kind_learns_on_from_its_weights_and_its_kept_examples(taught: Mapping
     assert hub.evaluate()["adapters"][str(report.ref)]["digest"] == manifest.evaluation_digest and hub.verify().ok
 
 
+@pytest.mark.parametrize("name", ["several", "spans"])
+def test_a_new_label_is_learned_beside_the_old_ones_that_are_replayed(taught: Mapping[str, Path], tmp_path: Path, name: str) -> None:
+    hub = opened(taught, name, tmp_path)
+    before = dict(load(hub.registry.read(name, "adapter_model.safetensors")))
+    report = hub.learn(name, rows(name, [(f"{frame} robin", "robin", "bird") for frame in ("a", "the", "one", "no")]), config=STILL, start="warm")
+    old, new = hub.show(f"{name}@1").labels or (), hub.show(report.ref).labels or ()
+    assert set(new) == {*old, "bird"}
+    places = [new.index(label) for label in old]
+    for key, tensor in load(hub.registry.read(report.ref, "adapter_model.safetensors")).items():
+        assert np.allclose(tensor[places] if tensor.shape != before[key].shape else tensor, before[key], atol=1e-5), key
+
+
+def test_a_row_that_alone_has_a_label_is_trained_on_and_others_compare() -> None:
+    known = Current(AdapterRef("skill", 1), Path("."), ("O", "fruit", "tool"), {"r": 8, "lora_alpha": 16, "target_modules": ["query"]}, SPANS)
+    alone = [Example(f"the {word}", extra={"spans": [{"start": 4, "end": 4 + len(word), "label": word}]}) for word in ("robin", "carp", "newt")]
+    lesson = plan_lesson("skill", [*rows("spans"), *alone], None, replace(CONFIG, validation_share=0.3), known, "auto", (), SPANS)
+    assert lesson.unseen and lesson.validation and {row.text for row in alone} <= {row.text for row in lesson.train}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_worse_candidate_does_not_go_live_and_it_is_said_on_what_it_is_worse(taught: Mapping[str, Path], tmp_path: Path, name: str) -> None:
     hub = opened(taught, name, tmp_path)
@@ -204,6 +223,15 @@ def test_an_adapter_that_gives_vectors_is_not_learned_on(models: Mapping[str, Pa
     assert hub.registry.aliases("vectors") == {"production": 1} and len(hub.list()) == 1
 
 
+def test_a_number_that_was_registered_learns_on_and_keeps_its_name(models: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = Hub.create(tmp_path / "registry", base_model=models["bert"], encoder="hash")
+    hub.register("price", make_adapter(hub.base, tmp_path / "a", outputs=1), ["a text"], labels=["euros"], problem_type="regression")
+    report = hub.learn("price", rows("number"), config=replace(STILL, r=4, alpha=8), start="warm", promote="always")
+    manifest = hub.show(report.ref)
+    assert (manifest.labels, manifest.problem_type, manifest.parent) == (("euros",), "regression", "price@1")
+    assert "no text of price@1 is kept that could be replayed" in report.gate.notes
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
@@ -215,6 +243,7 @@ def test_an_adapter_that_gives_vectors_is_not_learned_on(models: Mapping[str, Pa
         ({"problem_type": "regression"}, "has the label 'fruit', which is no number"),
         ({"task_type": "CAUSAL_LM"}, "takes no CAUSAL_LM adapter"),
         ({"prompt_template": "no place"}, "does not hold"),
+        ({"prompt_template": 5}, "does not hold"),
         ({"generation": {"max_new_token": 3}}, "max_new_token"),
         ({"problem_type": "regression", "start": "transfer"}, "is for one label among several"),
         ({"task_type": "TOKEN_CLS", "start": "warm"}, "new has nothing in production to start from"),
