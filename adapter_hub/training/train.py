@@ -51,9 +51,9 @@ from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.evaluate import log_losses
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loss import class_weights, classifier_loss, varied
-from adapter_hub.training.probe import output_name, start_from_probe
+from adapter_hub.training.probe import output_layer, output_name, start_from_probe
 from adapter_hub.training.report import DataReport, report_of
-from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Task, check_template, task_of
+from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Number, Task, check_template, task_of
 from adapter_hub.training.trackers import check_trackers, tracked
 from adapter_hub.training.warm import Start, start_from
 
@@ -308,6 +308,8 @@ def _set_up(
     headless = start is not None and not start.labels
     if probed and not headless:
         _probe(whole, features[0])
+    if config.probe and type(job) is Number and start is None:
+        _start_from_mean(whole, features[0])
     try:
         with _building():
             model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
@@ -330,6 +332,14 @@ def _set_up(
 def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:
     rows = sorted(features, key=_tokens)
     start_from_probe(whole, _batches(rows, whole.config.pad_token_id), np.array([row["labels"] for row in rows]))
+
+
+def _start_from_mean(whole: PreTrainedModel, features: Sequence[Features]) -> None:
+    """A regression begins with the mean of its targets, not at 0: the adapter's steps go into what differs. Heads without a bias stay."""
+    layer = output_layer(whole)
+    if layer is not None and layer.bias is not None:
+        with torch.no_grad():
+            layer.bias.fill_(float(np.mean([row["labels"] for row in features])))
 
 
 def _tokens(row: Features) -> int:
