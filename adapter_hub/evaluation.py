@@ -1,6 +1,7 @@
 """The report of an evaluation: labelled rows and the answers to them become figures, by adapter and over all. No model here.
 
-A row's target is where training has it: `label` (a label, a number, the text to write), or the lists `labels` and `spans`.
+A row's target is where training has it: `label` (a label, a number, the text to write), the lists `labels` and `spans`, or the end of
+`messages`.
 Every adapter is measured twice. *oracle* is what it answers when it is named; *routed* what came when nobody named one: of its rows,
 whoever answered them. Numbers are `training.evaluate`'s.
 """
@@ -18,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 
 from adapter_hub.adapters.config import ProblemType, TaskType
+from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Likelihood
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, digest_of, text_fault
@@ -67,6 +69,7 @@ class Task:
 
     kind: Kind
     labels: tuple[str, ...] = ()    # of its head
+    chats: bool = False             # it goes on with conversations, in the chat template
 
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
@@ -75,7 +78,13 @@ class Task:
             kinds = {ProblemType.MULTI: Kind.LABELS, ProblemType.REGRESSION: Kind.NUMBER}
             return cls(kinds.get(ProblemType(manifest.problem_type or ProblemType.SINGLE), Kind.LABEL), labels)
         kinds_of = {TaskType.TOKEN_CLS: Kind.SPANS, TaskType.CAUSAL_LM: Kind.TEXT, TaskType.SEQ_2_SEQ_LM: Kind.TEXT}
-        return cls(kinds_of.get(TaskType(manifest.task_type), Kind.VECTOR) if manifest.task_type else Kind.VECTOR, labels)
+        kind = kinds_of.get(TaskType(manifest.task_type), Kind.VECTOR) if manifest.task_type else Kind.VECTOR
+        return cls(kind, labels, manifest.task_type == TaskType.CAUSAL_LM and manifest.prompt_template is None)
+
+    def asked(self, row: Example) -> str | Conversation:
+        """What it is asked: where a row is a conversation and it goes on with such, what was said before the answer."""
+        said = _said(row) if self.chats else ()
+        return Conversation(said[:-1]) if said else row.text
 
     def target(self, row: Example) -> Any:
         """None where the row has none of this kind."""
@@ -89,6 +98,8 @@ class Task:
                 return number if math.isfinite(number := float(row.label or "")) else None
             except ValueError:
                 return None
+        if self.kind is Kind.TEXT and self.chats and (said := _said(row)):
+            return said[-1][1]
         return None if self.kind is Kind.VECTOR or (self.kind is Kind.TEXT and text_fault(row.label)) else row.label
 
     def right(self, row: Example, answer: Prediction) -> bool | None:
@@ -165,6 +176,15 @@ def _spans(row: Example) -> frozenset[Any] | None:
     except (KeyError, TypeError):
         return None
     return frozenset(trimmed(span, row.text) for span in spans if span[2] != OUTSIDE) if inside else None
+
+
+def _said(row: Example) -> tuple[tuple[str, str], ...]:
+    """(role, content) of a conversation that an assistant's message ends; else nothing."""
+    try:
+        said = tuple((str(one["role"]), str(one["content"])) for one in row.extra["messages"])
+    except (KeyError, TypeError):
+        return ()
+    return said if len(said) > 1 and said[-1][0] == "assistant" and not any(text_fault(said[at][1]) for at in (-2, -1)) else ()
 
 
 def check_packages(tasks: Iterable[Task]) -> None:

@@ -22,7 +22,8 @@ from adapter_hub.errors import InvalidInput, UnreadableFile
 JSON = Any
 LINE_BYTES_MAX = 64 << 20    # a longer line is a fault in the file, not a text
 UNSEEN = ("Cc", "Cf")        # categories of characters that show nothing: control characters, joiners and marks of direction
-TARGETS = ("labels", "spans")  # what a row may have as its target where one label does not say it
+TARGETS = ("labels", "spans", "messages")    # what a row may have as its target where one label does not say it
+CHOSE = "chose_epoch"        # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
 _INPUTS = {"text", "messages"}    # columns of which a table has one: who reads its rows says which of them will do
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
@@ -48,8 +49,8 @@ class BadRow:
 
 
 def to_example(row: str | Mapping[str, Any] | Example) -> Example:
-    """A text, or an object with `text`, as an Example. Raises InvalidInput with the reason."""
-    fields = {"text": row.text} if isinstance(row, Example) else {"text": row} if isinstance(row, str) else row
+    """A text, or an object with `text`, as an Example; of `messages` alone the last question is the text. Raises InvalidInput with the reason."""
+    fields = {"text": row.text} if isinstance(row, Example) else {"text": row} if isinstance(row, str) else _with_text(row)
     reason = fault(fields)
     if reason:
         raise InvalidInput(f"a row {reason}.", hint='A row is a text, or {"text": …, "label": …}.')
@@ -63,6 +64,14 @@ def to_example(row: str | Mapping[str, Any] | Example) -> Example:
         id=fields.get("id"),
         extra={key: value for key, value in fields.items() if key not in known},
     )
+
+
+def _with_text(row: Any) -> Any:
+    """A row of `messages` without a text has the last that a user said."""
+    if not isinstance(row, Mapping) or row.get("text") not in (None, "") or not isinstance(row.get("messages"), list):
+        return row
+    said = [one.get("content") for one in row["messages"] if isinstance(one, Mapping) and one.get("role") == "user"]
+    return {**row, "text": said[-1]} if said else row
 
 
 def as_examples(rows: Iterable[str | Mapping[str, Any] | Example]) -> list[Example]:
@@ -112,7 +121,7 @@ def read_examples(path: str | Path) -> list[Example]:
     """Every row of a file. Raises InvalidInput with file and line at the first that will not do, UnreadableFile."""
     found = []
     for line, row in read_rows(path):
-        reason = row.reason if isinstance(row, BadRow) else fault(row)
+        reason = row.reason if isinstance(row, BadRow) else fault(_with_text(row))
         if reason:
             raise InvalidInput(f"{path}, line {line}: the row {reason}.", hint="Mend or remove the row.")
         found.append(to_example(row))  # type: ignore[arg-type]
@@ -131,6 +140,33 @@ def digest_of(rows: Sequence[Example]) -> str:
 def targets_of(row: Example) -> dict[str, JSON]:
     """Its lists among `TARGETS`."""
     return {key: row.extra[key] for key in TARGETS if isinstance(row.extra.get(key), list)}
+
+
+# ---- what a version keeps of its rows ---------------------------------------------------------------------------------
+
+
+def chose(row: Example) -> bool:
+    return row.extra.get(CHOSE) is True
+
+
+def measuring(held_out: Iterable[Example]) -> list[Example]:
+    """The rows of an evaluation set that measure: the best of many epochs is flattered by those that chose it."""
+    return [row for row in held_out if not chose(row)]
+
+
+def measuring_digest(held_out: Iterable[Example]) -> str | None:
+    """Of those that measure; None where none does."""
+    found = measuring(held_out)
+    return digest_of(found) if found else None
+
+
+def jsonl_of(rows: Sequence[Example]) -> bytes:
+    """Texts and targets; of the other fields only which rows chose an epoch."""
+    lines = (
+        {"text": row.text} | ({"label": row.label} if row.label is not None else {}) | targets_of(row) | ({CHOSE: True} if chose(row) else {})
+        for row in rows
+    )
+    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode()
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import shlex
 import tempfile
 import threading
@@ -27,7 +26,7 @@ from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, 
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.chat import Conversation, question_of
-from adapter_hub.engine.generation import check_generation
+from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
@@ -42,7 +41,7 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import Example, as_examples, digest_of, read_examples, targets_of
+from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
@@ -80,8 +79,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("adapter_hub")
 
 LABELS_SHOWN = 6    # in one warning
-LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics"))
-CHOSE = "chose_epoch"    # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
+LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
 
@@ -512,7 +510,7 @@ class Hub:
             log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
         if len(state.evaluation) < len(held_out):
             held_out = unknown(self.encoder, held_out, state.exemplars, state.negatives)
-        facts = replace(facts, evaluation_digest=_digest_of(held_out))
+        facts = replace(facts, evaluation_digest=measuring_digest(held_out))
         files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
         return _Prepared(adapter, facts, files | self._routing_files(state, rows, held_out, refused), state)
 
@@ -556,7 +554,7 @@ class Hub:
         files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
         if self.config.keep == "text":
             texts = ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out), (NEGATIVES_FILE, refused))
-            files |= {file: _jsonl(given) for file, given in texts if given}
+            files |= {file: jsonl_of(given) for file, given in texts if given}
         return files
 
     def _check_named_base(self, named: str | None, assume_base: bool) -> None:
@@ -590,65 +588,84 @@ class Hub:
         promote: str = "auto",
         start: str = "auto",
         checkpoint_folder: str | Path | None = None,
+        task_type: str | None = None,
+        problem_type: str | None = None,
+        prompt_template: str | None = None,
         **facts: Any,
     ) -> LearnReport:
-        """Train a classifier adapter on rows with text and label, let the gate judge it, register it, and promote it by the rule named.
+        """Train an adapter on rows with text and target, let the gate judge it, register it, and promote it by the rule named.
 
+        `task_type`, `problem_type` and `prompt_template` are as in `register`. By default they are those of the version in production, of a
+        new name one label among several, without a template ("{text}" says so too). A row's target is its `label` (a label, a number, a text
+        to write), its list `labels` (several) or `spans`, or `messages` that end with what an assistant should write: see `training.tasks`.
         `promote` is "auto" (the gate's verdict, see `continual.gate`), "always" or "never"; "always" does not override `max_taken` in
         hub.toml. What is held or rejected is stored too, and not promoted; each version keeps its verdict as gate.json. It is judged on
         rows that had no part in training: half of the validation rows, the other half having chosen the epoch, or as many held out of
         `train`.
         A name that is in production already is learned on: new rows and new labels are added to what it knows, from its weights and with the
-        examples whose texts are kept (see `plan_lesson`); description, tags and license stay. `start="warm"` insists on its weights,
+        examples whose texts are kept (see `plan_lesson`); description, tags, license and generation stay. `start="warm"` insists on its weights,
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
-        `config` may be a preset's name. `facts` go to `register` (tags, license, …). `LearnReport.data` tells of rows that contradict each
-        other, stand in training and validation, or leave a label rare; it is warned of.
-        The base stays frozen: training happens on a copy. Raises InvalidInput, and what
-        `register` raises; nothing is stored then.
+        `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
+        contradict each other, stand in training and validation, or leave a label rare; it is warned of.
+        The base stays frozen: training happens on a copy. Raises InvalidInput, also for another kind of task than the version in production
+        has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
         with _IMPORTING:
             from adapter_hub.continual.learner import plan_lesson, transferred
+            from adapter_hub.continual.measures import Kind
             from adapter_hub.routing.statistics import build_state
             from adapter_hub.training.config import TrainConfig
-            from adapter_hub.training.train import train_classifier
+            from adapter_hub.training.train import train_adapter
 
         config = None if config is None else TrainConfig.of(config)
         if unknown := sorted(set(facts) - LEARN_FACTS):    # before it is trained
             raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=f"Facts to register with it: {', '.join(sorted(LEARN_FACTS))}.")
+        merged({}, check_generation(facts.get("generation") or {}))
         rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
         evaluation = [*{row.text: row for row in evaluation}.values()]
         current = self._current(name)
         newer, before, seen = None, None, []
+        if task_type is not None:
+            task_type = task_type_of(task_type)
+        kind = Kind.wanted(task_type, problem_type, prompt_template, None if current is None else current.kind)
+        encoded = partial(build_state, self.encoder, kind.routed(rows), "", evaluation, (), refused)
         if current is not None and start not in ("cold", "transfer"):
-            before, newer = self._live.state(current.ref), build_state(self.encoder, rows, "", evaluation, (), refused)
+            before, newer = self._live.state(current.ref), encoded()
             known = set(before.exemplars.keys)
             seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
-        lesson = plan_lesson(name, rows, held_out, config, current, start, seen)
+        lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)
+        newer = newer or encoded()
+        if current is not None and current.kind != kind:
+            current = None    # nothing of it compares
+        labels: Sequence[str] = ()
         if lesson.parent is not None:
             manifest = self.registry.manifest(lesson.parent)
-            facts = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license} | facts
+            kept = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license}
+            facts = kept | ({"generation": manifest.generation} if manifest.generation else {}) | facts
+            labels = manifest.labels or ()    # a number may have a name
         with tempfile.TemporaryDirectory(prefix="learn-") as folder:
             if start == "transfer":
-                newer = build_state(self.encoder, rows, "", evaluation, (), refused)
                 lesson = transferred(name, lesson, self._nearest(name, newer), self.base, self._load, Path(folder) / "starts")
-            result = train_classifier(
+            result = train_adapter(
                 self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start,
                 checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),
+                task_type=kind.task.task_type, problem_type=kind.problem_type, prompt_template=kind.prompt_template,
             )  # fmt: skip
             for said in result.report.warnings:
                 log.warning("%s: %s.", name, said)
             lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}
             facts = {"metrics": result.metrics} | lineage | facts
             prepared = self._prepared(
-                name, result.folder, rows, evaluation, refused, labels=result.labels, assume_base=True, state=newer, **facts
-            )
+                name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
+                problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
+            )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
         report = judge(self._evidence(name, prepared, lesson, result, current), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
@@ -676,20 +693,15 @@ class Hub:
                 yield ref, state
 
     def _current(self, name: str) -> Current | None:
-        """The version in production, if it is a classifier of single labels."""
+        """The version in production."""
         from adapter_hub.continual.learner import Current
 
         version = self.registry.aliases(name).get(PRODUCTION) if name in self.registry.names() else None
         if version is None:
             return None
         manifest = self.registry.manifest(AdapterRef(name, version))
-        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type is not None or not manifest.labels:
-            return None
-        exemplars, evaluation = (
-            tuple(row for row in self._kept(manifest.ref, file) if row.label in manifest.labels) for file in (EXEMPLARS_FILE, EVALUATION_FILE)
-        )
-        folder = self.registry.open_version(manifest.ref)
-        return Current(manifest.ref, folder, manifest.labels, manifest.peft, manifest.prompt_template is None, exemplars, evaluation)
+        kept = (self._kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
+        return Current.of(manifest, self.registry.open_version(manifest.ref), *kept)
 
     def _with_memory(
         self,
@@ -715,15 +727,15 @@ class Hub:
         kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         if before is not None and len(kept) == before.count:
             kept = [kept[row] for row in before.rows_before(newer)]
-        measuring = {row.text for row in result.validation}
-        learned = {row.text for row in lesson.train} - measuring
+        measured = {row.text for row in result.validation}
+        learned = {row.text for row in lesson.train} - measured
         old = unknown(self.encoder, held_out, newer.exemplars, state.negatives)
         new = unknown(self.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
-        choosing = {row.text for row in (*(lesson.validation or ()), *filter(_chose, old))} - measuring
+        choosing = {row.text for row in (*(lesson.validation or ()), *filter(chose, old))} - measured
         held = {row.text: row for row in (*old, *new, *(() if given else result.validation)) if row.text not in learned}
         marked = [replace(row, extra={**row.extra, CHOSE: text in choosing}) for text, row in held.items()]
         files = self._routing_files(state, [*kept, *rows], marked, [*negatives, *refused])
-        facts = replace(prepared.facts, evaluation_digest=_digest_of(marked))
+        facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))
         return replace(prepared, facts=facts, files=prepared.files | files, state=state)
 
     def _evidence(self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None) -> Evidence:
@@ -732,19 +744,16 @@ class Hub:
 
         measured = {row.text for row in result.validation}
         slices = {what: [row for row in given if row.text not in measured] for what, given in lesson.slices.items()}
-        texts = list(dict.fromkeys(row.text for rows in (result.validation, *slices.values()) for row in rows))
+        rows, measure = [*result.validation, *itertools.chain(*slices.values())], lesson.kind.measure
         with self._candidate(name, prepared.adapter) as ref:
-            outputs = self.engine.predict(_requests(texts, [ref] * len(texts), True))
-        mine = dict(zip(texts, (output.label for output in outputs), strict=True))
-        theirs = None
-        if current is not None:
-            theirs = dict(zip(texts, (answer.label for answer in self.predict(texts, adapters=str(current.ref))), strict=True))
+            mine = measure.asked(self.engine, rows, ref)
+        theirs = None if current is None else measure.asked(self.engine, rows, current.ref)
+        base = measure.asked(self.engine, result.validation, None) if lesson.kind.writes else {}
         whole = self.config.max_taken < 1    # a limit is held to exactly
         effect = self._effect_of(name, prepared.state, None if whole else EXEMPLARS_MAX) if prepared.state.count else None
-        faults = () if all(math.isfinite(score) for output in outputs for score in output.scores.values()) else ("its scores are not finite",)
         # In fewer bits more rows go another way, and that is no fault.
-        trained = result.metrics["accuracy"] if self.precision == "float32" else None
-        asked = Asked(result.validation, slices, mine, theirs, routed_of(effect) if effect else (), faults, trained)
+        trained = result.metrics if self.precision == "float32" else None
+        asked = Asked(result.validation, slices, mine, theirs, base, routed_of(effect) if effect else (), trained)
         return evidence_of(lesson, asked, current, self._vectors)
 
     def _vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -797,7 +806,7 @@ class Hub:
         # What is taught now measures no more; where the texts are not kept, nobody can say which are left.
         held_out = unknown(self.encoder, texts_of[EVALUATION_FILE], state.exemplars.without(before.exemplars), state.negatives)
         fewer = len(state.evaluation) < len(before.evaluation)
-        digest = _digest_of(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
+        digest = measuring_digest(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
         files |= self._routing_files(state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
@@ -1179,7 +1188,7 @@ class Hub:
             refs = list(dict.fromkeys(self.registry.production() if wanted is None else map(self.registry.resolve, wanted)))
             manifests = (self.registry.manifest(ref) for ref in refs)
             check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
-            groups = ((ref, _measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
+            groups = ((ref, measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
         else:
             rows = rows_of(data) if wanted is None else self._rows_of(wanted, rows_of(data))
             named = [row.extra.get("adapter") for row in rows]
@@ -1212,13 +1221,17 @@ class Hub:
         texts = [row.text for row in rows]
         decisions = self._route(router, texts, 1, max_false_reject)
         answering = [decision.adapter for decision in decisions]
+        tasks: dict[AdapterRef | None, Task] = {ref: Task.of(self.registry.manifest(ref)) for ref in (*answering, home) if ref}
         if home is None:
-            check_answers({ref: Task.of(self.registry.manifest(ref)) for ref in answering if ref})
+            check_answers({ref: one for ref, one in tasks.items() if ref})
+        else:
+            tasks[None] = Task(Kind.VECTOR, chats=self.base.kind == "causal")
         asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
-        outputs = dict(zip(asked, self.engine.predict(_requests([texts[i] for i, _ in asked], [ref for _, ref in asked], True)), strict=True))
+        questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
+        outputs = dict(zip(asked, self.engine.predict(_requests(questions, [ref for _, ref in asked], True)), strict=True))
         writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
-        requests = _requests([texts[i] for i in writing], [home] * len(writing), True)
-        likelihoods = dict(zip(writing, self.engine.score(requests, [rows[i].label or "" for i in writing]), strict=True))
+        requests = _requests([task.asked(rows[i]) for i in writing], [home] * len(writing), True)
+        likelihoods = dict(zip(writing, self.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
         answered = [
             Answered(
                 row,
@@ -1457,26 +1470,3 @@ def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -
             "%d of the %d examples of %s have a label that its head does not know, and are classes for the router alone: %s%s.",
             unknown.total(), len(rows), name, shown, more,
         )    # fmt: skip
-
-
-def _chose(row: Example) -> bool:
-    return row.extra.get(CHOSE) is True
-
-
-def _measuring(held_out: Iterable[Example]) -> list[Example]:
-    """The rows of an evaluation set that measure: the best of many epochs is flattered by those that chose it."""
-    return [row for row in held_out if not _chose(row)]
-
-
-def _digest_of(held_out: Iterable[Example]) -> str | None:
-    """Of those that measure; None where none does."""
-    measuring = _measuring(held_out)
-    return digest_of(measuring) if measuring else None
-
-
-def _jsonl(rows: Sequence[Example]) -> bytes:
-    lines = (
-        {"text": row.text} | ({"label": row.label} if row.label is not None else {}) | targets_of(row) | ({CHOSE: True} if _chose(row) else {})
-        for row in rows
-    )
-    return "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines).encode()

@@ -256,6 +256,14 @@ def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path,
     code, out, err = invoke(*anew, "--promote", "always")
     assert code == 0 and "reason: always; the gate: " in out and "  promote: integrity" not in out, err
     assert invoke("learn", "words", str(tmp_path / "words.jsonl"), "--start", "hot", *registry)[0] == 2
+    sizes = [{"text": f"{word} number {i}", "label": str(size)} for word, size in (("ant", -1.0), ("whale", 2.0)) for i in range(12)]
+    learn = ["learn", "sizes", lines(tmp_path / "sizes.jsonl", sizes), "--config", settings, *registry, "--promote", "always"]
+    code, out, err = invoke(*learn, "--problem-type", "regression", "--prompt-template", "size of {text}", "--json")
+    assert code == 0 and "mae" in json.loads(out)["metrics"], err
+    assert invoke(*learn, "--task-type", "TOKEN_CLS")[0] == 2
+    code, out, err = invoke("show", "sizes", *registry, "--json")
+    assert (json.loads(out)["problem_type"], json.loads(out)["prompt_template"]) == ("regression", "size of {text}"), err
+    assert invoke("purge", "sizes@1", "--yes", *registry)[0] == 0
     assert invoke("promote", "words@1", *registry)[:2] == (0, "production is now words@1\n")
 
     asked = [{"text": "paint the gate red", "id": 1}, {"text": ""}, {"text": "zebra number 40", "label": "zebra"}]

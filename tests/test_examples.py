@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from adapter_hub import examples
 from adapter_hub.errors import InvalidInput, UnreadableFile
-from adapter_hub.examples import BadRow, Example, RowReader, as_examples, fault, read_examples, read_rows, to_example
+from adapter_hub.examples import BadRow, Example, RowReader, as_examples, fault, jsonl_of, read_examples, read_rows, to_example
 
 ROWS = [
     {"id": "1", "text": "plain", "label": "a"},
@@ -147,6 +147,15 @@ def test_a_very_long_text_is_a_text() -> None:
 def test_examples_keep_label_id_and_the_rest() -> None:
     assert to_example({"text": "x", "label": 3, "id": 7, "source": "mail"}) == Example("x", "3", 7, {"source": "mail"})
     assert as_examples(["a", {"text": "b"}, Example("c")]) == [Example("a"), Example("b"), Example("c")]
+
+
+def test_of_a_conversation_without_a_text_the_last_question_is_the_text(tmp_path: Path) -> None:
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "who?"}]
+    said.append({"role": "assistant", "content": "me"})
+    (tmp_path / "rows.jsonl").write_bytes(jsonl_of(as_examples([{"messages": said}])) + json.dumps({"messages": said}).encode())
+    assert read_examples(tmp_path / "rows.jsonl") == [Example("who?", extra={"messages": said})] * 2
+    with pytest.raises(InvalidInput, match="has no 'text', only 'messages'"):
+        as_examples([{"messages": said[1:2]}])
 
 
 def test_the_first_bad_example_is_named_by_position_or_line(tmp_path: Path) -> None:

@@ -210,7 +210,10 @@ def register(
 def learn(
     ctx: typer.Context,
     name: Name,
-    train: Annotated[str, typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet.")],
+    train: Annotated[
+        str,
+        typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet; or `labels`, `spans`, `messages`, not in CSV."),
+    ],
     validation: Annotated[str, typer.Option(help="Rows to judge it on; by default some are held out of TRAIN.")] = "",
     config: Annotated[str, typer.Option(help='fast, balanced or thorough; or settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
     promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: unless the gate sees harm in it.")] = "auto",
@@ -219,16 +222,24 @@ def learn(
         typer.Option(help="NAME in production: warm, its weights; cold, without what it knew. A new one: transfer, from the nearest if it helps."),
     ] = "auto",
     checkpoints: Annotated[str, typer.Option(metavar="DIR", help="Keep each epoch there: the same command goes on after it was killed.")] = "",
+    task_type: Annotated[
+        str | None, typer.Option(help="SEQ_CLS, TOKEN_CLS, CAUSAL_LM or SEQ_2_SEQ_LM; by default NAME's in production, of a new one SEQ_CLS.")
+    ] = None,
+    problem_type: Annotated[str | None, typer.Option(help="Of SEQ_CLS: multi_label_classification, regression; by default one label.")] = None,
+    prompt_template: Annotated[str | None, typer.Option(help='Text with {text} in it, put around each input.')] = None,
+    generation: Generation = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
-    """Train an adapter on labelled rows and register it.
+    """Train an adapter on rows with targets and register it.
 
     A NAME in production learns on: it keeps its labels, and its examples where their texts are kept. A gate compares the result with what is
     there and says why it promotes, holds or rejects it. Exit code 1 where it is not promoted.
     """
     settings = _train_config(config)
+    kept: dict[str, Any] = {"generation": json_object("--generation", generation)} if generation else {}
     report = _open(ctx, registry).learn(
         name, train=train, validation=validation or None, config=settings, promote=promote, start=start, checkpoint_folder=checkpoints or None,
+        task_type=task_type, problem_type=problem_type, prompt_template=prompt_template, **kept,
     )  # fmt: skip
     emit(report, as_json, learned)
     if not report.promoted and promote != "never":

@@ -4,7 +4,8 @@
 |---|---|
 | has a fault: the engine answers otherwise than it was trained, its numbers are not finite | reject |
 | is right no more often than always answering the commonest label | reject |
-| is the first version (or no row is new to the version in production), and worse than a linear probe on the frozen encoder | reject |
+| has scores, and is better than its baseline neither on more rows than it is worse on nor in the mean | reject |
+| is the first version (or no row is new to the one in production), right or wrong, and worse than a linear probe on the frozen encoder | reject |
 | is worse than the version in production, on rows that neither was trained on | hold |
 | answers what that one was made for worse, by more than `margin` | hold |
 | lacks a label that that one knows | hold |
@@ -15,16 +16,29 @@
 A reject outweighs a hold. *Worse* is told by a paired bootstrap (Efron and Tibshirani 1993, ch. 16; Koehn 2004): of all samples, drawn with
 replacement from the rows that were judged, fewer than `level` have the candidate at least as good. Few rows cannot tell: one row that
 each of the two wins is added, so that five rows of one mind are the fewest that count at 5 %. What one row decides is no evidence.
+
+A row of one label among several is right or wrong. Of other tasks it has a score, and of the two whose score is higher wins the row; who
+differ by less than `continual.measures` says do both:
+
+| the task | score of a row | its baseline |
+|---|---|---|
+| several labels | overlap of given and wanted labels (Jaccard), 0-1 | always the commonest set of labels in training |
+| a number | minus the absolute error | always the mean of the training rows |
+| labels of tokens | share of the tokens that are right, 0-1 | always the commonest label of these tokens |
+| text | minus the nats a token of what was to be written | the base model, asked with the same prompt |
+
+The baseline is what a first version is compared with. Where a constant answer is right on every row, these tell nothing apart and it is none.
 """
 
 # n rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 LABELS_SHOWN = 6
 DECIMALS = 9    # of a probability: what the Fourier transform rounds is far below
@@ -51,15 +65,32 @@ class GatePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Whether candidate and reference were right, on the same rows."""
+    """Whether candidate and reference were right, on the same rows; of rows that have scores, whether they won or drew."""
 
     reference: str                 # who, in words: "banking@2", "a linear probe"
     candidate_right: tuple[bool, ...]
     reference_right: tuple[bool, ...]
+    measure: str = ""              # what the scores are, in words; empty where a row is right or wrong
+    means: tuple[float, float] = (0.0, 0.0)    # of the scores: candidate's and reference's
+    least: float = 0.0             # by which scores must differ to be told apart
 
     def __post_init__(self) -> None:
         if len(self.candidate_right) != len(self.reference_right):
             raise ValueError(f"{len(self.candidate_right)} rows of the candidate stand beside {len(self.reference_right)} of {self.reference}")
+
+    @classmethod
+    def of_scores(cls, reference: str, candidate: Sequence[float], other: Sequence[float], *, measure: str, least: float = 0.0) -> Self:
+        """Who wins each row, by scores (n,) of which the higher is the better; both where they differ by `least` or less.
+
+        What is not a number is the worst there is.
+        """
+        mine, theirs = ([-math.inf if math.isnan(score) else score for score in scores] for scores in (candidate, other))
+        drawn = [a == b or abs(a - b) <= least for a, b in zip(mine, theirs, strict=True)]
+        candidate_right, reference_right = (
+            tuple(even or a > b for even, a, b in zip(drawn, *sides, strict=True)) for sides in ((mine, theirs), (theirs, mine))
+        )
+        means = (sum(mine) / max(1, len(mine)), sum(theirs) / max(1, len(theirs)))
+        return cls(reference, candidate_right, reference_right, measure, means, least)
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -85,7 +116,8 @@ class Evidence:
 
     validation: Paired
     commonest_right: int | None = None             # rows of `validation` that have the commonest label; None where all have the same one
-    probed: bool = True                            # the reference is a linear probe, not the version in production
+    baseline: Paired | None = None                 # where rows have scores: against the baseline; None where nothing is told apart
+    probed: bool = True                            # the reference is a linear probe or the baseline, not the version in production
     slices: Mapping[str, Paired] = field(default_factory=dict)    # old inputs, by what they are
     lost_labels: tuple[str, ...] = ()              # that the version in production knows and the candidate does not
     routed: tuple[Routed, ...] = ()
@@ -149,6 +181,8 @@ def _findings(evidence: Evidence, policy: GatePolicy) -> Iterator[Finding]:
 
 
 def _validation(evidence: Evidence, policy: GatePolicy) -> Finding:
+    if evidence.validation.measure:
+        return _scored(evidence, policy)
     rows, gained, lost = evidence.validation.counts
     right, commonest = sum(evidence.validation.candidate_right), evidence.commonest_right
     numbers = _numbers(rows, gained, lost) | {"right": right, "reference_right": right - gained + lost}
@@ -168,10 +202,40 @@ def _validation(evidence: Evidence, policy: GatePolicy) -> Finding:
     return Finding("validation", Verdict.PROMOTE, f"{beside}: {'better' if better else 'not to be told apart'} on {rows} rows", numbers)
 
 
+def _scored(evidence: Evidence, policy: GatePolicy) -> Finding:
+    pairs, baseline = evidence.validation, evidence.baseline
+    rows, gained, lost = pairs.counts
+    numbers = _numbers(rows, gained, lost) | _finite({"score": pairs.means[0], "reference_score": pairs.means[1]})
+    if not rows:
+        return Finding("validation", Verdict.PROMOTE, "no row was left to judge it on", numbers)
+    said = f"{_compared(pairs)}: better on {gained} of {rows} rows, worse on {lost}"
+    if baseline is not None:
+        _, above, below = baseline.counts
+        numbers |= {"above_baseline": above, "below_baseline": below} | _finite({"baseline_score": baseline.means[1]})
+        if above <= below and not baseline.means[0] - baseline.means[1] > baseline.least:
+            reason = said if evidence.probed else f"{_compared(baseline)}: better on {above} of {rows} rows, worse on {below}"
+            return Finding("validation", Verdict.REJECT, reason, numbers)
+    # Of a baseline the rule above is all: squared errors may be small in the mean and yet larger on most rows.
+    harmed = not evidence.probed and is_worse(rows, gained, lost, policy.level)
+    return Finding("validation", Verdict.HOLD if harmed else Verdict.PROMOTE, said, numbers)
+
+
+def _compared(pairs: Paired) -> str:
+    mine, theirs = (f"{abs(mean):.3f}" for mean in pairs.means)    # of errors and nats too, which count as scores below 0
+    return f"{pairs.measure} {mine}, {pairs.reference} {theirs}"
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
+    """Without those that JSON cannot hold."""
+    return {name: number for name, number in numbers.items() if math.isfinite(number)}
+
+
 def _slice(name: str, pairs: Paired, policy: GatePolicy) -> Finding:
     rows, gained, lost = pairs.counts
     harmed = _harmed(rows, gained, lost, policy.margin, policy.level)
     said = f"of {rows} {name} it answers {lost} wrongly that {pairs.reference} has right, and {gained} the other way round"
+    if pairs.measure:
+        said = f"of {rows} {name} it answers {lost} worse than {pairs.reference} does, and {gained} better ({_compared(pairs)})"
     return Finding(name, Verdict.HOLD if harmed else Verdict.PROMOTE, said, _numbers(rows, gained, lost))
 
 

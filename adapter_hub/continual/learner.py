@@ -11,21 +11,25 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapter_hub.continual.gate import Evidence, Paired, Routed
+from adapter_hub.continual.gate import Evidence, Routed
+from adapter_hub.continual.measures import ONE_LABEL, Answers, Kind
+from adapter_hub.engine.engine import Output
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
-from adapter_hub.training.data import check_task, hold_out, task_seed
+from adapter_hub.training.data import hold_out, task_seed
+from adapter_hub.training.tasks import Task
 
 if TYPE_CHECKING:
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
+    from adapter_hub.registry.manifest import Manifest
     from adapter_hub.routing.effect import Effect
     from adapter_hub.training.transfer import Transfer
     from adapter_hub.training.warm import Start
@@ -50,9 +54,16 @@ class Current:
     folder: Path
     labels: tuple[str, ...]
     peft: Mapping[str, Any]                  # adapter_config.json
-    plain: bool = True                       # its input is the text alone, without a prompt template
-    exemplars: tuple[Example, ...] = ()      # those whose texts are kept and whose labels its head has
+    kind: Kind = ONE_LABEL                   # what it gives
+    exemplars: tuple[Example, ...] = ()      # those whose texts are kept, with a target of its kind and none but its labels
     evaluation: tuple[Example, ...] = ()     # likewise, of its evaluation inputs
+
+    @classmethod
+    def of(cls, manifest: Manifest, folder: Path, exemplars: Sequence[Example], evaluation: Sequence[Example]) -> Self:
+        """`exemplars` and `evaluation` are all that are kept."""
+        kind, labels = Kind.of(manifest), manifest.labels or ()
+        known = (tuple(row for row in rows if kind.knows(row, labels)) for rows in (exemplars, evaluation))
+        return cls(manifest.ref, folder, labels, manifest.peft, kind, *known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class Lesson:
     train: tuple[Example, ...]
     validation: tuple[Example, ...] | None
     config: TrainConfig
+    kind: Kind = ONE_LABEL
     start: Start | None = None                      # warm
     transfer: Transfer | None = None                # of a new name, what starting from others' weights was found to give
     parent: AdapterRef | None = None                # whose weights or examples are in it
@@ -85,13 +97,14 @@ def plan_lesson(
     current: Current | None,
     start: str,
     seen: Collection[int] = (),
+    kind: Kind = ONE_LABEL,
 ) -> Lesson:
     """How `rows` are learned. `seen` are the positions (from 0) of rows that are examples of `current` already.
 
     "cold" starts from the base and replays nothing: the new rows take the place of the old. "warm" starts from the weights in production, or
     is refused with the reason; "auto" does so where they fit. Both replay what texts are kept; where none are, the rows must have every
-    label that there was. A new name starts cold, by "transfer" from its nearest where that helps: see `transferred`. Raises InvalidInput
-    with the position of the row that is at fault.
+    label that there was. What is of another kind than `current` is learned by "cold" alone, and as a new name is. A new name starts cold, by
+    "transfer" from its nearest where that helps: see `transferred`. Raises InvalidInput with the position of the row that is at fault.
     """
     if start not in STARTS:
         raise InvalidInput(f"start={start!r} is not a way to start.", hint=f"Use {', '.join(map(repr, STARTS))}.")
@@ -101,22 +114,33 @@ def plan_lesson(
         raise InvalidInput("there is nothing to learn: no rows were given.", hint='A row to learn from is {"text": …, "label": …}.')
     if current is None:
         if start == "warm":
-            raise InvalidInput(f"{name} has no classifier in production to start from.", hint='Use start="auto" (`--start auto`).')
-        check_task(rows, validation)
-        return Lesson(tuple(rows), _given(validation), config or TrainConfig())
+            raise InvalidInput(f"{name} has nothing in production to start from.", hint='Use start="auto" (`--start auto`).')
+        if start == "transfer" and kind.task is not Task:
+            fact = f'start="transfer" is for one label among several, and this is {kind}'
+            raise InvalidInput(f"{fact}.", hint='Use start="auto" (`--start auto`).')
+        _job(kind, rows, validation)
+        return Lesson(tuple(rows), _given(validation), config or TrainConfig(), kind)
     if start == "transfer":
         raise InvalidInput(f"{current.ref} is in production: it is learned on from its own weights.", hint='Use start="auto" (`--start auto`).')
+    if current.kind != kind:
+        if start != "cold":
+            hint = 'Learn what it gives, or replace it: start="cold" (`--start cold`).'
+            raise InvalidInput(f"{current.ref} is {current.kind}, and what is to be learned {kind}.", hint=hint)
+        _job(kind, rows, validation)
+        note = f"a cold start: {current.ref} is {current.kind}, and not compared with"
+        return Lesson(tuple(rows), _given(validation), config or TrainConfig(), kind, notes=(note,))
     if start == "cold":
-        lost = sorted(set(current.labels) - set(check_task(rows, validation)))
+        job = _job(kind, rows, validation)
+        lost = sorted(set(current.labels) - set(job.labels)) if job.labels else []
         lesson = Lesson(
-            tuple(rows), _given(validation), config or TrainConfig(), lost_labels=tuple(lost), notes=("a cold start: nothing is replayed",)
+            tuple(rows), _given(validation), config or TrainConfig(), kind, lost_labels=tuple(lost), notes=("a cold start: nothing is replayed",)
         )
-        return _compared(lesson, rows, current, seen)
+        return _compared(lesson, job, rows, current, seen)
     # What is said now holds against what was said before; and what measures it stays out of training.
     texts = {row.text for row in (*rows, *current.evaluation, *(validation or ()))}
     replayed = [row for row in current.exemplars if row.text not in texts]
-    labels = check_task([*rows, *replayed], validation)
-    if lost := sorted(set(current.labels) - set(labels)):
+    job = _job(kind, [*rows, *replayed], validation)
+    if job.labels and (lost := sorted(set(current.labels) - set(job.labels))):
         shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
         fact = f"{len(lost)} labels of {current.ref} would be lost ({shown}): no row has them, and no text of theirs is kept."
         hint = 'Give rows of these labels too. start="cold" (`--start cold`) makes a version without them; keep = "text" in hub.toml keeps texts.'
@@ -127,10 +151,10 @@ def plan_lesson(
     notes = [f"{len(replayed)} examples of {current.ref} are replayed" if replayed else f"no text of {current.ref} is kept that could be replayed"]
     notes.append(f"its weights are not: {fault}" if fault else f"it starts from the weights of {current.ref}")
     lesson = Lesson(
-        (*rows, *replayed), _given(validation), _shaped(config, None if fault else current),
-        start=None if fault else _start(current), parent=current.ref, notes=tuple(notes),
+        (*rows, *replayed), _given(validation), _shaped(config, None if fault else current), kind,
+        start=None if fault else _start(current, job), parent=current.ref, notes=tuple(notes),
     )  # fmt: skip
-    lesson = _compared(lesson, rows, current, seen)
+    lesson = _compared(lesson, job, rows, current, seen)
     slices = {REPLAYED: _spread(replayed)} | dict(lesson.slices)
     return replace(lesson, slices={what: given for what, given in slices.items() if given})
 
@@ -167,13 +191,18 @@ def _given(validation: Sequence[Example] | None) -> tuple[Example, ...] | None:
     return None if validation is None else tuple(validation)
 
 
-def _start(current: Current) -> Start:
+def _job(kind: Kind, rows: Sequence[Example], validation: Sequence[Example] | None) -> Task:
+    """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
+    return kind.task.of(rows, validation, kind.prompt_template)
+
+
+def _start(current: Current, job: Task) -> Start:
     from adapter_hub.training.warm import Start
 
-    return Start(current.folder, current.labels)
+    return Start(current.folder, current.labels if job.labels else job.outputs)
 
 
-def _compared(lesson: Lesson, rows: Sequence[Example], current: Current, seen: Collection[int]) -> Lesson:
+def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Current, seen: Collection[int]) -> Lesson:
     """With rows that tell which is better: given ones, or some held out of those that are new; and with the old ones that are none of either."""
     known = {row.text for row in current.exemplars} | {rows[position].text for position in seen}
     unseen = lesson.validation is not None and not known >= {row.text for row in lesson.validation}
@@ -181,16 +210,26 @@ def _compared(lesson: Lesson, rows: Sequence[Example], current: Current, seen: C
         new = [row for row in rows if row.text not in known]
         share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
         try:
-            _, held = hold_out(new, share, seed)    # half of it will choose the epoch
+            _, held = hold_out(new, share, seed, job.stratum)    # half of it will choose the epoch
         except (InvalidInput, ValueError):
             held = []
-        out = {row.text for row in held}
-        rest = [row for row in lesson.train if row.text not in out]
-        if held and {row.label for row in rest} == {row.label for row in lesson.train}:
+        rest = _beside(held, lesson.train)
+        if type(job) is not Task:    # a row of many labels may be the only one of some: it is trained on
+            known_labels = {label for row in rest for label in job.named(row)}
+            held = [row for row in held if known_labels.issuperset(job.named(row))]
+            rest = _beside(held, lesson.train)
+        kept, all_ = ({label for row in some for label in job.named(row)} for some in (rest, lesson.train))
+        if held and rest and kept == all_:
             lesson, unseen = replace(lesson, train=tuple(rest), validation=tuple(held)), True
     learned = {row.text for row in (*lesson.train, *(lesson.validation or ()))}
     old = [row for row in current.evaluation if row.text not in learned]
     return replace(lesson, unseen=unseen, known=frozenset(known), slices={EVALUATION: _spread(old)} if old else {})
+
+
+def _beside(held: Sequence[Example], rows: Sequence[Example]) -> list[Example]:
+    """Those of the rows whose texts are not held out."""
+    out = {row.text for row in held}
+    return [row for row in rows if row.text not in out]
 
 
 def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:
@@ -202,8 +241,6 @@ def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:
 def _warm_fault(current: Current, config: TrainConfig | None) -> str:
     """Why its weights are no start for this config, to be read after a colon; empty where they are."""
     peft = current.peft
-    if not current.plain:
-        return "it has a prompt template, and is trained on the text alone"
     if peft.get("rank_pattern") or peft.get("alpha_pattern"):
         return "its rank differs from module to module"
     if config is None:
@@ -233,46 +270,57 @@ def _shaped(config: TrainConfig | None, current: Current | None) -> TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the candidate and the version in production answered, by text."""
+    """What the candidate and the version in production answered, by `Measure.key` of the row."""
 
     validation: Sequence[Example]
     slices: Mapping[str, Sequence[Example]]
-    candidate: Mapping[str, str | None]
-    current: Mapping[str, str | None] | None = None
+    candidate: Answers
+    current: Answers | None = None
+    base: Answers = field(default_factory=dict)     # of the base model, where it writes
     routed: tuple[Routed, ...] = ()
-    faults: tuple[str, ...] = ()
-    trained_accuracy: float | None = None    # on the validation rows, as training measured it; None: not to be compared
+    trained: Mapping[str, float] | None = None      # the metrics of the validation rows in training; None: not to be compared
 
 
 def evidence_of(
     lesson: Lesson, asked: Asked, current: Current | None, vectors: Callable[[Sequence[str]], NDArray[np.float32]]
 ) -> Evidence:
     """What the gate judges by. `vectors` (texts to (n, d)) is the frozen encoder."""
-    notes, faults, rows = list(lesson.notes), list(asked.faults), asked.validation
+    notes, rows, measure = list(lesson.notes), asked.validation, lesson.kind.measure
     fresh = [row for row in rows if row.text not in lesson.known]
-    if current is not None and asked.current is not None and lesson.unseen and fresh:
+    measured = {row.text for row in rows}
+    train = [row for row in lesson.train if row.text not in measured]
+    rival = asked.current if lesson.unseen and fresh else None
+    if rival is not None and current is not None:
         rows = fresh
-        validation, first = _paired(rows, asked.candidate, asked.current, str(current.ref)), False
         if len(fresh) < len(asked.validation):
             notes.append(f"{len(asked.validation) - len(fresh)} validation rows are left out: {current.ref} was trained on them")
+    baseline = None
+    if measure.words:
+        baseline = measure.beside_baseline(rows, asked.candidate, train, asked.base)
+    if rival is not None and current is not None:
+        validation = measure.paired(rows, asked.candidate, rival, str(current.ref), train)
+    elif baseline is not None:
+        validation = baseline
     else:
-        measured = {row.text for row in rows}
-        train = [row for row in lesson.train if row.text not in measured]
         found = vectors([row.text for row in (*train, *rows)])
         answers = linear_probe(found[: len(train)], [row.label for row in train], found[len(train) :])
-        probed = dict(zip((row.text for row in rows), answers, strict=True))
-        validation, first = _paired(rows, asked.candidate, probed, "a linear probe of the encoder"), True
-        if current is not None:
-            notes.append(f"{current.ref} may know the validation rows: on them it is not compared with")
-    right, count = sum(asked.candidate[row.text] == row.label for row in asked.validation), len(asked.validation)
-    if asked.trained_accuracy is not None and abs(right - asked.trained_accuracy * count) > 1.5:    # one may go either way by rounding
-        faults.append(f"in use it answers {right} of {count} validation rows rightly, {asked.trained_accuracy * count:.0f} in training")
+        probed = {row.text: Output(label=answer) for row, answer in zip(rows, answers, strict=True)}
+        validation = measure.paired(rows, asked.candidate, probed, "a linear probe of the encoder", train)
+    if rival is None and current is not None:
+        notes.append(f"{current.ref} may know the validation rows: on them it is not compared with")
+    faults = [] if all(map(measure.finite, asked.candidate.values())) else ["its scores are not finite"]
+    # What bfloat16 measured in training is no measure of scores in float32.
+    exact = not measure.words or lesson.config.precision == "float32"
+    if asked.trained is not None and exact and (unlike := measure.unlike_training(asked.validation, asked.candidate, asked.trained)):
+        faults.append(unlike)
     slices = {}
     if current is not None and asked.current is not None:
-        slices = {what: _paired(given, asked.candidate, asked.current, str(current.ref)) for what, given in asked.slices.items() if given}
+        sides = asked.candidate, asked.current, str(current.ref), train
+        slices = {what: measure.paired(given, *sides) for what, given in asked.slices.items() if given}
+    told = baseline is not None and not measure.is_best(baseline.means[1])
     return Evidence(
-        validation, commonest_right(rows), probed=first, slices=slices, lost_labels=lesson.lost_labels, routed=asked.routed,
-        faults=tuple(faults), notes=tuple(notes),
+        validation, None if measure.words else commonest_right(rows), baseline=baseline if told else None, probed=rival is None, slices=slices,
+        lost_labels=lesson.lost_labels, routed=asked.routed, faults=tuple(faults), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -295,12 +343,6 @@ def commonest_right(rows: Sequence[Example]) -> int | None:
     """How many have the commonest label; None where all have the same one, so that nothing is told apart."""
     counts = Counter(row.label for row in rows)
     return max(counts.values()) if len(counts) > 1 else None
-
-
-def _paired(rows: Sequence[Example], candidate: Mapping[str, str | None], reference: Mapping[str, str | None], name: str) -> Paired:
-    """Their answers to `rows`, as right or wrong."""
-    mine, theirs = (tuple(answers[row.text] == row.label for row in rows) for answers in (candidate, reference))
-    return Paired(name, mine, theirs)
 
 
 def routed_of(effect: Effect) -> tuple[Routed, ...]:

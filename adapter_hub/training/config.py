@@ -45,7 +45,7 @@ class TrainConfig:
     precision: str = "float32"             # one of PRECISIONS, of the arithmetic; weights are trained in float32. "auto": bfloat16 on CUDA
     base_dropout: bool = True              # train with the base's own dropout, too
     label_smoothing: float = 0.05          # 0 to below 1; keeps the head from being surer than it is right
-    probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise
+    probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise; a number's from the mean
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
     report_to: tuple[str, ...] = ()        # some of TRACKERS; `trackers` says where the logs are

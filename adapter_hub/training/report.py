@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -31,7 +31,7 @@ _PRIME = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class Contradiction:
-    """One text with two labels or more."""
+    """One text with two labels or more, or other targets."""
 
     text: str
     labels: tuple[str, ...]
@@ -51,7 +51,7 @@ class DataReport:
     """Facts about rows to learn from. Of each fault the first SHOWN_MAX are named, and all are counted."""
 
     rows: int
-    rows_per_label: tuple[tuple[str, int], ...]    # rarest first
+    rows_per_label: tuple[tuple[str, int], ...]    # rarest first; of one label among several, else empty
     duplicates: int                                # rows that repeat an earlier one with its label, nearly or word for word
     contradictions_count: int
     contradictions: tuple[Contradiction, ...]
@@ -61,6 +61,8 @@ class DataReport:
     @property
     def imbalance(self) -> float:
         """Rows of the commonest label over rows of the rarest, at least 1."""
+        if not self.rows_per_label:
+            return 1.0
         return self.rows_per_label[-1][1] / self.rows_per_label[0][1]
 
     @property
@@ -68,8 +70,9 @@ class DataReport:
         """What should be looked at before the result is trusted, in words."""
         found = []
         if self.contradictions_count:
-            first = self.contradictions[0]
-            found.append(f"{_texts(self.contradictions_count)} with two labels or more, as {first.text[:60]!r}: {', '.join(map(repr, first.labels))}")
+            first, what = self.contradictions[0], "labels" if self.rows_per_label else "targets"
+            shown = ", ".join(map(repr, first.labels))
+            found.append(f"{_texts(self.contradictions_count)} with two {what} or more, as {first.text[:60]!r}: {shown}")
         if self.leaks_count:
             leak = self.leaks[0]
             place = f"row {leak.validation_row}, row {leak.training_row} of training"
@@ -87,13 +90,19 @@ def _texts(count: int) -> str:
     return "1 text stands" if count == 1 else f"{count} texts stand"
 
 
-def report_of(rows: Sequence[Example], validation: Sequence[Example] = ()) -> DataReport:
-    """What is to be known about labelled rows before anything learns from them."""
+def _label(row: Example) -> str:
+    return row.label or ""
+
+
+def report_of(
+    rows: Sequence[Example], validation: Sequence[Example] = (), target: Callable[[Example], str] = _label, *, classes: bool = True
+) -> DataReport:
+    """What is to be known about rows before anything learns from them. `target` says a row's; of `classes` each row has one, and is counted."""
     groups = near_duplicates([row.text for row in (*rows, *validation)])
-    seen = {(group, row.label) for group, row in zip(groups, rows, strict=False)}
+    seen = {(group, target(row)) for group, row in zip(groups, rows, strict=False)}
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
-        labels.setdefault(normalised(row.text), {}).setdefault(row.label or "", row.text)
+        labels.setdefault(normalised(row.text), {}).setdefault(target(row), row.text)
     opposed = [Contradiction(next(iter(one.values())), tuple(sorted(one))) for one in labels.values() if len(one) > 1]
     first: dict[int, int] = {}
     for position, group in enumerate(groups[: len(rows)], 1):
@@ -103,7 +112,7 @@ def report_of(rows: Sequence[Example], validation: Sequence[Example] = ()) -> Da
         for position, (group, row) in enumerate(zip(groups[len(rows) :], validation, strict=True), 1)
         if group in first
     ]
-    counts = sorted(Counter(row.label or "" for row in rows).items(), key=lambda pair: (pair[1], pair[0]))
+    counts = sorted(Counter(map(target, rows if classes else ())).items(), key=lambda pair: (pair[1], pair[0]))
     return DataReport(
         len(rows), tuple(counts), len(rows) - len(seen), len(opposed), tuple(opposed[:SHOWN_MAX]), len(leaks), tuple(leaks[:SHOWN_MAX])
     )

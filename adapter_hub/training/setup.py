@@ -21,9 +21,9 @@ from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loop import batches
 from adapter_hub.training.loss import varied
-from adapter_hub.training.probe import output_name, start_from_probe
+from adapter_hub.training.probe import output_layer, output_name, start_from_probe
 from adapter_hub.training.scope import building
-from adapter_hub.training.tasks import IGNORED, Features, Task, task_of
+from adapter_hub.training.tasks import IGNORED, Features, Number, Task, check_template, task_of
 from adapter_hub.training.warm import Start, start_from
 
 HEADS = r"(.*\.)?(classifier|score)"    # of token classification, which PEFT would take for linear layers of the transformer
@@ -42,8 +42,7 @@ def prepared(
     """What is to be learned, its seed, and which rows do what. Raises InvalidInput."""
     kind = task_of(task_type, problem_type)
     check_base(base, kind)
-    if prompt_template is not None and prompt_template.count("{text}") != 1:
-        raise InvalidInput(f"the prompt template {prompt_template[:60]!r} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
+    check_template(prompt_template)
     job = kind.of(rows, validation, prompt_template)
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
@@ -73,6 +72,8 @@ def set_up(
     headless = start is not None and not start.labels
     if probed and not headless:
         _probe(whole, features[0])
+    if config.probe and type(job) is Number and start is None:
+        _start_from_mean(whole, features[0])
     try:
         with building():
             model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
@@ -81,7 +82,7 @@ def set_up(
         fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
         raise InvalidInput(fact, hint=f"Its linear layers are named {', '.join(endings)}; {ALL_LINEAR!r} takes all.") from error
     if start is not None:
-        start_from(model, start, job.labels, output)
+        start_from(model, start, job.outputs, output)
     if probed and headless:    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
@@ -95,6 +96,14 @@ def set_up(
 def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:
     rows = sorted(features, key=_tokens)
     start_from_probe(whole, batches(rows, whole.config.pad_token_id), np.array([row["labels"] for row in rows]))
+
+
+def _start_from_mean(whole: PreTrainedModel, features: Sequence[Features]) -> None:
+    """A regression begins with the mean of its targets, not at 0: the adapter's steps go into what differs. Heads without a bias stay."""
+    layer = output_layer(whole)
+    if layer is not None and layer.bias is not None:
+        with torch.no_grad():
+            layer.bias.fill_(float(np.mean([row["labels"] for row in features])))
 
 
 def _tokens(row: Features) -> int:
@@ -112,7 +121,7 @@ def _model_copy(base: FrozenBase, job: Task, config: TrainConfig) -> PreTrainedM
     """The base's weights once more, with a fresh head where the task has one."""
     own = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
     if job.problem_type is not None or job.labels:
-        names = dict(enumerate(job.labels)) or {0: "value"}
+        names = dict(enumerate(job.outputs))
         own.num_labels, own.id2label, own.label2id = len(names), names, {label: number for number, label in names.items()}
         own.problem_type = None if job.problem_type is None else str(job.problem_type)
     if not config.base_dropout:

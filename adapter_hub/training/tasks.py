@@ -32,6 +32,7 @@ from adapter_hub.training.data import check_task
 from adapter_hub.training.evaluate import OUTSIDE, classifier_metrics, labels_metrics, number_metrics
 
 IGNORED = -100      # a label that is in no loss
+VALUE = ("value",)  # the output of a regression
 MODEL_INPUTS = ("input_ids", "attention_mask")    # one text has one segment: GPT-2 would add an embedding for token_type_ids
 
 Features = dict[str, Any]    # of one row: MODEL_INPUTS, not padded, and "labels"
@@ -53,6 +54,26 @@ class Task:
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
         """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
         return cls(check_task(rows, validation), prompt_template)
+
+    @classmethod
+    def fault(cls, row: Example) -> str | None:
+        """Why a row has no target of this kind, to be read after "the row"; None where it has."""
+        return None if row.label and row.label.strip() else "has no label"
+
+    @classmethod
+    def named(cls, row: Example) -> tuple[str, ...]:
+        """The labels in a row's target."""
+        return (row.label or "",)
+
+    @classmethod
+    def shown(cls, row: Example) -> str:
+        """A row's target in one line: of equal ones the same."""
+        return row.label or ""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the head's outputs, in their order; none where there is no head."""
+        return self.labels
 
     def stratum(self, row: Example) -> str:
         """Of each such kind of row a share is held out."""
@@ -90,19 +111,28 @@ class Several(Task):
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        def fault(row: Example) -> str | None:
-            found = row.extra.get("labels")
-            return None if isinstance(found, list) and all(isinstance(one, str) and one for one in found) else "has no list `labels`"
-
-        _check(rows, validation, fault)
-        known = tuple(sorted({label for row in rows for label in row.extra["labels"]}))
+        _check(rows, validation, cls.fault)
+        known = tuple(sorted({label for row in rows for label in cls.named(row)}))
         if not known:
             raise InvalidInput("no training row has a label.", hint='A row is {"text": …, "labels": ["…"]}.')
-        _check_known(validation, lambda row: row.extra["labels"], known)
+        _check_known(validation, cls.named, known)
         return cls(known, prompt_template)
 
+    @classmethod
+    def fault(cls, row: Example) -> str | None:
+        found = row.extra.get("labels")
+        return None if isinstance(found, list) and all(isinstance(one, str) and one for one in found) else "has no list `labels`"
+
+    @classmethod
+    def named(cls, row: Example) -> tuple[str, ...]:
+        return tuple(row.extra["labels"])
+
+    @classmethod
+    def shown(cls, row: Example) -> str:
+        return ", ".join(sorted({*cls.named(row)})) or "none"
+
     def stratum(self, row: Example) -> str:
-        return "\x00".join(sorted(row.extra["labels"]))
+        return "\x00".join(sorted(self.named(row)))
 
     def target(self, row: Example, ids: Encoded) -> list[float]:
         return [float(label in row.extra["labels"]) for label in self.labels]
@@ -121,14 +151,23 @@ class Number(Task):
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        def fault(row: Example) -> str | None:
-            try:
-                return None if math.isfinite(float(row.label or "")) else "has a number that is not finite"
-            except ValueError:
-                return f"has the label {row.label!r}, which is no number"
-
-        _check(rows, validation, fault)
+        _check(rows, validation, cls.fault)
         return cls((), prompt_template)
+
+    @classmethod
+    def fault(cls, row: Example) -> str | None:
+        try:
+            return None if math.isfinite(float(row.label or "")) else "has a number that is not finite"
+        except ValueError:
+            return f"has the label {row.label!r}, which is no number"
+
+    @classmethod
+    def named(cls, row: Example) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return VALUE
 
     def stratum(self, row: Example) -> str:
         return ""
@@ -151,25 +190,35 @@ class Spans(Task):
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        def fault(row: Example) -> str | None:
-            spans = row.extra.get("spans")
-            if not isinstance(spans, list):
-                return "has no list `spans`"
-            for span in spans:
-                try:
-                    inside = 0 <= span["start"] < span["end"] <= len(row.text) and bool(span["label"]) and isinstance(span["label"], str)
-                except (TypeError, KeyError):
-                    inside = False
-                if not inside:
-                    return f"has the span {span!r}, which is not {{start, end, label}} within its text"
-            return None
-
-        _check(rows, validation, fault)
-        known = tuple(sorted({span["label"] for row in rows for span in row.extra["spans"]} - {OUTSIDE}))
+        _check(rows, validation, cls.fault)
+        known = tuple(sorted({label for row in rows for label in cls.named(row)} - {OUTSIDE}))
         if not known:
             raise InvalidInput("no training row has a span.", hint='A row is {"text": …, "spans": [{"start": 0, "end": 3, "label": "…"}]}.')
-        _check_known(validation, lambda row: [span["label"] for span in row.extra["spans"]], (OUTSIDE, *known))
+        _check_known(validation, cls.named, (OUTSIDE, *known))
         return cls((OUTSIDE, *known), prompt_template)
+
+    @classmethod
+    def fault(cls, row: Example) -> str | None:
+        spans = row.extra.get("spans")
+        if not isinstance(spans, list):
+            return "has no list `spans`"
+        for span in spans:
+            try:
+                inside = 0 <= span["start"] < span["end"] <= len(row.text) and bool(span["label"]) and isinstance(span["label"], str)
+            except (TypeError, KeyError):
+                inside = False
+            if not inside:
+                return f"has the span {span!r}, which is not {{start, end, label}} within its text"
+        return None
+
+    @classmethod
+    def named(cls, row: Example) -> tuple[str, ...]:
+        return tuple(span["label"] for span in row.extra["spans"])
+
+    @classmethod
+    def shown(cls, row: Example) -> str:
+        spans = sorted((span["start"], span["end"], span["label"]) for span in row.extra["spans"])
+        return ", ".join(f"{row.text[start:end]} ({label})" for start, end, label in spans) or "none"
 
     def stratum(self, row: Example) -> str:
         return ""
@@ -182,9 +231,7 @@ class Spans(Task):
             if start >= end:    # special tokens, and those of the template
                 found.append(IGNORED)
                 continue
-            # A token may begin with the space before its word.
-            label = next((span["label"] for span in row.extra["spans"] if span["start"] < end and start < span["end"]), OUTSIDE)
-            found.append(self.labels.index(label))
+            found.append(self.labels.index(label_at(row, start, end)))
         return found
 
     def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
@@ -210,7 +257,28 @@ class Writing(Task):
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
         _check(rows, validation, cls.fault)
+        if prompt_template is not None and cls.conversing([*rows, *(validation or ())]):
+            fact = "rows with `messages` go through the chat template, and take no prompt template"
+            raise InvalidInput(f"{fact}.", hint="Leave the prompt template out, or give `text` and `label`.")
         return cls((), prompt_template)
+
+    @classmethod
+    def conversing(cls, rows: Sequence[Example]) -> bool:
+        """Whether any row is a conversation."""
+        return any("messages" in row.extra for row in rows)
+
+    @classmethod
+    def written(cls, row: Example) -> str:
+        """What is to be written."""
+        return str(row.extra["messages"][-1]["content"]) if cls.conversing([row]) else row.label or ""
+
+    @classmethod
+    def named(cls, row: Example) -> tuple[str, ...]:
+        return ()
+
+    @classmethod
+    def shown(cls, row: Example) -> str:
+        return cls.written(row)
 
     @classmethod
     def fault(cls, row: Example) -> str | None:
@@ -270,6 +338,10 @@ class Rewriting(Writing):
     shift: ClassVar[int] = 0
 
     @classmethod
+    def conversing(cls, rows: Sequence[Example]) -> bool:
+        return False
+
+    @classmethod
     def fault(cls, row: Example) -> str | None:
         return "has no label to write" if text_fault(row.label) else None
 
@@ -286,6 +358,19 @@ def task_of(task_type: str, problem_type: str | None) -> type[Task]:
     names = ", ".join(f"{one.task_type} ({one.problem_type})" if one.problem_type else str(one.task_type) for one in tasks)
     shown = f"task_type={task_type!r}" + (f" with problem_type={problem_type!r}" if problem_type else "")
     raise InvalidInput(f"{shown} cannot be trained.", hint=f"There are: {names}.")
+
+
+def check_template(template: object) -> None:
+    """Raises InvalidInput for what is no prompt template."""
+    if template is None or (isinstance(template, str) and template.count("{text}") == 1):
+        return
+    shown = repr(template[:60]) if isinstance(template, str) else type(template).__name__
+    raise InvalidInput(f"the prompt template {shown} does not hold {{text}} once.", hint='As in "Sentiment of: {text}".')
+
+
+def label_at(row: Example, start: int, end: int) -> str:
+    """What a token of `text[start:end]` should be told: the label of the first span that it touches. It may begin with the space before its word."""
+    return next((span["label"] for span in row.extra["spans"] if span["start"] < end and start < span["end"]), OUTSIDE)
 
 
 def _inputs(ids: Encoded) -> Features:

@@ -85,8 +85,8 @@ def train_adapter(
     `config` may be a preset's name. What a row's target is, `tasks` says for each task and problem type; `prompt_template` holds {text}.
     The same rows, config, task name, threads and package versions give the same bytes, whatever ran before: trainings of one process
     wait for each other. Half of the validation rows choose the epoch, the others measure it; without any, training rows are held out
-    for both, of every label its share. A classifier begins with the weights of `start` where one is given: its labels must be among those
-    of the rows. With `checkpoint_folder` each epoch is kept there until all are done: called again after it was killed, the training goes
+    for both, of every label its share. It begins with the weights of `start` where one is given: its labels must be among those of the rows.
+    With `checkpoint_folder` each epoch is kept there until all are done: called again after it was killed, the training goes
     on, and gives the bytes that it would have given. Raises InvalidInput, with the position of the row where a row is at fault, and where
     that folder is another training's.
     """
@@ -94,11 +94,9 @@ def train_adapter(
     check_trackers(config.report_to)
     started = time.perf_counter()
     job, seed, parts = prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
-    if start is not None and type(job) is not Task:
-        raise InvalidInput("an adapter to start from is for one label among several.", hint="Start it anew: leave `start` out.")
     if start is not None and config.pissa:
         raise InvalidInput("pissa begins with the base's singular vectors, and an adapter to start from with its own.", hint="Choose one of them.")
-    report = report_of(rows, validation or ())
+    report = report_of(rows, validation or (), job.shown, classes=type(job) is Task)
     with (
         own_randomness(seed),
         quiet(not config.progress),

@@ -15,10 +15,10 @@ from adapter_hub.errors import InvalidInput
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a classifier adapter starts from: a plain PEFT folder, or its tensors alone."""
+    """What an adapter starts from: a plain PEFT folder, or its tensors alone."""
 
     folder: Path
-    labels: tuple[str, ...]    # in the order of its head's outputs; none where there is no head: that one is fresh
+    labels: tuple[str, ...]    # of its head's outputs, in their order (`Task.outputs`); none where there is no head: that one is fresh
 
 
 def start_from(model: PeftModel, start: Start, labels: tuple[str, ...], output: str | None) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load
 
 from adapter_hub.continual.gate import GatePolicy, Verdict, judge
 from adapter_hub.continual.learner import EVALUATION, REPLAYED, Asked, Current, evidence_of, linear_probe, plan_lesson
+from adapter_hub.engine.engine import Output
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.hub import Hub
@@ -69,7 +70,7 @@ def test_one_validation_row_that_is_known_leaves_the_others_to_compare_on() -> N
     asked_of = (*new[:6], OLD[0])
     lesson = plan_lesson("words", new[6:], asked_of, CONFIG, CURRENT, "cold")
     assert lesson.unseen
-    right, wrong = ({row.text: answer(row) for row in asked_of} for answer in (lambda row: row.label, lambda row: "none"))
+    right, wrong = ({row.text: Output(label=answer(row)) for row in asked_of} for answer in (lambda row: row.label, lambda row: "none"))
     evidence = evidence_of(lesson, Asked(asked_of, {}, wrong, right), CURRENT, lambda texts: np.eye(len(texts), dtype=np.float32))
     assert evidence.validation.counts == (6, 0, 6) and not evidence.probed
     assert any("1 validation rows are left out" in note for note in evidence.notes)
@@ -96,7 +97,6 @@ def test_without_the_kept_texts_old_labels_must_be_among_the_new_rows() -> None:
         (replace(CONFIG, r=8), CURRENT, "it has r=4, and the config says 8"),
         (replace(CONFIG, use_dora=True), CURRENT, "it has use_dora=False, and the config says True"),
         (replace(CONFIG, target_modules=("query",)), CURRENT, "it adapts modules that the config does not name"),
-        (CONFIG, replace(CURRENT, plain=False), "it has a prompt template"),
         (None, replace(CURRENT, peft=PEFT | {"rank_pattern": {"query": 8}}), "its rank differs from module to module"),
     ],
 )
@@ -123,8 +123,8 @@ def test_the_probe_answers_as_one_would_by_the_vectors_alone(monkeypatch: pytest
 
 def test_a_candidate_that_answers_otherwise_in_use_than_in_training_is_rejected() -> None:
     lesson = plan_lesson("words", OLD, None, CONFIG, None, "auto")
-    right = {row.text: row.label for row in OLD}
-    asked = Asked(OLD[6:18], {}, right, trained_accuracy=0.5)
+    right = {row.text: Output(label=row.label) for row in OLD}
+    asked = Asked(OLD[6:18], {}, right, trained={"accuracy": 0.5})
     report = judge(evidence_of(lesson, asked, None, lambda texts: np.eye(len(texts), dtype=np.float32)), GatePolicy())
     assert report.verdict is Verdict.REJECT and "in use it answers 12 of 12 validation rows rightly, 6 in training" in report.reason
 
@@ -241,7 +241,7 @@ def test_one_class_and_a_start_that_is_not_there_are_refused(taught: Mapping[str
     hub = opened(taught, "text", tmp_path)
     with pytest.raises(InvalidInput, match="all 3 training rows have the label 'one'"):
         hub.learn("new", rows("one", count=3), config=CONFIG)
-    with pytest.raises(InvalidInput, match="new has no classifier in production to start from"):
+    with pytest.raises(InvalidInput, match="new has nothing in production to start from"):
         hub.learn("new", OLD, config=CONFIG, start="warm")
     with pytest.raises(HubError, match="it has r=4, and the config says 8"):
         hub.learn("words", rows("mango"), config=replace(CONFIG, r=8), start="warm")

@@ -10,6 +10,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.data import hold_out, split
 from adapter_hub.training.report import SIMILAR, Contradiction, Leak, near_duplicates, normalised, report_of
+from adapter_hub.training.tasks import Number, Spans
 
 LONG = "please tell me how many vacation days i still have left for the rest of this year"
 NEARLY = LONG.replace("still ", "")
@@ -53,6 +54,15 @@ def test_a_report_names_what_is_wrong_with_the_rows() -> None:
     assert report.leaks == (Leak(5, 2, "Go on, then!"),) and report.leaks_count == 1
     assert (report.rows, report.duplicates) == (5, 1)
     assert report.rows_per_label == (("no", 1), ("days", 2), ("yes", 2)) and report.imbalance == 2
+
+
+def test_targets_that_are_no_classes_contradict_each_other_and_are_not_rare() -> None:
+    rows = [Example("a red fox", str(number)) for number in (1, 1, 2)] + [Example(f"fox {i} of many", "3") for i in range(9)]
+    report = report_of(rows, target=Number.shown, classes=False)
+    assert report.contradictions == (Contradiction("a red fox", ("1", "2")),) and report.rows_per_label == () and report.imbalance == 1
+    assert report.warnings == ("1 text stands with two targets or more, as 'a red fox': '1', '2'",)
+    spans = [Example("a red fox", extra={"spans": [{"start": 2, "end": 5, "label": label}]}) for label in ("colour", "colour", "mood")]
+    assert report_of(spans, target=Spans.shown, classes=False).contradictions[0].labels == ("red (colour)", "red (mood)")
 
 
 def test_near_duplicates_stay_on_one_side() -> None:

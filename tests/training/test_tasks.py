@@ -70,6 +70,15 @@ def test_a_number_is_learned(bases: dict[str, FrozenBase], tmp_path: Path) -> No
     assert result.metrics["rmse"] < 1.2    # 1.5 for who always says the mean
 
 
+def test_a_number_begins_with_the_mean_of_its_rows(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    rows = [replace(row, label=str(1000 + i % 2)) for i, row in enumerate(ROWS["regression"])]
+    still = replace(CONFIG, epochs=1, learning_rate=1e-9)
+    result = train_adapter(bases["bert"], rows, problem_type="regression", config=still, folder=tmp_path / "mean")
+    assert result.metrics["mae"] < 10
+    zero = train_adapter(bases["bert"], rows, problem_type="regression", config=replace(still, probe=False), folder=tmp_path / "zero")
+    assert zero.metrics["mae"] > 900
+
+
 def test_spans_are_learned_token_by_token(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
     result = train_adapter(bases["bert"], SPANS, task_type="TOKEN_CLS", prompt_template="say {text}!", config=CONFIG, folder=tmp_path)
     assert result.labels == ("O", "fruit", "tool")
