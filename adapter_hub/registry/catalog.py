@@ -231,9 +231,10 @@ class Catalog:
     @property
     def id(self) -> str:
         """The id of this catalogue; empty before its tables are made."""
-        if not self._id and self.schema_found():
+        if not self._id:
             with self.reading() as connection:
-                self._id = connection.execute(select(schema.schema_version.c.catalogue)).scalar() or ""
+                if (self._schema_version(connection) or 0) >= 2:    # one of before has it already: it is brought up to date later
+                    self._id = connection.execute(select(schema.schema_version.c.catalogue)).scalar() or ""
         return self._id
 
     def check_may_claim(self, claim: Path) -> None:

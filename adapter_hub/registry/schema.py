@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, Table, Text
 
-SCHEMA_VERSION = 3    # 1 had no id of the catalogue, 2 no observations
+SCHEMA_VERSION = 3    # 1 had no id of the catalogue, 2 no observations and no feedback
 
 
 class VersionState(StrEnum):
