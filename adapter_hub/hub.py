@@ -860,7 +860,7 @@ class Hub:
 
     def _predict(
         self,
-        texts: Sequence[Input],
+        found: Sequence[str | Conversation],
         adapters: Sequence[Named] | Named = None,
         max_false_reject: float | None = None,
         generation: Generation = None,
@@ -869,7 +869,6 @@ class Hub:
         ask: int = 1,
     ) -> list[Prediction]:
         """`predict`, and nothing is logged: what the hub asks itself is not what it is asked."""
-        found = inputs_of(texts)
         if _checked_ask(ask) > 1:
             if adapters is not None or mix != 1:
                 raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")

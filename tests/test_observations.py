@@ -125,7 +125,7 @@ def test_what_the_hub_asks_itself_is_not_logged(opened: Callable[..., Hub]) -> N
     rows = [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)]
     config = TrainConfig(epochs=2, steps_min=0, learning_rate=5e-3)
     hub.learn("words", rows, config=config, promote="always")
-    more = [{"text": f"{word} shop {i}", "label": word} for word in ("apple", "pear") for i in range(12)]
+    more = [{"text": f"{word} shop {i}", "label": word} for word in ("apple", "pear", "zebra") for i in range(12)]
     hub.learn("words", more, config=config)    # beside the version in production, which is asked as well
     hub.evaluate(COLOURS)
     hub.route(TEXTS)

@@ -137,6 +137,7 @@ class ObservationLog:
 
     def add(self, rows: Sequence[Observation]) -> None:
         """Queue rows with their texts; what the policy does not keep of these is not written. Returns at once, and never raises."""
+        rows = [_shortened(row) if len(row.text or "") > TEXT_CHARS_MAX else row for row in rows]
         with self._lock:
             room = 0 if self._closed else max(0, QUEUE_ROWS_MAX - len(self._queue))
             self._queue.extend(rows[:room])
@@ -223,9 +224,8 @@ class ObservationLog:
 
     def _values(self, row: Observation) -> dict[str, JSON]:
         text = row.text or ""
-        kept = {"text": _storable(text[:TEXT_CHARS_MAX]) if self._what == "text" else None, "sha256": None}
-        if self._what != "decisions":
-            kept["sha256"] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+        kept = {"text": _storable(text) if self._what == "text" else None}
+        kept |= {"sha256": row.sha256 or _sha256(text) if self._what != "decisions" else None}
         version = {"name": row.adapter.name if row.adapter else None, "version": row.adapter.version if row.adapter else None}
         facts = {"id": row.id, "at": row.at, "reason": row.reason, "label": None if row.label is None else _storable(row.label)}
         return facts | version | {"score": _finite(row.score), "margin": _finite(row.margin), "latency_ms": _finite(row.latency_ms)} | kept
@@ -305,6 +305,15 @@ def _observation(row: RowMapping) -> Observation:
     values = {key: row[key] for key in ("id", "score", "margin", "reason", "label", "latency_ms", "text", "sha256")}
     said = Feedback(row["said_correct_label"], row["said_correct_adapter"], row["said_at"]) if row["said_observation"] else None
     return Observation(adapter=AdapterRef(row["name"], row["version"]) if row["name"] else None, feedback=said, **values)
+
+
+def _shortened(row: Observation) -> Observation:
+    """With the end of its text cut off: what waits is bounded too."""
+    return replace(row, text=(row.text or "")[:TEXT_CHARS_MAX], sha256=_sha256(row.text or ""))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def _finite(value: float | None) -> float | None:
