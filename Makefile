@@ -74,6 +74,7 @@ bench: $(VENV)/.bench
 	@$(BIN)/python -W ignore benchmarks/parity.py
 	@$(BIN)/python -W ignore benchmarks/batch.py
 	@$(BIN)/python benchmarks/registry.py
+	@$(BIN)/python -W ignore benchmarks/observations.py
 	@$(BIN)/python -W ignore benchmarks/engine.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python benchmarks/routing.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python -W ignore benchmarks/routing_weights.py --data "$(ADAPTER_HUB_DATA)"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adapter_hub.prediction import PredictionStream as PredictionStream
     from adapter_hub.refs import AdapterRef as AdapterRef
     from adapter_hub.registry.manifest import Manifest as Manifest
+    from adapter_hub.registry.observations import Observation as Observation
     from adapter_hub.routing.decision import Decision as Decision
     from adapter_hub.routing.decision import Reason as Reason
 
@@ -34,6 +35,7 @@ _HOMES = {
     "AdapterRef": "refs",
     "Example": "examples",
     "Manifest": "registry.manifest",
+    "Observation": "registry.observations",
     "FrozenBase": "base_model",
     "DEFAULT_MODEL": "base_model",
     "HubError": "errors",
@@ -49,6 +51,7 @@ __all__ = [
     "AdapterRef",
     "Example",
     "Manifest",
+    "Observation",
     "FrozenBase",
     "DEFAULT_MODEL",
     "HubError",

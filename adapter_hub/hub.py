@@ -5,20 +5,22 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import logging
 import shlex
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
@@ -47,6 +49,7 @@ from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
+from adapter_hub.registry.observations import Observation, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
 from adapter_hub.routing.decision import Decision
@@ -78,6 +81,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapter_hub")
 
+_Found = TypeVar("_Found", bound=Prediction | HubError)
 LABELS_SHOWN = 6    # in one warning
 LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))
 _IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
@@ -150,6 +154,10 @@ class Hub:
         self._candidates: dict[AdapterRef, Adapter] = {}    # that are asked before they are stored
         self._numbers = itertools.count(NUMBER_MAX + 1)
         self._label_names: dict[AdapterRef, tuple[str, ...]] = {}    # of versions, which do not change
+        self._log = registry.observation_log()
+        self._observes = registry.config.observe != "off" and self._log.writable
+        if registry.config.observe != "off" and not self._observes:
+            log.warning("%s is open for reading only: what is answered is not logged.", registry.layout.root)
         self._settings: object = None    # what hub.toml looked like when it last named the encoder that this hub was opened with
 
     # ---- open and close -----------------------------------------------------------------------------------------
@@ -225,6 +233,8 @@ class Hub:
         """Answer what was submitted, and let go of the registry; whatever is asked of this hub afterwards raises HubError."""
         if self._queue is not None:
             self._queue.close()
+        if not self._closed:
+            self._log.close()
         self._closed = True
         self._registry.close()
 
@@ -852,9 +862,23 @@ class Hub:
         the label is given that router and adapter together find the likeliest: of classifiers of one label; others are not judged. It
         need not be the adapter's own first choice; `scores` are the adapter's own. Then `Prediction.adapter` is who knows it, and `asked`
         says what the best label of each weighed.
+        Where hub.toml says that answers are logged (`observe`), `Prediction.id` is what `feedback` knows one by.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
-        found = inputs_of(texts)
+        started, found = time.perf_counter(), inputs_of(texts)
+        return self._observed(found, self._predict(found, adapters, max_false_reject, generation, mix, truncate, ask), started)
+
+    def _predict(
+        self,
+        found: Sequence[str | Conversation],
+        adapters: Sequence[Named] | Named = None,
+        max_false_reject: float | None = None,
+        generation: Generation = None,
+        mix: int = 1,
+        truncate: bool = True,
+        ask: int = 1,
+    ) -> list[Prediction]:
+        """`predict`, and nothing is logged: what the hub asks itself is not what it is asked."""
         if _checked_ask(ask) > 1:
             if adapters is not None or mix != 1:
                 raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
@@ -886,7 +910,9 @@ class Hub:
         found = inputs_of([text])
         [decision], [answering] = self._chosen(found, adapters, max_false_reject, mix)
         [request] = _requests(found, [answering], truncate)
-        return PredictionStream(decision, answering, self.engine.stream(request, generation=generation))
+        pieces = self.engine.stream(request, generation=generation)
+        [seen] = self._observed(found, [Prediction(decision.adapter, decision)], None)
+        return PredictionStream(decision, answering, pieces, seen.id)
 
     def submit(
         self,
@@ -908,10 +934,14 @@ class Hub:
         with `truncate=False`.
         Raises QueueFull, and as `predict`.
         """
-        texts = inputs_of([text])
+        started, texts = time.perf_counter(), inputs_of([text])
         [decision], [answering] = self._chosen(texts, adapter, max_false_reject, mix, gathered=True)
         [request] = _requests(texts, [answering], truncate)
-        return self.queue.submit(request, generation, timeout=timeout, then=partial(Prediction.of, decision, answering))
+
+        def answered(output: Output) -> Prediction:
+            return self._observed(texts, [Prediction.of(decision, answering, output)], started)[0]
+
+        return self.queue.submit(request, generation, timeout=timeout, then=answered)
 
     def _chosen(
         self,
@@ -1045,6 +1075,7 @@ class Hub:
     ) -> Summary:
         """The batch job: every row of `input` answered into `output`, in order; bad rows to OUTPUT.errors.jsonl.
 
+        Where hub.toml says that answers are logged (`observe`), each row has its id as `observation`, null where it is not logged.
         A row has `text`, or where it has none `messages`: a conversation, as `predict` takes them (in CSV as JSON).
         An answer to an input that was cut says `truncated`; with `truncate=False` a row that is too long is a bad one. `ask` is `predict`'s.
 
@@ -1065,12 +1096,14 @@ class Hub:
             "max_false_reject": rate,
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
             "truncate": truncate,
+            **({"observation": True} if self._observes else {}),    # a column more
             **({"ask": ask} if _checked_ask(ask) > 1 else {}),
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
         def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
+            started = time.perf_counter()
             found: Sequence[Prediction | Exception]
             if ask > 1:
                 found = self._contested(router, encoder, texts, generation, rate, truncate, ask)
@@ -1081,12 +1114,13 @@ class Hub:
                     one if isinstance(one, Exception) else Prediction.of(decision, decision.adapter, one)
                     for decision, one in zip(decisions, outputs, strict=True)
                 ]
-            answered: list[dict[str, Any] | HubError] = []
+            known: list[Prediction | HubError] = []
             for one in found:
                 if isinstance(one, Exception) and not isinstance(one, HubError):
                     raise one    # not a row's fault: the job stops, and can be resumed
-                answered.append(one if isinstance(one, HubError) else one.row())
-            return answered
+                known.append(one)
+            answered = self._observed(texts, known, started)
+            return [one if isinstance(one, HubError) else one.row() | ({"observation": one.id} if self._observes else {}) for one in answered]
 
         how: dict[str, Any] = {"settings": settings, "facts": facts, "resume": resume, "overwrite": overwrite, "progress": progress}
         return run_job(input, output, answer, chunk_rows=CHUNK_ROWS if self.base.kind == "encoder" else WRITING_CHUNK_ROWS, **how)
@@ -1094,6 +1128,103 @@ class Hub:
     def _router_of(self, versions: Iterable[str | AdapterRef], calibration: int | None) -> Router:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
+
+    # ---- the log of what was answered ---------------------------------------------------------------------------
+
+    def _observed(self, texts: Sequence[str | Conversation], found: Sequence[_Found], started: float | None) -> list[_Found]:
+        """Each answer with the id that it is logged under; those that are not logged, and errors, as they are.
+
+        `started` is when they were asked, in seconds of `time.perf_counter`; None for a stream.
+        """
+        if not self._observes:
+            return list(found)
+        latency_ms, share = None if started is None else 1e3 * (time.perf_counter() - started), self.config.observe_share
+        ids = [id if sampled(id, share) else None for id in new_ids(len(found))]
+        known: list[Any] = [replace(one, id=id) if id and isinstance(one, Prediction) else one for one, id in zip(found, ids, strict=True)]
+        pairs = zip(known, texts, strict=True)
+        self._log.add([one.observed(one.id, question_of(text), latency_ms) for one, text in pairs if isinstance(one, Prediction) and one.id])
+        return known
+
+    def feedback(self, id: str, correct_label: str | None = None, correct_adapter: str | None = None) -> Observation:
+        """Say what an answer should have been; returns the observation with it. What is said last of an observation holds.
+
+        `id` is `Prediction.id`, or the column `observation` of a job's row. `correct_label` is one of `correct_adapter`'s, or where
+        that is not given of the adapter's that answered, as it was then or is in production now. Of `correct_adapter` the name counts.
+        Raises InvalidInput for an id that is not in the log and a label that there is not, AdapterNotFound, NotRoutable.
+        """
+        if correct_label is None and correct_adapter is None:
+            raise InvalidInput("nothing is said of the answer.", hint="Give correct_label or correct_adapter (`--label`, `--adapter`).")
+        self._check_open()
+        seen, name = self._log.find(id), None
+        if correct_adapter is not None:
+            name = AdapterRef.parse(correct_adapter).name
+            self.registry.resolve(correct_adapter) if "@" in str(correct_adapter) else self.registry.aliases(name)
+        if correct_label is not None:
+            self._check_label(correct_label, AdapterRef.parse(correct_adapter) if correct_adapter else seen.adapter)
+        return self._log.say(seen, correct_label, name)
+
+    def _check_label(self, label: str, asked: AdapterRef | None) -> None:
+        """Raises InvalidInput where neither this version of an adapter nor the one in production gives such a label."""
+        if asked is None:
+            raise InvalidInput("the base model answered, which has no labels.", hint="Say whose label it is: correct_adapter (`--adapter`).")
+        labels: dict[str, None] = {}
+        for ref in (asked, AdapterRef(asked.name, alias=PRODUCTION)):
+            with suppress(NotRoutable):    # purged, or nothing in production
+                labels |= dict.fromkeys(self.registry.manifest(ref).labels or ())
+        if label not in labels:
+            closest = difflib.get_close_matches(str(label), labels, n=3)
+            hint = f"Closest: {', '.join(map(repr, closest))}." if closest else f"It has {len(labels)} labels: `adapter-hub show {asked.name}`."
+            raise InvalidInput(f"{label!r} is no label of {asked.name}.", hint=hint)
+
+    def observations(
+        self,
+        since: str | datetime | None = None,
+        adapter: str | AdapterRef | None = None,
+        limit: int | None = None,
+        *,
+        before: str | datetime | None = None,
+    ) -> Iterator[Observation]:
+        """What was answered and logged, newest first, each with the feedback to it. What other processes log comes some seconds later.
+
+        `since` and `before` are moments (ISO 8601; UTC where no zone is named), `adapter` a name, name@3 or name@alias.
+        Raises InvalidInput, AdapterNotFound, RegistryError.
+        """
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise InvalidInput(f"limit={limit!r} is not a positive count of observations.")
+        chosen = self._chosen_observations(before, adapter)
+        return self._log.read(since=None if since is None else first_id(since), rows_max=limit, **chosen)
+
+    def forget_observations(self, before: str | datetime | None = None, adapter: str | AdapterRef | None = None) -> int:
+        """Erase what was logged, all of it or what is chosen as in `observations`, with the feedback to it; returns how many rows that was.
+
+        It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
+        later what it answered before. Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
+        """
+        return self._log.forget(**self._chosen_observations(before, adapter))
+
+    def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
+        self._check_open()
+        chosen: dict[str, Any] = {} if before is None else {"before": first_id(before)}
+        if adapter is None:
+            return chosen
+        asked = AdapterRef.parse(adapter)
+        if "@" not in str(adapter):
+            self.registry.aliases(asked.name)
+            return chosen | {"name": asked.name}
+        found = self.registry.manifest(asked).ref    # of a purged version too
+        return chosen | {"name": found.name, "version": found.version}
+
+    def flush_observations(self) -> None:
+        """Returns when what was answered so far is in the log. Raises RegistryError where it cannot be written, and is lost."""
+        self._check_open()
+        self._log.flush()
+
+    @property
+    def observations_dropped(self) -> int:
+        """How many this hub could not log: they came faster than the database takes them, or it could not be written."""
+        return self._log.dropped
+
+    # ---- ask about it -------------------------------------------------------------------------------------------
 
     def explain(self, text: Input, k: int = 3, max_false_reject: float | None = None) -> Explanation:
         """Where a text goes and why: the `k` best candidates, their closest exemplars, the reason in words. Raises InvalidInput.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from adapter_hub.engine.mixtures import Mixture, Shares
 from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.observations import Observation
 from adapter_hub.routing.decision import Decision
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Prediction:
     asked: Shares = ()                          # (version, evidence for its answer), best first, where several near candidates were asked
     labels: tuple[str, ...] | None = None       # of a classifier of several labels: those of probability 0.5 and more
     value: float | None = None                  # of a regression
+    id: str | None = None                       # of its observation, for `Hub.feedback`; None where it is not logged
 
     @classmethod
     def of(cls, decision: Decision, answering: Answering, output: Output, asked: Shares = ()) -> Prediction:
@@ -63,8 +65,13 @@ class Prediction:
         scores = {label: rounded(score) for label, score in self.scores.items()}
         mixture = [{"adapter": str(ref), "weight": rounded(weight)} for ref, weight in self.mixture]
         asked = [{"adapter": str(ref), "evidence": evidence} for ref, evidence in self.asked]
-        more = {"scores": scores, "mixture": mixture, "asked": asked}
+        more = {"scores": scores, "mixture": mixture, "asked": asked, "observation": self.id}
         return self.decision.to_json() | self.row() | {key: value for key, value in more.items() if value}
+
+    def observed(self, id: str, text: str, latency_ms: float | None) -> Observation:
+        """What is logged of it."""
+        reason = ASKED if self.asked else str(self.decision.reason)
+        return Observation(id, self.adapter, self.decision.score, self.decision.margin, reason, self.label, latency_ms, text)
 
     def row(self) -> dict[str, Any]:
         """The columns that the batch job adds to its input: flat, and the same for every row of a kind.
@@ -94,7 +101,8 @@ class Prediction:
 class PredictionStream(Iterator[str]):
     """A text as it is being written, by `Hub.stream`. Joined, the pieces are what `predict` gives."""
 
-    def __init__(self, decision: Decision, answering: Answering, pieces: Stream) -> None:
+    def __init__(self, decision: Decision, answering: Answering, pieces: Stream, id: str | None = None) -> None:
+        self.id = id                          # as in a Prediction
         self.adapter = decision.adapter       # as in a Prediction: known before the first piece
         self.decision = decision
         self.mixture = _mixture(answering)

@@ -270,6 +270,16 @@ def predictions(documents: Sequence[Mapping[str, JSON]]) -> None:
     table(columns, [[document.get(column) for column in columns] for document in drawn])
 
 
+def observed(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """What was answered, newest first; what should have been stands beside it."""
+    columns = ("at", "id", "adapter", "label", "score", "reason", "latency_ms", "text")
+    said = [document.get("feedback") or {} for document in documents]
+    rows([
+        {column: document.get(column) for column in columns} | {key: one.get(key) for key in ("correct_label", "correct_adapter")}
+        for document, one in zip(documents, said, strict=True)
+    ])  # fmt: skip
+
+
 def _answering(document: Mapping[str, JSON]) -> JSON:
     """The adapter; of a mixture each with its weight."""
     parts = [f"{shown(part['weight'])} {part['adapter']}" for part in document.get("mixture") or ()]

@@ -48,6 +48,7 @@ from adapter_hub.cli.console import (
     in_full,
     learned,
     line,
+    observed,
     piece,
     predictions,
     progress_bar,
@@ -67,6 +68,7 @@ JSON = Any
 QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 # torch's threads sleep while they wait: on shared cores, spinning takes them from the very thread that is waited for.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
+OBSERVATIONS_SHOWN = 100
 SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 
 
@@ -362,14 +364,20 @@ def purge(
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Erase REF's weights, vectors and text; a tombstone stays."""
-    if not yes:
-        if not sys.stdin.isatty():
-            raise InvalidInput(f"purging {ref} cannot be undone, and there is no terminal to ask on.", hint="Pass --yes.")
-        what = f"{ref} and of every version that holds its data" if descendants else ref
-        if not typer.confirm(f"Erase the weights, vectors and text of {what}? This cannot be undone.", err=True):
-            raise InvalidInput("nothing was purged.")
+    what = f"{ref} and of every version that holds its data" if descendants else ref
+    _confirm(yes, f"Erase the weights, vectors and text of {what}?", f"purging {ref}", "purged")
     purged = _open(ctx, registry).purge(ref, reason=reason, descendants=descendants)
     emit({"purged": purged}, as_json, lambda _: line(f"purged {purged}"))
+
+
+def _confirm(yes: bool, question: str, doing: str, done: str) -> None:
+    """Raises InvalidInput where it may not be done."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidInput(f"{doing} cannot be undone, and there is no terminal to ask on.", hint="Pass --yes.")
+    if not typer.confirm(f"{question} This cannot be undone.", err=True):
+        raise InvalidInput(f"nothing was {done}.")
 
 
 @_verb("calibrate", "adapter-hub calibrate")
@@ -544,6 +552,52 @@ def evaluate(
     """
     found = _open(ctx, registry).evaluate(data or None, names=names or None, max_false_reject=max_false_reject)
     emit(found, as_json, evaluated)
+
+
+# ---- verbs: what was answered ---------------------------------------------------------------------------------------
+
+
+@_verb("observations", "adapter-hub observations --adapter banking --since 2026-03-01 --json")
+def observations(
+    ctx: typer.Context,
+    adapter: Annotated[str, typer.Option(metavar="REF", help="Only what it answered: name, or name@3.", autocompletion=complete_ref)] = "",
+    since: Annotated[str, typer.Option(metavar="WHEN", help="Only from then on: 2026-03-01, or 2026-03-01T12:00 (UTC).")] = "",
+    before: Annotated[str, typer.Option(metavar="WHEN", help="Only earlier ones.")] = "",
+    limit: Annotated[int | None, typer.Option(metavar="N", help="At most so many, by default 100.", min=1)] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Erase them, with their texts and the feedback, instead of showing them.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Show what was answered and why, newest first, with the feedback to it.
+
+    It is logged where hub.toml says so: observe = "decisions", "hash" or "text".
+    """
+    if forget and (since or limit is not None):
+        raise InvalidInput("--forget goes with --before and --adapter.", hint="Leave out --since and --limit.")
+    if forget:
+        _confirm(yes, "Erase what was logged, with its texts and the feedback to it?", "erasing what was logged", "erased")
+    hub = _open(ctx, registry)
+    if forget:
+        gone = hub.forget_observations(before or None, adapter or None)
+        emit({"forgotten": gone}, as_json, lambda _: line(f"forgotten: {gone}"))
+        return
+    found = list(hub.observations(since or None, adapter or None, limit or OBSERVATIONS_SHOWN, before=before or None))
+    observing = hub.config.observe != "off"
+    emit(found, as_json, observed if found or observing else lambda _: line('nothing was logged: hub.toml says observe = "off".'))
+
+
+@_verb("feedback", "adapter-hub feedback 1a21d02c0c6000007f74e135 --label card_lost")
+def feedback(
+    ctx: typer.Context,
+    id: Annotated[str, typer.Argument(metavar="ID", help="Of the observation: `observation` in the answers of predict and run.")],
+    label: Annotated[str, typer.Option(help="What the answer should have been.")] = "",
+    adapter: Annotated[str, typer.Option(metavar="NAME", help="Who should have answered.", autocompletion=complete_ref)] = "",
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Say what an answer should have been. The last word counts."""
+    seen = _open(ctx, registry).feedback(id, label or None, adapter or None)
+    said = " ".join(filter(None, (label, f"by {adapter}" if adapter else "")))
+    emit(seen, as_json, lambda _: line(f"{id} should have been answered {said}"))
 
 
 # ---- verbs: keep it sound -------------------------------------------------------------------------------------------

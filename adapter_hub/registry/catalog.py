@@ -91,6 +91,23 @@ class Catalog:
             raise InvalidInput(f"{error.name or 'psycopg'} is not installed.", hint="Install adapter-hub[postgres].") from error
         return cls(engine, shown=f"database {parsed.database!r} on {parsed.host or 'localhost'}")
 
+    def beside(self) -> Self:
+        """The same database by a connection of its own: one who waits there for another process's write keeps nobody waiting who reads here.
+
+        A server has connections for everybody, and one of memory has no other: those are themselves.
+        """
+        if self._file is None:
+            return self
+        other = type(self).sqlite(self._file, writable=self.writable)
+        other.claim, other._id, other._identity = self.claim, self.id, self._identity
+        return other
+
+    def forget_pages(self) -> None:
+        """Let what was deleted leave SQLite's log beside the database as well, as far as nobody reads it. Raises RegistryError."""
+        if self._file is not None:
+            with self._turn(), self._meaning(), self._engine.connect() as connection:
+                connection.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
     def _connected(self, connection: sqlite3.Connection, _: object) -> None:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA secure_delete = ON")    # what `purge` erases leaves the database file as well
@@ -192,9 +209,12 @@ class Catalog:
         if found is None:
             schema.metadata.create_all(connection)
             connection.execute(insert(table).values(version=schema.SCHEMA_VERSION, catalogue=uuid.uuid4().hex))
-        elif found == 1:
-            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN catalogue TEXT")
-            connection.execute(update(table).values(version=schema.SCHEMA_VERSION, catalogue=uuid.uuid4().hex))
+        elif found < schema.SCHEMA_VERSION:
+            if found == 1:
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN catalogue TEXT")
+                connection.execute(update(table).values(catalogue=uuid.uuid4().hex))
+            schema.metadata.create_all(connection)    # those that are missing
+            connection.execute(update(table).values(version=schema.SCHEMA_VERSION))
         return found is None
 
     def _schema_version(self, connection: Connection) -> int | None:
@@ -211,9 +231,10 @@ class Catalog:
     @property
     def id(self) -> str:
         """The id of this catalogue; empty before its tables are made."""
-        if not self._id and self.schema_found():
+        if not self._id:
             with self.reading() as connection:
-                self._id = connection.execute(select(schema.schema_version.c.catalogue)).scalar() or ""
+                if (self._schema_version(connection) or 0) >= 2:    # one of before has it already: it is brought up to date later
+                    self._id = connection.execute(select(schema.schema_version.c.catalogue)).scalar() or ""
         return self._id
 
     def check_may_claim(self, claim: Path) -> None:

@@ -15,8 +15,12 @@ from adapter_hub.registry.artifacts import write_atomic
 
 MAX_TOKENS_MAX = 1_000_000
 KEEP = ("vectors", "text")
+OBSERVE = ("off", "decisions", "hash", "text")
+OBSERVATIONS_MAX = 100_000_000
 # Keys of the [policy] table; the others stand at the top.
-POLICY = ("max_false_reject", "max_taken", "keep", "gate_level", "gate_margin", "gate_routed_margin")
+POLICY = (
+    "max_false_reject", "max_taken", "keep", "gate_level", "gate_margin", "gate_routed_margin", "observe", "observe_share", "observations_max",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +38,20 @@ class RegistryConfig:
     gate_level: float = 0.05          # how rarely the gate may see harm where there is none, above 0 to 0.5
     gate_margin: float = 0.02         # share of an adapter's old inputs, and of all others' inputs, that a learned version may lose, 0-1
     gate_routed_margin: float = 0.05    # share of one other adapter's inputs that it may lose, 0-1
+    observe: str = "off"              # what is logged of each answer: "off" nothing, "decisions" no text, "hash" its sha256, "text"
+    observe_share: float = 1.0        # share of the answers that are logged, 0-1
+    observations_max: int = 100_000   # rows of the log; the oldest go first
 
     def __post_init__(self) -> None:
         for key, (allowed, test) in _RULES.items():
             value = getattr(self, key)
             if not test(value):
                 raise InvalidConfig(f"hub.toml: {_shown_key(key)} = {value!r} is not {allowed}.", hint=f"Set it to {allowed}.")
+        if self.observe == "text" and self.keep != "text":    # what people ask is no less theirs than what they teach by
+            raise InvalidConfig(
+                f'hub.toml: policy.observe = "text" keeps texts, and policy.keep = "{self.keep}" forbids it.',
+                hint='Set observe to "hash" or "decisions", or keep to "text".',
+            )
 
 
 def _text(value: object) -> bool:
@@ -60,11 +72,16 @@ _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "base_fingerprint": ("a fingerprint, or empty", _text),
     "encoder_fingerprint": ("a fingerprint, or empty", _text),
     **dict.fromkeys(
-        ("max_false_reject", "max_taken", "gate_margin", "gate_routed_margin"),
+        ("max_false_reject", "max_taken", "gate_margin", "gate_routed_margin", "observe_share"),
         ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
     ),
     "gate_level": ("a number above 0, at most 0.5", lambda value: _number(value) and 0 < float(str(value)) <= 0.5),
     "keep": ('"vectors" or "text"', lambda value: value in KEEP),
+    "observe": ('"off", "decisions", "hash" or "text"', lambda value: value in OBSERVE),
+    "observations_max": (
+        f"a whole number from 1 to {OBSERVATIONS_MAX}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= OBSERVATIONS_MAX,
+    ),
 }
 
 
@@ -136,6 +153,14 @@ keep = {_toml(config.keep)}
 gate_level = {config.gate_level!r}
 gate_margin = {config.gate_margin!r}
 gate_routed_margin = {config.gate_routed_margin!r}
+
+# The log of what was answered, in the catalogue's database: "off"; "decisions", each with its version, score, margin, reason and latency and
+# without its text; "hash", the text's sha256 as well, by which a text that one has is found (a short text can be guessed from it); "text",
+# the text itself as well, only where keep is "text". observe_share is the share of the answers that are logged, 0 to 1. Of more than observations_max
+# rows the oldest go, with their feedback. `adapter-hub observations` shows the log, and with --forget erases it.
+observe = {_toml(config.observe)}
+observe_share = {config.observe_share!r}
+observations_max = {config.observations_max}
 """
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, Table, Text
 
-SCHEMA_VERSION = 2    # 1 had no id of the catalogue
+SCHEMA_VERSION = 3    # 1 had no id of the catalogue, 2 no observations and no feedback
 
 
 class VersionState(StrEnum):
@@ -95,4 +95,31 @@ events = Table(
     Index("hub_events_by_alias", "name", "alias", "seq"),
     Index("hub_events_by_name", "name", "seq"),
     Index("hub_events_to_mirror", "mirrored", "name", "seq"),
+)
+
+# What was answered, and what people say of it: the log of this database, which no file holds and no rebuild brings back.
+observations = Table(
+    "hub_observations",
+    metadata,
+    Column("id", Text, primary_key=True),      # begins with the time: the order of the ids is that of the answers
+    Column("at", Text, nullable=False),
+    Column("name", Text),                      # NULL: the base model answered
+    Column("version", Integer),
+    Column("score", Double),
+    Column("margin", Double),
+    Column("reason", Text, nullable=False),
+    Column("label", Text),
+    Column("latency_ms", Double),
+    Column("text", Text),
+    Column("sha256", Text),                    # of the text
+    Index("hub_observations_by_name", "name", "id"),
+)
+
+feedback = Table(
+    "hub_feedback",
+    metadata,
+    Column("observation", Text, primary_key=True),
+    Column("correct_label", Text),
+    Column("correct_adapter", Text),           # a name
+    Column("at", Text, nullable=False),
 )
