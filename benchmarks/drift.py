@@ -3,7 +3,8 @@
     python benchmarks/drift.py --data DIR [--registry registry] [--cache FILE]
 
 DIR holds clinc150/ and banking77/. Their test inputs go once through the registry that ships; streams are drawn from what it gave, with
-replacement, so that they are stationary by construction. The settings were chosen on every second input (--half 0), the figures are of the others. The last line is JSON.
+replacement, so that they are stationary by construction. The settings were chosen on every second input (--half 0), the figures are of the
+others. The last line is JSON.
 """
 
 from __future__ import annotations
