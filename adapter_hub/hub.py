@@ -53,6 +53,7 @@ from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.observations import Observation, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
+from adapter_hub.routing.contest import NEAR, TEMPERATURE, evidence, rivals
 from adapter_hub.routing.decision import Decision
 
 # What needs torch is imported by the methods that need it: listing and promoting take no seconds and no memory for models.
@@ -607,8 +608,9 @@ class Hub:
         """Train an adapter on rows with text and target, let the gate judge it, register it, and promote it by the rule named.
 
         `task_type`, `problem_type` and `prompt_template` are as in `register`. By default they are those of the version in production, of a
-        new name one label among several, without a template ("{text}" says so too). A row's target is its `label` (a label, a number, a text
-        to write), its list `labels` (several) or `spans`, or `messages` that end with what an assistant should write: see `training.tasks`.
+        new name (and with `task_type="SEQ_CLS"` alone) one label among several, without a template ("{text}" says so too). A row's target is
+        its `label` (a label, a number, a text to write), its list `labels` (several) or `spans`, or `messages` that end with what an
+        assistant should write: see `training.tasks`.
         `promote` is "auto" (the gate's verdict, see `continual.gate`), "always" or "never"; "always" does not override `max_taken` in
         hub.toml. What is held or rejected is stored too, and not promoted; each version keeps its verdict as gate.json. It is judged on
         rows that had no part in training: half of the validation rows, the other half having chosen the epoch, or as many held out of
@@ -640,12 +642,17 @@ class Hub:
         merged({}, check_generation(facts.get("generation") or {}))
         rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
-        evaluation = [*{row.text: row for row in evaluation}.values()]
         current = self._current(name)
         newer, before, seen = None, None, []
         if task_type is not None:
             task_type = task_type_of(task_type)
         kind = Kind.wanted(task_type, problem_type, prompt_template, None if current is None else current.kind)
+        key = kind.task.key
+        evaluation = [*{key(row): row for row in evaluation}.values()]
+        if current is not None and current.kind == kind and start != "cold":
+            # What reads like a new row to the router, and asks for something else, is given again: the router keeps one side of equal texts.
+            texts, keys = {row.text for row in rows}, set(map(key, rows))
+            rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]
         encoded = partial(build_state, self.encoder, kind.routed(rows), "", evaluation, (), refused)
         if current is not None and start not in ("cold", "transfer"):
             before, newer = self._live.state(current.ref), encoded()
@@ -738,13 +745,14 @@ class Hub:
         kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         if before is not None and len(kept) == before.count:
             kept = [kept[row] for row in before.rows_before(newer)]
-        measured = {row.text for row in result.validation}
-        learned = {row.text for row in lesson.train} - measured
+        key = lesson.kind.task.key
+        measured = set(map(key, result.validation))
+        learned = set(map(key, lesson.train)) - measured
         old = unknown(self.encoder, held_out, newer.exemplars, state.negatives)
         new = unknown(self.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
-        choosing = {row.text for row in (*(lesson.validation or ()), *filter(chose, old))} - measured
-        held = {row.text: row for row in (*old, *new, *(() if given else result.validation)) if row.text not in learned}
-        marked = [replace(row, extra={**row.extra, CHOSE: text in choosing}) for text, row in held.items()]
+        choosing = set(map(key, (*(lesson.validation or ()), *filter(chose, old)))) - measured
+        held = {key(row): row for row in (*old, *new, *(() if given else result.validation)) if key(row) not in learned}
+        marked = [replace(row, extra={**row.extra, CHOSE: known in choosing}) for known, row in held.items()]
         files = self._routing_files(state, [*kept, *rows], marked, [*negatives, *refused])
         facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))
         return replace(prepared, facts=facts, files=prepared.files | files, state=state)
@@ -753,9 +761,10 @@ class Hub:
         """What the gate judges by: the candidate is asked before it is stored."""
         from adapter_hub.continual.learner import EXEMPLARS_MAX, Asked, evidence_of, routed_of
 
-        measured = {row.text for row in result.validation}
-        slices = {what: [row for row in given if row.text not in measured] for what, given in lesson.slices.items()}
-        rows, measure = [*result.validation, *itertools.chain(*slices.values())], lesson.kind.measure
+        measure = lesson.kind.measure
+        measured = set(map(measure.key, result.validation))
+        slices = {what: [row for row in given if measure.key(row) not in measured] for what, given in lesson.slices.items()}
+        rows = [*result.validation, *itertools.chain(*slices.values())]
         with self._candidate(name, prepared.adapter) as ref:
             mine = measure.asked(self.engine, rows, ref)
         theirs = None if current is None else measure.asked(self.engine, rows, current.ref)
@@ -808,7 +817,8 @@ class Hub:
             raise InvalidInput("there is nothing to teach: no texts were given.")
         _warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
         before = self._live.state(old)
-        state = before.extended(self.encoder, rows, refused)
+        single = manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type in (None, ProblemType.SINGLE)
+        state = before.extended(self.encoder, rows if single or before.from_description else before.as_known(rows), refused)
         folder = self.registry.open_version(old)
         files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
         texts_of = {f: read_examples(folder / f) if f in manifest.files else [] for f in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE)}
@@ -982,7 +992,6 @@ class Hub:
 
         There is nothing to judge where the chosen one gives no answer that can be weighed.
         """
-        from adapter_hub.routing.contest import evidence, rivals
         from adapter_hub.routing.features import extract
 
         if not texts:
@@ -1003,7 +1012,8 @@ class Hub:
         all_responses = router.label_responses(features[[row for row, _, _ in flat]], [ref for _, ref, _ in flat]) if flat else []
         for (row, ref, output), responses in zip(flat, all_responses, strict=True):
             labels = zip(self._labels(ref), responses.tolist(), strict=True)
-            weight, label = max(((evidence(response, output.scores[label]), label) for label, response in labels), key=lambda one: one[0])
+            known = ((evidence(response, output.scores[label]), label) for label, response in labels if label in output.scores)
+            weight, label = max(known, key=lambda one: one[0])
             weighed.setdefault(row, []).append((weight, ref, replace(output, label=label)))
         found: list[Prediction | Exception] = []
         for row, decision in enumerate(decisions):
@@ -1098,7 +1108,7 @@ class Hub:
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
             "truncate": truncate,
             **({"observation": True} if self._observes else {}),    # a column more
-            **({"ask": ask} if _checked_ask(ask) > 1 else {}),
+            **({"ask": [ask, NEAR, TEMPERATURE]} if _checked_ask(ask) > 1 else {}),
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}

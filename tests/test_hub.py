@@ -460,6 +460,13 @@ def test_of_near_candidates_the_one_with_the_likeliest_label_answers(hub: Hub, t
     assert written == [str(one.adapter) for one in asked]
 
 
+def test_a_label_that_the_router_alone_knows_is_not_judged(filled: Hub, tmp_path: Path) -> None:
+    """Previously a KeyError, which ended a job for good."""
+    filled.teach("colours", [{"text": "paint the fence a deep shade", "label": "shade"}])
+    texts = [str(row["text"]) for row in (*COLOURS, *ANIMALS)]
+    assert {one.label for one in filled.predict(texts, max_false_reject=0, ask=2)} <= {"red", "blue", *(str(row["label"]) for row in ANIMALS)}
+
+
 def twins(hub: Hub, folder: Path) -> None:
     """Three adapters that the router cannot tell apart."""
     for seed, name in enumerate(("first", "second", "third")):

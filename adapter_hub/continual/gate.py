@@ -41,6 +41,7 @@ from enum import StrEnum
 from typing import Any, Self
 
 LABELS_SHOWN = 6
+ROUNDING = 1e-9    # of a mean of scores: what is no larger is no difference
 DECIMALS = 9    # of a probability: what the Fourier transform rounds is far below
 
 
@@ -212,9 +213,11 @@ def _scored(evidence: Evidence, policy: GatePolicy) -> Finding:
     if baseline is not None:
         _, above, below = baseline.counts
         numbers |= {"above_baseline": above, "below_baseline": below} | _finite({"baseline_score": baseline.means[1]})
-        if above <= below and not baseline.means[0] - baseline.means[1] > baseline.least:
+        if above <= below and not baseline.means[0] - baseline.means[1] > max(baseline.least, ROUNDING):
             reason = said if evidence.probed else f"{_compared(baseline)}: better on {above} of {rows} rows, worse on {below}"
             return Finding("validation", Verdict.REJECT, reason, numbers)
+    elif evidence.probed and is_worse(rows, gained, lost, policy.level):    # than one that is right on every row: there is nothing to win
+        return Finding("validation", Verdict.REJECT, said, numbers)
     # Of a baseline the rule above is all: squared errors may be small in the mean and yet larger on most rows.
     harmed = not evidence.probed and is_worse(rows, gained, lost, policy.level)
     return Finding("validation", Verdict.HOLD if harmed else Verdict.PROMOTE, said, numbers)

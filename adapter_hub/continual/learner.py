@@ -118,6 +118,9 @@ def plan_lesson(
         if start == "transfer" and kind.task is not Task:
             fact = f'start="transfer" is for one label among several, and this is {kind}'
             raise InvalidInput(f"{fact}.", hint='Use start="auto" (`--start auto`).')
+        if start == "transfer" and (kind.prompt_template is not None or (config is not None and config.pissa)):
+            what = "a prompt template: trials leave it out" if kind.prompt_template else "pissa, which begins with the base's singular vectors"
+            raise InvalidInput(f'start="transfer" does not go with {what}.', hint='Use start="auto" (`--start auto`).')
         _job(kind, rows, validation)
         return Lesson(tuple(rows), _given(validation), config or TrainConfig(), kind)
     if start == "transfer":
@@ -137,8 +140,9 @@ def plan_lesson(
         )
         return _compared(lesson, job, rows, current, seen)
     # What is said now holds against what was said before; and what measures it stays out of training.
-    texts = {row.text for row in (*rows, *current.evaluation, *(validation or ()))}
-    replayed = [row for row in current.exemplars if row.text not in texts]
+    key = kind.task.key
+    said = {key(row) for row in (*rows, *current.evaluation, *(validation or ()))}
+    replayed = [row for row in current.exemplars if key(row) not in said]
     job = _job(kind, [*rows, *replayed], validation)
     if job.labels and (lost := sorted(set(current.labels) - set(job.labels))):
         shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
@@ -204,32 +208,33 @@ def _start(current: Current, job: Task) -> Start:
 
 def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Current, seen: Collection[int]) -> Lesson:
     """With rows that tell which is better: given ones, or some held out of those that are new; and with the old ones that are none of either."""
-    known = {row.text for row in current.exemplars} | {rows[position].text for position in seen}
-    unseen = lesson.validation is not None and not known >= {row.text for row in lesson.validation}
+    key = lesson.kind.task.key
+    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen))}
+    unseen = lesson.validation is not None and not known.issuperset(map(key, lesson.validation))
     if lesson.validation is None:
-        new = [row for row in rows if row.text not in known]
+        new = [row for row in rows if key(row) not in known]
         share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
         try:
             _, held = hold_out(new, share, seed, job.stratum)    # half of it will choose the epoch
         except (InvalidInput, ValueError):
             held = []
-        rest = _beside(held, lesson.train)
+        rest = _beside(held, lesson.train, key)
         if type(job) is not Task:    # a row of many labels may be the only one of some: it is trained on
             known_labels = {label for row in rest for label in job.named(row)}
             held = [row for row in held if known_labels.issuperset(job.named(row))]
-            rest = _beside(held, lesson.train)
+            rest = _beside(held, lesson.train, key)
         kept, all_ = ({label for row in some for label in job.named(row)} for some in (rest, lesson.train))
-        if held and rest and kept == all_:
+        if held and len(rest) > 1 and kept == all_:
             lesson, unseen = replace(lesson, train=tuple(rest), validation=tuple(held)), True
-    learned = {row.text for row in (*lesson.train, *(lesson.validation or ()))}
-    old = [row for row in current.evaluation if row.text not in learned]
+    learned = {key(row) for row in (*lesson.train, *(lesson.validation or ()))}
+    old = [row for row in current.evaluation if key(row) not in learned]
     return replace(lesson, unseen=unseen, known=frozenset(known), slices={EVALUATION: _spread(old)} if old else {})
 
 
-def _beside(held: Sequence[Example], rows: Sequence[Example]) -> list[Example]:
-    """Those of the rows whose texts are not held out."""
-    out = {row.text for row in held}
-    return [row for row in rows if row.text not in out]
+def _beside(held: Sequence[Example], rows: Sequence[Example], key: Callable[[Example], str]) -> list[Example]:
+    """Those of the rows that are not held out."""
+    out = set(map(key, held))
+    return [row for row in rows if key(row) not in out]
 
 
 def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:
@@ -245,6 +250,8 @@ def _warm_fault(current: Current, config: TrainConfig | None) -> str:
         return "its rank differs from module to module"
     if config is None:
         return ""
+    if config.pissa:
+        return "pissa begins with the base's singular vectors"
     for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora"), ("use_dora", "use_dora")):
         if (wanted := getattr(config, ours)) != (found := peft.get(theirs, False)):
             return f"it has {theirs}={found!r}, and the config says {wanted!r}"
@@ -286,9 +293,8 @@ def evidence_of(
 ) -> Evidence:
     """What the gate judges by. `vectors` (texts to (n, d)) is the frozen encoder."""
     notes, rows, measure = list(lesson.notes), asked.validation, lesson.kind.measure
-    fresh = [row for row in rows if row.text not in lesson.known]
-    measured = {row.text for row in rows}
-    train = [row for row in lesson.train if row.text not in measured]
+    fresh = [row for row in rows if measure.key(row) not in lesson.known]
+    train = _beside(rows, lesson.train, measure.key)
     rival = asked.current if lesson.unseen and fresh else None
     if rival is not None and current is not None:
         rows = fresh

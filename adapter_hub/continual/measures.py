@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -48,7 +47,8 @@ class Kind:
     @classmethod
     def of(cls, manifest: Manifest) -> Self:
         headed = manifest.task_type == TaskType.SEQ_CLS
-        return cls(manifest.task_type, (manifest.problem_type or ProblemType.SINGLE) if headed else None, manifest.prompt_template)
+        template = None if manifest.prompt_template == "{text}" else manifest.prompt_template
+        return cls(manifest.task_type, (manifest.problem_type or ProblemType.SINGLE) if headed else None, template)
 
     @classmethod
     def wanted(cls, task_type: str | None, problem_type: str | None, prompt_template: str | None, known: Kind | None = None) -> Self:
@@ -111,7 +111,7 @@ class Measure:
 
     def key(self, row: Example) -> str:
         """What tells a row's answer from others."""
-        return row.text
+        return self.kind.task.key(row)
 
     def asked(self, engine: Engine, rows: Sequence[Example], adapter: AdapterRef | None) -> Answers:
         """What this version, or the base model, answers. Raises InvalidInput as `Engine.predict`."""
@@ -247,9 +247,6 @@ class OfTexts(Measure):
 
     words: ClassVar[str] = "nats a token"
     best: ClassVar[float] = 0.0
-
-    def key(self, row: Example) -> str:
-        return json.dumps([row.text, row.label, row.extra.get("messages")], default=str)
 
     def asked(self, engine: Engine, rows: Sequence[Example], adapter: AdapterRef | None) -> Answers:
         found, task = {self.key(row): row for row in rows}, self._task

@@ -116,7 +116,7 @@ def _source(registry: Registry, ref: AdapterRef) -> _Source | None:
     if state.from_description:
         names = tuple(label for label in manifest.labels or () if label in state.class_names)
         return _Source([], evaluation, negatives, manifest.description, names) if manifest.description.strip() else None
-    return _Source(examples, evaluation, negatives) if len(examples) == state.count else None
+    return _Source(state.as_known(examples), evaluation, negatives) if len(examples) == state.count else None
 
 
 def _made(registry: Registry, old: AdapterRef, fingerprint: str) -> AdapterRef | None:

@@ -131,6 +131,10 @@ class RoutingState:
     def digest(self) -> str:
         return "sha256:" + hashlib.sha256(self.to_bytes()).hexdigest()
 
+    def as_known(self, rows: Sequence[Example]) -> list[Example]:
+        """The rows, without their labels where no exemplar has one: numbers and texts to write are no classes of inputs."""
+        return [*rows] if not self.count or any(name is not None for name in self.class_names) else [Example(row.text, id=row.id) for row in rows]
+
     def extended(self, encoder: Encoder, rows: Sequence[Example], negatives: Sequence[Example] = ()) -> RoutingState:
         """The state that also knows `rows`, after the old ones, and `negatives`. Raises ModelChanged.
 

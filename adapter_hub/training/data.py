@@ -71,7 +71,7 @@ def hold_out(
     rows_max = max(len(positions) for positions in by_label.values())
     if rows_max < 2:
         raise InvalidInput("every label has one row, none can be held out.", hint="Give validation rows, or more training rows.")
-    texts = [row.text for row in rows]
+    texts = list(map(_asked, rows))
     alike = _members(near_duplicates(texts))
     equal = _members(equal_texts(texts))
     left = {label: len(positions) for label, positions in by_label.items()}
@@ -99,6 +99,12 @@ def hold_out(
         raise InvalidInput("every label has one text, repeated: none can be held out.", hint="Give validation rows, or more training rows.")
     train = [row for position, row in enumerate(rows) if position not in chosen]
     return train, [row for position, row in enumerate(rows) if position in chosen]
+
+
+def _asked(row: Example) -> str:
+    """The text that must not stand on both sides: of a conversation all that goes before the answer."""
+    messages = row.extra.get("messages")
+    return "\n".join(str(one["content"]) for one in messages[:-1]) if messages else row.text
 
 
 def _members(groups: Sequence[int]) -> list[list[int]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +27,7 @@ from adapter_hub.training.scope import building
 from adapter_hub.training.tasks import IGNORED, Features, Number, Task, check_template, task_of
 from adapter_hub.training.warm import Start, start_from
 
+FACTOR = re.compile(r"\.lora_[AB]\.")    # in a tensor's name
 HEADS = r"(.*\.)?(classifier|score)"    # of token classification, which PEFT would take for linear layers of the transformer
 
 
@@ -47,7 +49,24 @@ def prepared(
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
     seed = task_seed(config.seed, task, job.labels)
-    return job, seed, split(rows, validation, config.validation_share, seed, job.stratum)
+    # Sets of labels that all occur once are no strata.
+    stratum = job.stratum if kind is Task or len(set(map(job.stratum, rows))) < len(rows) else _any
+    parts = split(rows, validation, config.validation_share, seed, stratum)
+    return job, seed, parts if validation is not None or kind is Task else _all_trained(job, parts)
+
+
+def _any(row: Example) -> str:
+    return ""
+
+
+def _all_trained(job: Task, parts: Parts) -> Parts:
+    """Rows of labels that no training row is left of are trained on, as long as others choose and measure."""
+    known = {label for row in parts.train for label in job.named(row)}
+    own = [row for part in (parts.choice, parts.validation) for row in part if not known.issuperset(job.named(row))]
+    choice, validation = ([row for row in part if known.issuperset(job.named(row))] for part in (parts.choice, parts.validation))
+    if not own or not choice or not validation or parts.choice is parts.train:
+        return parts
+    return Parts([*parts.train, *own], choice, validation)
 
 
 def check_base(base: FrozenBase, kind: type[Task]) -> None:
@@ -81,6 +100,8 @@ def set_up(
         endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
         fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
         raise InvalidInput(fact, hint=f"Its linear layers are named {', '.join(endings)}; {ALL_LINEAR!r} takes all.") from error
+    if config.pissa:
+        _check_pissa(model, config, start)
     if start is not None:
         start_from(model, start, job.outputs, output)
     if probed and headless:    # on what it will be fed: those weights are in the model now
@@ -91,6 +112,14 @@ def set_up(
         for row, states in zip(once, hidden or (), strict=False):
             row[HIDDEN] = states
         yield model, features
+
+
+def _check_pissa(model: PeftModel, config: TrainConfig, start: Start | None) -> None:
+    if start is not None:
+        raise InvalidInput("pissa begins with the base's singular vectors, and an adapter to start from with its own.", hint="Choose one of them.")
+    least = min(min(tensor.shape) for key, tensor in get_peft_model_state_dict(model).items() if FACTOR.search(key))
+    if least < config.r:
+        raise InvalidInput(f"pissa with r={config.r}: the narrowest module that is adapted has {least} singular vectors.", hint=f"Use r={least}.")
 
 
 def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:

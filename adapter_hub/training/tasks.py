@@ -8,6 +8,7 @@ base's to say, as for the engine.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class Task:
     def outputs(self) -> tuple[str, ...]:
         """Names of the head's outputs, in their order; none where there is no head."""
         return self.labels
+
+    @classmethod
+    def key(cls, row: Example) -> str:
+        """What is asked: of rows with one key the last one holds, and all of them train, or none does."""
+        return row.text
 
     def stratum(self, row: Example) -> str:
         """Of each such kind of row a share is held out."""
@@ -169,6 +175,10 @@ class Number(Task):
     def outputs(self) -> tuple[str, ...]:
         return VALUE
 
+    @classmethod
+    def shown(cls, row: Example) -> str:
+        return repr(float(row.label or ""))
+
     def stratum(self, row: Example) -> str:
         return ""
 
@@ -204,7 +214,8 @@ class Spans(Task):
             return "has no list `spans`"
         for span in spans:
             try:
-                inside = 0 <= span["start"] < span["end"] <= len(row.text) and bool(span["label"]) and isinstance(span["label"], str)
+                inside = isinstance(span["start"], int) and isinstance(span["end"], int) and bool(span["label"]) and isinstance(span["label"], str)
+                inside = inside and 0 <= span["start"] < span["end"] <= len(row.text)
             except (TypeError, KeyError):
                 inside = False
             if not inside:
@@ -288,9 +299,16 @@ class Writing(Task):
         try:
             said = all(isinstance(one["content"], str) and isinstance(one["role"], str) for one in messages)
             good = said and len(messages) > 1 and messages[-1]["role"] == "assistant" and not text_fault(messages[-1]["content"])
+            if good and text_fault(messages[-2]["content"]):
+                return "has `messages` whose last question is empty"
         except (TypeError, KeyError):
             good = False
         return None if good else "has `messages` that do not end with an assistant's"
+
+    @classmethod
+    def key(cls, row: Example) -> str:
+        """A prompt may be gone on from in several ways, and of a conversation `text` is the last question alone."""
+        return json.dumps([row.text, row.label, row.extra.get("messages")], default=str)
 
     def stratum(self, row: Example) -> str:
         return ""

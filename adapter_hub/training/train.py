@@ -7,7 +7,6 @@ and how it tokenizes. Which rows may be used is `data`'s to say, what they mean 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,19 +19,16 @@ from transformers import Trainer
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.base_model import FrozenBase
-from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.checkpoints import begun, checkpoints, last_checkpoint
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.loop import trainer_of
 from adapter_hub.training.report import DataReport, report_of
 from adapter_hub.training.scope import own_randomness, quiet
-from adapter_hub.training.setup import prepared, set_up
+from adapter_hub.training.setup import FACTOR, prepared, set_up
 from adapter_hub.training.tasks import Features, Task
 from adapter_hub.training.trackers import check_trackers, tracked
 from adapter_hub.training.warm import Start
-
-_FACTOR = re.compile(r"\.lora_[AB]\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +90,6 @@ def train_adapter(
     check_trackers(config.report_to)
     started = time.perf_counter()
     job, seed, parts = prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
-    if start is not None and config.pissa:
-        raise InvalidInput("pissa begins with the base's singular vectors, and an adapter to start from with its own.", hint="Choose one of them.")
     report = report_of(rows, validation or (), job.shown, classes=type(job) is Task)
     with (
         own_randomness(seed),
@@ -103,7 +97,7 @@ def train_adapter(
         checkpoints(checkpoint_folder, base, job, config, seed, rows, validation, start) as kept,
         set_up(base, job, config, parts, start) as (model, (features, choosing, measuring)),
     ):
-        taken_out = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items() if _FACTOR.search(key)} if config.pissa else {}
+        taken_out = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items() if FACTOR.search(key)} if config.pissa else {}
         trainer = trainer_of(model, job, features, choosing, config, seed, kept, run_name=task or "adapter")
         with tracked(trainer, config.report_to, task, begun(kept)):
             trainer.train(resume_from_checkpoint=last_checkpoint(kept))
