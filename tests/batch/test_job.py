@@ -496,7 +496,7 @@ def test_a_folder_without_write_permission_is_refused(source: Path, tmp_path: Pa
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     peaks = []
-    for rows in (1_000, 8_000):
+    for rows in (2 * job_module.CHUNK_ROWS, 12 * job_module.CHUNK_ROWS):
         batch_kill.write_input(tmp_path / f"{rows}.jsonl", rows)
         tracemalloc.start()
         run_job(tmp_path / f"{rows}.jsonl", tmp_path / f"{rows}.csv", answer, settings=SETTINGS)
