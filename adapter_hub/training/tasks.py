@@ -177,7 +177,7 @@ class Number(Task):
 
     @classmethod
     def shown(cls, row: Example) -> str:
-        return repr(float(row.label or ""))
+        return repr(float(row.label or "")).removesuffix(".0")
 
     def stratum(self, row: Example) -> str:
         return ""
