@@ -263,13 +263,18 @@ def test_what_cannot_be_learned_so_is_refused_before_anything_is_stored(
     assert hub.names() == [] and not list((tmp_path / "registry" / "adapters").glob("new"))
 
 
-def test_conversations_are_learned_kept_and_measured_as_they_are_asked(models: Mapping[str, Path], tmp_path: Path) -> None:
+def chatting(models: Mapping[str, Path], tmp_path: Path) -> Hub:
+    """A hub on a causal model that has a chat template."""
     base = shutil.copytree(models["llama"], tmp_path / "llama")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(base)
     registry_that_keeps_texts(tmp_path / "registry", base)
-    hub = Hub.open(tmp_path / "registry")
+    return Hub.open(tmp_path / "registry")
+
+
+def test_conversations_are_learned_kept_and_measured_as_they_are_asked(models: Mapping[str, Path], tmp_path: Path) -> None:
+    hub = chatting(models, tmp_path)
     chats = [{"messages": [{"role": "user", "content": f"{text}?"}, {"role": "assistant", "content": f"a {kind}"}]} for text, _, kind in OLD]
     with pytest.raises(InvalidInput, match="take no prompt template"):
         hub.learn("chat", chats, config=STILL, task_type="CAUSAL_LM", prompt_template="Q: {text}")
@@ -284,12 +289,7 @@ def test_conversations_are_learned_kept_and_measured_as_they_are_asked(models: M
 
 def test_conversations_that_end_alike_are_several_and_none_is_forgotten(models: Mapping[str, Path], tmp_path: Path) -> None:
     """Previously only the last question told them apart: 40 could not be learned, and of those that were, half was dropped unsaid."""
-    base = shutil.copytree(models["llama"], tmp_path / "llama")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(base)
-    registry_that_keeps_texts(tmp_path / "registry", base)
-    hub = Hub.open(tmp_path / "registry")
+    hub = chatting(models, tmp_path)
     roles = ("user", "assistant", "user", "assistant")
     told = [(f"Tell me of {number} {word} and {word}s.", kind) for number, (_, word, kind) in enumerate(OLD[:20])]
     chats = [
