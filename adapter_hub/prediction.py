@@ -71,7 +71,8 @@ class Prediction:
     def observed(self, id: str, text: str, latency_ms: float | None) -> Observation:
         """What is logged of it."""
         reason = ASKED if self.asked else str(self.decision.reason)
-        return Observation(id, self.adapter, self.decision.score, self.decision.margin, reason, self.label, latency_ms, text)
+        best = self.decision.candidates[0][0].name if self.decision.candidates else None
+        return Observation(id, self.adapter, self.decision.score, self.decision.margin, reason, self.label, latency_ms, text, candidate=best)
 
     def row(self) -> dict[str, Any]:
         """The columns that the batch job adds to its input: flat, and the same for every row of a kind.

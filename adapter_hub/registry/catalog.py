@@ -213,6 +213,9 @@ class Catalog:
             if found == 1:
                 connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN catalogue TEXT")
                 connection.execute(update(table).values(catalogue=uuid.uuid4().hex))
+            if found == 3:
+                connection.exec_driver_sql(f"ALTER TABLE {schema.observations.name} ADD COLUMN candidate TEXT")
+                connection.exec_driver_sql(f"CREATE INDEX ix_{schema.feedback.name}_at ON {schema.feedback.name} (at)")
             schema.metadata.create_all(connection)    # those that are missing
             connection.execute(update(table).values(version=schema.SCHEMA_VERSION))
         return found is None

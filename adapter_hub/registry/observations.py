@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, tuple_
 
 from adapter_hub.errors import HubError, InvalidInput, RegistryError
 from adapter_hub.refs import AdapterRef
@@ -67,6 +67,7 @@ class Observation:
     latency_ms: float | None          # from the call to the answer: rows of one call share it. None: a stream, at the pace of its reader
     text: str | None = None           # that was routed, of a conversation its last message; its first TEXT_CHARS_MAX characters
     sha256: str | None = None         # of the whole text
+    candidate: str | None = None      # name of the router's best candidate, also where it was turned away
     feedback: Feedback | None = None
 
     @property
@@ -77,7 +78,7 @@ class Observation:
     def to_json(self) -> dict[str, JSON]:
         row: dict[str, JSON] = {"id": self.id, "at": self.at, "adapter": str(self.adapter) if self.adapter else None, "reason": self.reason}
         row |= {"score": self.score, "margin": self.margin, "label": self.label, "latency_ms": self.latency_ms}
-        more = {"text": self.text, "sha256": self.sha256, "feedback": self.feedback.to_json() if self.feedback else None}
+        more = {"candidate": self.candidate, "text": self.text, "sha256": self.sha256, "feedback": self.feedback.to_json() if self.feedback else None}
         return row | {key: value for key, value in more.items() if value is not None}
 
 
@@ -228,6 +229,7 @@ class ObservationLog:
         kept |= {"sha256": row.sha256 or _sha256(text) if self._what != "decisions" else None}
         version = {"name": row.adapter.name if row.adapter else None, "version": row.adapter.version if row.adapter else None}
         facts = {"id": row.id, "at": row.at, "reason": row.reason, "label": None if row.label is None else _storable(row.label)}
+        version |= {"candidate": row.candidate}
         return facts | version | {"score": _finite(row.score), "margin": _finite(row.margin), "latency_ms": _finite(row.latency_ms)} | kept
 
     # ---- read, say, forget ------------------------------------------------------------------------------------------
@@ -259,6 +261,20 @@ class ObservationLog:
             if len(rows) < wanted:
                 return
             last, left = rows[-1].id, None if left is None else left - len(rows)
+
+    def corrected(self, after: tuple[str, str] = ("", "")) -> Iterator[Observation]:
+        """Those of which something was said behind `after`, a moment and an id as in `Feedback.at` and `Observation.id`, in that order."""
+        self.flush()
+        f = schema.feedback.c
+        query = _SELECTED.where(f.observation.is_not(None)).order_by(f.at, f.observation).limit(PAGE_ROWS)
+        while True:
+            with self._catalog.reading() as connection:
+                page = query.where(tuple_(f.at, f.observation) > tuple_(*after))
+                rows = [_observation(row) for row in connection.execute(page).mappings()]
+            yield from rows
+            if len(rows) < PAGE_ROWS or (last := rows[-1]).feedback is None:
+                return
+            after = (last.feedback.at, last.id)
 
     def say(self, seen: Observation, correct_label: str | None, correct_adapter: str | None) -> Observation:
         """Join feedback to an observation, in place of what was said before. Raises InvalidInput where the observation has gone."""
@@ -302,7 +318,7 @@ def _chosen(since: str | None, before: str | None, name: str | None, version: in
 
 
 def _observation(row: RowMapping) -> Observation:
-    values = {key: row[key] for key in ("id", "score", "margin", "reason", "label", "latency_ms", "text", "sha256")}
+    values = {key: row[key] for key in ("id", "score", "margin", "reason", "label", "latency_ms", "text", "sha256", "candidate")}
     said = Feedback(row["said_correct_label"], row["said_correct_adapter"], row["said_at"]) if row["said_observation"] else None
     return Observation(adapter=AdapterRef(row["name"], row["version"]) if row["name"] else None, feedback=said, **values)
 

@@ -47,6 +47,7 @@ from adapter_hub.registry.events import Event
 from adapter_hub.registry.history import mirror
 from adapter_hub.registry.layout import CARD, HISTORY, IGNORED, MANIFEST, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
+from adapter_hub.registry.notes import Notes
 from adapter_hub.registry.observations import ObservationLog
 from adapter_hub.registry.rebuild import checked_folder, ensure_schema, in_memory, read_manifest
 from adapter_hub.registry.records import VersionRow
@@ -215,6 +216,11 @@ class Registry:
     def observation_log(self) -> ObservationLog:
         """The log of what is answered, in the catalogue's database; who opens it closes it. It connects when it is first used."""
         return ObservationLog(self._catalog.beside(), what=self.config.observe, rows_max=self.config.observations_max)
+
+    @property
+    def notes(self) -> Notes:
+        """What passes over the log remember, in the catalogue's database."""
+        return Notes(self._catalog)
 
     # ---- add --------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from sqlalchemy import BigInteger, Column, Double, Index, Integer, MetaData, Table, Text
 
-SCHEMA_VERSION = 3    # 1 had no id of the catalogue, 2 no observations and no feedback
+SCHEMA_VERSION = 4    # 1 had no id of the catalogue, 2 no observations and no feedback, 3 no candidate of an observation and no notes
 
 
 class VersionState(StrEnum):
@@ -112,6 +112,7 @@ observations = Table(
     Column("latency_ms", Double),
     Column("text", Text),
     Column("sha256", Text),                    # of the text
+    Column("candidate", Text),                 # name of the best candidate, also where it was turned away; NULL: nothing was scored
     Index("hub_observations_by_name", "name", "id"),
 )
 
@@ -121,5 +122,15 @@ feedback = Table(
     Column("observation", Text, primary_key=True),
     Column("correct_label", Text),
     Column("correct_adapter", Text),           # a name
+    Column("at", Text, nullable=False, index=True),
+)
+
+# What is remembered from one pass over the log to the next. It comes from the log, and is lost with it.
+notes = Table(
+    "hub_notes",
+    metadata,
+    Column("kind", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
     Column("at", Text, nullable=False),
+    Column("body", Text, nullable=False),      # JSON
 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -302,6 +303,46 @@ def test_a_catalogue_without_these_tables_gets_them_when_it_is_opened(place, log
     log = logs(registry)
     log.add(seen(1))
     assert len(list(log.read())) == 1 and registry.names() == ["banking"] and registry.verify().ok
+
+
+def test_a_log_of_the_schema_before_keeps_its_rows_and_learns_of_candidates(place, logs, facts, files) -> None:
+    log = logs(place.create())
+    log.add(seen(2))
+    log.close()
+    place.close()
+    for statement in ("ALTER TABLE hub_observations DROP COLUMN candidate", "DROP INDEX ix_hub_feedback_at", "DROP TABLE hub_notes"):
+        place.run(statement)
+    place.run("UPDATE hub_schema SET version = 3")
+    log = logs(place.open())
+    log.add([replace(one, candidate="travel") for one in seen(1)])
+    assert [one.candidate for one in log.read()] == ["travel", None, None]
+
+
+def test_what_was_corrected_is_read_in_the_order_it_was_said_and_from_a_moment_on(place, logs) -> None:
+    log = logs(place.create())
+    rows = seen(5)
+    log.add(rows)
+    log.flush()
+    for row in reversed(rows[:4]):
+        log.say(row, "card_lost", None)
+    said = list(log.corrected())
+    assert {one.id for one in said} == {row.id for row in rows[:4]}
+    order = [(one.feedback.at, one.id) for one in said]
+    assert order == sorted(order) and list(log.corrected(order[1])) == said[2:] and not list(log.corrected(order[-1]))
+
+
+def test_notes_are_kept_by_kind_and_key_and_are_seen_by_the_next_process(place) -> None:
+    notes = place.create().notes
+    notes.write("proposal", {"b": {"size": 2}, "a": [1, "ü"]})
+    notes.write("drift", {"a": 1})
+    notes.write("proposal", {"b": None, "c": {}})
+    place.close()
+    notes = place.open().notes
+    assert list(notes.read("proposal").items()) == [("a", [1, "ü"]), ("c", {})] and notes.read("drift") == {"a": 1}
+    notes.forget("drift")
+    assert not notes.read("drift") and notes.read("proposal")
+    notes.forget()
+    assert not notes.read("proposal")
 
 
 def test_a_registry_that_may_only_be_read_shows_its_log_and_takes_no_feedback(sqlite_place, logs) -> None:

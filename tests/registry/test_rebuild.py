@@ -438,7 +438,7 @@ def test_a_catalogue_of_a_newer_schema_is_refused_and_left_alone(place, facts, f
     place.run("UPDATE hub_schema SET version = 99")
     place.close()
     before = tree(place.folder)
-    with pytest.raises(SchemaTooNew, match=r"has schema 99; this adapter_hub knows up to 3\. Upgrade adapter_hub\."):
+    with pytest.raises(SchemaTooNew, match=r"has schema 99; this adapter_hub knows up to 4\. Upgrade adapter_hub\."):
         place.open()
     assert tree(place.folder) == before
     place.run("UPDATE hub_schema SET version = 3")
