@@ -328,7 +328,8 @@ def main() -> int:
     for name in names:
         figures = measured(name, arguments, methods, seeds, orders, base, vectors, console)
         console.print(table_of(f"{name}, {arguments.budget}", figures))
-        results[name] = {"machine": machine_of(base), "seeds": seeds, "orders": orders, "figures": figures, "missed": [] if small else missed(name, figures)}
+        bars = [] if small else missed(name, figures)
+        results[name] = {"machine": machine_of(base), "seeds": seeds, "orders": orders, "figures": figures, "missed": bars}
     path = arguments.out / f"continual_{arguments.budget}.json"
     before = json.loads(path.read_text(encoding="utf-8"))["sequences"] if path.exists() else {}
     for name, found in results.items():    # of methods that were not asked for now, what was measured before
