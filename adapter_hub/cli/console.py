@@ -280,6 +280,22 @@ def observed(documents: Sequence[Mapping[str, JSON]]) -> None:
     ])  # fmt: skip
 
 
+def alarmed(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """What the detectors said, in the order it happened."""
+    if not documents:
+        line("nothing has changed for the worse")
+    rows([{key: document[key] for key in ("kind", "adapter", "signal", "detector", "at", "reason")} for document in documents])
+
+
+def attended(document: Mapping[str, JSON]) -> None:
+    """What a pass did, adapter by adapter."""
+    if document["alarms"]:
+        alarmed(document["alarms"])
+    rows([{key: one[key] for key in ("adapter", "step", "result", "promoted", "reason")} for one in document["done"]])
+    if document["dry_run"]:
+        line("a dry run: nothing was done")
+
+
 def _answering(document: Mapping[str, JSON]) -> JSON:
     """The adapter; of a mixture each with its weight."""
     parts = [f"{shown(part['weight'])} {part['adapter']}" for part in document.get("mixture") or ()]

@@ -37,6 +37,8 @@ from adapter_hub.cli.arguments import (
     shown_url,
 )
 from adapter_hub.cli.console import (
+    alarmed,
+    attended,
     calibrated,
     decisions,
     effects,
@@ -59,6 +61,7 @@ from adapter_hub.cli.console import (
 from adapter_hub.errors import HubError, InvalidInput
 
 if TYPE_CHECKING:
+    from adapter_hub.continual.alerts import Sink
     from adapter_hub.engine.chat import Conversation
     from adapter_hub.hub import Hub
     from adapter_hub.training.config import TrainConfig
@@ -598,6 +601,45 @@ def feedback(
     seen = _open(ctx, registry).feedback(id, label or None, adapter or None)
     said = " ".join(filter(None, (label, f"by {adapter}" if adapter else "")))
     emit(seen, as_json, lambda _: line(f"{id} should have been answered {said}"))
+
+
+# ---- verbs: look after it -------------------------------------------------------------------------------------------
+
+Webhook = Annotated[str, typer.Option(metavar="URL", help="POST each alert there as JSON.")]
+AlertCommand = Annotated[str, typer.Option(metavar="COMMAND", help="Run it for each alert, with the alert as JSON on stdin; no shell.")]
+
+
+@_verb("watch", "adapter-hub watch --webhook https://example.org/alerts")
+def watch(
+    ctx: typer.Context, webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False
+) -> None:
+    """Look through what was logged since the last look, and tell where traffic changed for the worse."""
+    emit(_open(ctx, registry).watch(_sinks(webhook, alert_command)), as_json, alarmed)
+
+
+@_verb("maintain", "adapter-hub maintain --dry-run")
+def maintain(
+    ctx: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these; by default all.", autocompletion=complete_ref)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    config: Annotated[str, typer.Option(metavar="PRESET", help="Of the trainings: fast, balanced or thorough.")] = "",
+    webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """One pass: watch, evaluate, and update or roll back where people's feedback asks for it. For cron; one at a time.
+
+    An adapter below accuracy_floor in hub.toml, or worse since an alarm, learns from the rows that people corrected. The new version goes
+    live where the gate promotes it and it is better on new rows. Exit code 1 where an adapter could not be maintained.
+    """
+    report = _open(ctx, registry).maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
+    emit(report, as_json, attended)
+    if report.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _sinks(url: str, arguments: str) -> list[Sink]:
+    from adapter_hub.continual import alerts
+
+    return [*([alerts.webhook(url)] if url else []), *([alerts.command(shlex.split(arguments))] if arguments else [])]
 
 
 # ---- verbs: keep it sound -------------------------------------------------------------------------------------------
