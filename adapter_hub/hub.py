@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -66,11 +66,14 @@ if TYPE_CHECKING:
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.continual.alerts import Sink
     from adapter_hub.continual.drift import Alarm
+    from adapter_hub.continual.knowledge_map import KnowledgeMap, Limits
     from adapter_hub.continual.learner import Current, Lesson
+    from adapter_hub.continual.space import Space
     from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.evaluation import Part
     from adapter_hub.lifelong import MaintenanceReport
+    from adapter_hub.merging import MergeReport
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -540,8 +543,10 @@ class Hub:
             log.warning("%s is registered and not promoted: %s.", ref, self._losing(worst))
         return ref
 
-    def _warn_of_twins(self, name: str, state: RoutingState) -> None:
+    def _warn_of_twins(self, name: str, state: RoutingState, gone: Collection[AdapterRef] = ()) -> None:
         for other, count in self._live.twins(name, state).items():
+            if other in gone:
+                continue
             log.warning("%d of the examples of %s are those of %s too, and go to either: an example should belong to one.", count, name, other)
 
     def _loses_too_much(self, name: str, state: RoutingState) -> Taken | None:
@@ -551,11 +556,11 @@ class Hub:
         found = self._effect_of(name, state)
         return found.others[0] if found.most_taken > self.config.max_taken else None
 
-    def _effect_of(self, name: str, state: RoutingState, exemplars_max: int | None = None) -> Effect:
+    def _effect_of(self, name: str, state: RoutingState, exemplars_max: int | None = None, gone: Collection[AdapterRef] = ()) -> Effect:
         """Of a version that is not stored yet; with `exemplars_max` estimated on so many exemplars of all adapters together."""
         now = self._live.snapshot()
         version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
-        return self._effect(now, AdapterRef(name, version + 1), state, exemplars_max)    # the number it gets is not known yet
+        return self._effect(now, AdapterRef(name, version + 1), state, exemplars_max, gone)    # the number it gets is not known yet
 
     def _losing(self, worst: Taken) -> str:
         allowed = f"hub.toml allows {100 * self.config.max_taken:.1f} %"
@@ -606,6 +611,7 @@ class Hub:
         task_type: str | None = None,
         problem_type: str | None = None,
         prompt_template: str | None = None,
+        instead_of: Iterable[str | AdapterRef] = (),
         **facts: Any,
     ) -> LearnReport:
         """Train an adapter on rows with text and target, let the gate judge it, register it, and promote it by the rule named.
@@ -622,6 +628,8 @@ class Hub:
         examples whose texts are kept (see `plan_lesson`); description, tags, license and generation stay. `start="warm"` insists on its weights,
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
+        `instead_of` are versions of other names that give way to it, whose examples are among the rows: its lineage names them, so that
+        `purge` finds what they know, and what it takes from them is no harm. Who retires them is the caller.
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
         `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
@@ -644,6 +652,7 @@ class Hub:
             raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=f"Facts to register with it: {', '.join(sorted(LEARN_FACTS))}.")
         merged({}, check_generation(facts.get("generation") or {}))
         rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
+        gone = [self.registry.resolve(ref) for ref in instead_of]
         evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
         current = self._current(name)
         newer, before, seen = None, None, []
@@ -681,17 +690,18 @@ class Hub:
             )  # fmt: skip
             for said in result.report.warnings:
                 log.warning("%s: %s.", name, said)
-            lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": lesson.started_from}
+            started_from = tuple(dict.fromkeys((*lesson.started_from, *gone)))
+            lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": started_from}
             facts = {"metrics": result.metrics} | lineage | facts
             prepared = self._prepared(
                 name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
                 problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
             )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
-        report = judge(self._evidence(name, prepared, lesson, result, current), self._policy())
+        report = judge(self._evidence(name, prepared, lesson, result, current, gone), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
-        self._warn_of_twins(name, prepared.state)
+        self._warn_of_twins(name, prepared.state, gone)
         stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
         gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
         ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
@@ -760,7 +770,9 @@ class Hub:
         facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))
         return replace(prepared, facts=facts, files=prepared.files | files, state=state)
 
-    def _evidence(self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None) -> Evidence:
+    def _evidence(
+        self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None, gone: Collection[AdapterRef]
+    ) -> Evidence:
         """What the gate judges by: the candidate is asked before it is stored."""
         from adapter_hub.continual.learner import EXEMPLARS_MAX, Asked, evidence_of, routed_of
 
@@ -773,7 +785,7 @@ class Hub:
         theirs = None if current is None else measure.asked(self.engine, rows, current.ref)
         base = measure.asked(self.engine, result.validation, None) if lesson.kind.writes else {}
         whole = self.config.max_taken < 1    # a limit is held to exactly
-        effect = self._effect_of(name, prepared.state, None if whole else EXEMPLARS_MAX) if prepared.state.count else None
+        effect = self._effect_of(name, prepared.state, None if whole else EXEMPLARS_MAX, gone) if prepared.state.count else None
         # In fewer bits more rows go another way, and that is no fault.
         trained = result.metrics if self.precision == "float32" else None
         asked = Asked(result.validation, slices, mine, theirs, base, routed_of(effect) if effect else (), trained)
@@ -1282,7 +1294,48 @@ class Hub:
 
         return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
 
+    def merge(self, names: Iterable[str], into: str, config: TrainConfig | str | None = None, reason: str = "") -> MergeReport:
+        """One adapter that knows what these know, learned from their kept examples; those of other names are retired where it goes live.
+
+        `into` is a new name, or one of `names`: it is learned on then. It goes live where the gate promotes it and, on the evaluation set
+        that is kept with each of them, it is not told to be worse than that one (`continual.gate`, one level for all together). Else it
+        is stored and not promoted, and nothing changes for the others. Nothing is overwritten or purged: `promote` brings each back.
+        Raises InvalidInput for adapters of different kinds and where no texts are kept (`keep = "text"` in hub.toml), AdapterNotFound,
+        NotRoutable, RegistryError where another process maintains this registry.
+        """
+        from adapter_hub.merging import merge
+
+        return merge(self, names, into, config=config, reason=reason)
+
     # ---- ask about it -------------------------------------------------------------------------------------------
+
+    def map(self, limits: Limits | None = None) -> KnowledgeMap:
+        """The adapters in production as a graph: lineage, closeness in routing and in weights, confusion, what people corrected, traffic.
+
+        `continual.knowledge_map` says what each edge is. Near-duplicates are pointed out, with the merge to try. Confusion is that of
+        evaluation inputs, or of exemplars that are left out, and needs no texts. What is damaged is left out with a note.
+        """
+        from adapter_hub.survey import survey
+
+        return survey(self, limits)
+
+    def space(self) -> Space:
+        """The router's space on a plane: exemplars, prototypes, held-out inputs against their threshold, and of the log's newest rows with
+        text where they lie. See `continual.space`."""
+        from adapter_hub.survey import space
+
+        return space(self)
+
+    def report(self, path: str | Path = "report.html") -> Path:
+        """One HTML page on what was learned when, accuracy over time, routing, drift, proposals, and what was held or rolled back.
+
+        It needs no network and runs no script. Texts that people asked are not in it. Returns the path; raises OSError.
+        """
+        from adapter_hub.survey import report
+
+        path = Path(path).expanduser()
+        path.write_text(report(self), encoding="utf-8")
+        return path
 
     def explain(self, text: Input, k: int = 3, max_false_reject: float | None = None) -> Explanation:
         """Where a text goes and why: the `k` best candidates, their closest exemplars, the reason in words. Raises InvalidInput.
@@ -1323,11 +1376,13 @@ class Hub:
             raise InvalidInput(f"{newcomer} has no examples and no description: it takes nothing.", hint="Only its name reaches it.")
         return self._effect(self._live.snapshot(), newcomer, state)
 
-    def _effect(self, now: Router, newcomer: AdapterRef, state: RoutingState, exemplars_max: int | None = None) -> Effect:
+    def _effect(
+        self, now: Router, newcomer: AdapterRef, state: RoutingState, exemplars_max: int | None = None, gone: Collection[AdapterRef] = ()
+    ) -> Effect:
         from adapter_hub.routing.effect import effect
         from adapter_hub.routing.scoring import Scoring
 
-        others = [ref for ref in now.refs if ref != newcomer]
+        others = [ref for ref in now.refs if ref != newcomer and ref not in gone]
         # An estimate may go without a damaged one; a limit is held to exactly, or not at all.
         states = {ref: self._live.state(ref) for ref in others} if exemplars_max is None else dict(self._sound(others))
         states[newcomer] = state

@@ -296,6 +296,25 @@ def attended(document: Mapping[str, JSON]) -> None:
         line("a dry run: nothing was done")
 
 
+def mapped(document: Mapping[str, JSON]) -> None:
+    """The adapters, what joins them, and who may be one."""
+    each = [{key: one[key] for key in ("adapter", "task", "labels", "exemplars", "answers", "origins")} for one in document["adapters"]]
+    rows([{**one, "labels": len(one["labels"])} for one in each])
+    if document["edges"]:
+        rows([{key: edge.get(key) for key in ("kind", "source", "target", "value", "inputs")} for edge in document["edges"]])
+    for pair in document["near_duplicates"]:
+        common = f", {len(pair['labels'])} labels in common" if pair["labels"] else ""
+        line(f"near-duplicates: {' and '.join(pair['adapters'])} (closeness {shown(pair['closeness'])}{common}). To try: {pair['proposal']}")
+    for note in document["notes"]:
+        line(f"note: {note}")
+
+
+def merged(document: Mapping[str, JSON]) -> None:
+    """What a merge made, and how it compares with each that it was made from."""
+    facts({key: document[key] for key in ("ref", "promoted", "retired", "reason")})
+    rows([{"on the set of": ref, **counts} for ref, counts in document["compared"].items()])
+
+
 def _answering(document: Mapping[str, JSON]) -> JSON:
     """The adapter; of a mixture each with its weight."""
     parts = [f"{shown(part['weight'])} {part['adapter']}" for part in document.get("mixture") or ()]

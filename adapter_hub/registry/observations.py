@@ -82,6 +82,17 @@ class Observation:
         return row | {key: value for key, value in more.items() if value is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """How many answers of one day have this version and reason."""
+
+    day: str                      # of UTC: 2026-03-01
+    adapter: AdapterRef | None    # None: the base model
+    reason: str
+    answers: int
+    score: float | None           # the mean of those that were routed
+
+
 _count = itertools.count()
 
 
@@ -261,6 +272,16 @@ class ObservationLog:
             if len(rows) < wanted:
                 return
             last, left = rows[-1].id, None if left is None else left - len(rows)
+
+    def traffic(self) -> list[Traffic]:
+        """What was answered, counted by day, version and reason, in that order."""
+        self.flush()
+        o, day = schema.observations.c, func.substr(schema.observations.c.at, 1, 10)
+        query = select(day, o.name, o.version, o.reason, func.count(), func.avg(o.score)).group_by(day, o.name, o.version, o.reason)
+        with self._catalog.reading() as connection:
+            rows = connection.execute(query).all()
+        found = [Traffic(at, AdapterRef(name, version) if name else None, reason, count, score) for at, name, version, reason, count, score in rows]
+        return sorted(found, key=lambda one: (one.day, str(one.adapter or ""), one.reason))
 
     def corrected(self, after: tuple[str, str] = ("", "")) -> Iterator[Observation]:
         """Those of which something was said behind `after`, a moment and an id as in `Feedback.at` and `Observation.id`, in that order."""

@@ -6,7 +6,8 @@ it, because a head knows its own exemplars by heart and would let nobody take th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,26 @@ def effect(production: Mapping[AdapterRef, RoutingState], newcomer: AdapterRef, 
         found.append(Taken(ref, len(rows[ref]), taken, was[ref].count(ref) / inputs, will[ref].count(ref) / inputs, same))
     gives_way = next((ref for ref in production if ref.name == newcomer.name and ref != newcomer), None)
     return Effect(newcomer, tuple(sorted(found, key=lambda other: (-other.taken, -other.contradictions, other.adapter))), gives_way)
+
+
+def confusion(
+    production: Mapping[AdapterRef, RoutingState], of: Collection[AdapterRef], scoring: Scoring
+) -> dict[AdapterRef, tuple[int, dict[AdapterRef, float]]]:
+    """Of each of these adapters how many of its inputs were looked at, and the share of them, 0-1, that each other one would be chosen for.
+
+    Needs no texts. As in `effect` the router is solved in full, exemplars are left out, and nothing abstains. Of an adapter that has
+    neither evaluation inputs nor an exemplar that can be left out nothing is known: 0 inputs.
+    """
+    states = {ref: state for ref, state in sorted(production.items(), key=lambda pair: pair[0]) if state.count}
+    exemplars = {ref: Exemplars.of(state) for ref, state in states.items()}
+    chosen = _chosen(states, exemplars, _rows({ref: state for ref, state in states.items() if ref in of}, exemplars), scoring)
+    return {ref: (len(who), shares_of(ref, who)) for ref, who in chosen.items()}
+
+
+def shares_of(home: AdapterRef, chosen: Sequence[AdapterRef | None]) -> dict[AdapterRef, float]:
+    """Of the inputs of one adapter, the share that each other one was chosen for."""
+    counts = Counter(ref for ref in chosen if ref is not None and ref != home)
+    return {ref: counts[ref] / len(chosen) for ref in sorted(counts)}
 
 
 def _rows(states: Mapping[AdapterRef, RoutingState], exemplars: Mapping[AdapterRef, Exemplars]) -> dict[AdapterRef, I64]:

@@ -1,0 +1,125 @@
+"""Make one adapter of several that know much the same, behind the gate. Acts; `continual.gate` decides.
+
+What was there stays: the merged names are retired where the new version takes their place, and a person can promote them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapter_hub.continual.gate import Paired, Verdict, is_worse
+from adapter_hub.continual.measures import Kind
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example, measuring, read_examples
+from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
+from adapter_hub.registry.moves import REASON_CHARS_MAX
+
+if TYPE_CHECKING:
+    from adapter_hub.hub import Hub, LearnReport
+    from adapter_hub.training.config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge made, and what became of those that it was made from."""
+
+    learned: LearnReport                  # its `promoted` is of before the comparison below: False
+    compared: Mapping[AdapterRef, Paired]  # with each of them, on its own evaluation set
+    promoted: bool
+    retired: tuple[AdapterRef, ...]
+    reason: str
+
+    @property
+    def ref(self) -> AdapterRef:
+        return self.learned.ref
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {str(ref): dict(zip(("rows", "better", "worse"), pairs.counts, strict=True)) for ref, pairs in self.compared.items()}
+        facts = {"ref": str(self.ref), "promoted": self.promoted, "retired": [str(ref) for ref in self.retired], "reason": self.reason}
+        return facts | {"compared": counts, "gate": self.learned.gate.to_json()}
+
+
+def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | str | None = None, reason: str = "") -> MergeReport:
+    """See `Hub.merge`."""
+    with hub.registry.maintaining():    # no pass goes over the names meanwhile
+        merged, kind = _merged(hub, names, into)
+        sets = {ref: _rows(hub, ref, EVALUATION_FILE) for ref in merged}
+        measured = {kind.task.key(row) for rows in sets.values() for row in rows}
+        # What measures them stays out of training: the new one and each of them are compared on rows that neither learned.
+        rows = {kind.task.key(row): row for ref in merged for row in _rows(hub, ref, EXEMPLARS_FILE) if kind.task.fault(row) is None}
+        train = [row for key, row in rows.items() if key not in measured]
+        if not train:
+            raise InvalidInput(f"all kept examples of {_listed(merged)} measure them: nothing is left to learn from.", hint="Register more examples.")
+        evaluation = [row for ref in merged for row in sets[ref]]
+        gone = [ref for ref in merged if ref.name != into]
+        learned = hub.learn(
+            into, train, config=config, promote="never", evaluation=evaluation, instead_of=gone, task_type=kind.task_type,
+            problem_type=kind.problem_type, prompt_template=kind.prompt_template,
+        )  # fmt: skip
+        compared = dict(_compared(hub, learned.ref, kind, sets, train))
+        against = _against(learned, compared, hub.config.gate_level)
+        if against:
+            return MergeReport(learned, compared, False, (), against)
+        said = f"{_listed(merged)} are one" + (f": {reason}" if reason else "")
+        hub.promote(learned.ref, f"merged: {said}; {learned.gate.reason}"[:REASON_CHARS_MAX])
+        for ref in gone:
+            hub.retire(ref, f"merged into {learned.ref}" + (f": {reason}" if reason else ""))
+        return MergeReport(learned, compared, True, tuple(gone), said)
+
+
+def _merged(hub: Hub, names: Iterable[str], into: str) -> tuple[list[AdapterRef], Kind]:
+    """The versions in production of these names, and what all of them give. Raises InvalidInput, AdapterNotFound, NotRoutable."""
+    refs = list(dict.fromkeys(hub.registry.resolve(AdapterRef(AdapterRef.parse(name).name, alias=PRODUCTION)) for name in names))
+    if len(refs) < 2:
+        raise InvalidInput("to merge takes two adapters or more.", hint="`adapter-hub map` points out near-duplicates.")
+    if check_name(into) not in [ref.name for ref in refs] and into in [ref.name for ref in hub.registry.production()]:
+        raise InvalidInput(f"{into} is in production and none of those to merge.", hint=f"Name it too, or another name than {into!r}.")
+    kinds = {ref: Kind.of(hub.registry.manifest(ref)) for ref in refs}
+    first, *others = refs
+    for ref in others:
+        if kinds[ref] != kinds[first]:
+            raise InvalidInput(f"{first} is {kinds[first]}, and {ref} {kinds[ref]}: they cannot be one.", hint="Merge adapters of one kind.")
+    for ref in refs:
+        if EXEMPLARS_FILE not in hub.registry.manifest(ref).files:
+            fact = f"no text of the examples of {ref} is kept: there is nothing to learn from"
+            raise InvalidInput(f"{fact}.", hint='keep = "text" in hub.toml keeps those of what is registered from then on.')
+    return refs, kinds[first]
+
+
+def _rows(hub: Hub, ref: AdapterRef, file: str) -> list[Example]:
+    """Kept texts; of an evaluation set those that measure."""
+    if file not in hub.registry.manifest(ref).files:
+        return []
+    rows = read_examples(hub.registry.open_version(ref) / file)
+    return measuring(rows) if file == EVALUATION_FILE else list(rows)
+
+
+def _compared(
+    hub: Hub, candidate: AdapterRef, kind: Kind, sets: Mapping[AdapterRef, list[Example]], train: list[Example]
+) -> Iterable[tuple[AdapterRef, Paired]]:
+    measure = kind.measure
+    for ref, kept in sets.items():
+        rows = [row for row in kept if kind.task.fault(row) is None]
+        mine, theirs = (measure.asked(hub.engine, rows, one) for one in (candidate, ref))    # past the log: nobody asked
+        yield ref, measure.paired(rows, mine, theirs, str(ref), train)
+
+
+def _against(learned: LearnReport, compared: Mapping[AdapterRef, Paired], level: float) -> str:
+    """Why it does not go live; empty where it does. The level is shared (Bonferroni): of many comparisons one would show harm by chance."""
+    if learned.verdict is not Verdict.PROMOTE:
+        return f"{learned.ref} is held: the gate says {learned.verdict}: {learned.gate.reason}"
+    unknown = [str(ref) for ref, pairs in compared.items() if not pairs.candidate_right]
+    if unknown:
+        return f"{learned.ref} is held: no evaluation set of {' and '.join(unknown)} is kept to compare it on"
+    for ref, pairs in compared.items():
+        rows, gained, lost = pairs.counts
+        if is_worse(rows, gained, lost, level / len(compared)):
+            return f"{learned.ref} is held: of {rows} evaluation inputs of {ref} it answers {lost} worse than that one, and {gained} better"
+    return ""
+
+
+def _listed(refs: Iterable[AdapterRef]) -> str:
+    return " and ".join(map(str, refs))
