@@ -629,7 +629,7 @@ class Hub:
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
         `instead_of` are versions of other names that give way to it, whose examples are among the rows: its lineage names them, so that
-        `purge` finds what they know, and what it takes from them is no harm. Who retires them is the caller.
+        `purge` finds what they know, and what it takes from them is no harm. To take them out of production is the caller's.
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
         `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
@@ -1295,11 +1295,11 @@ class Hub:
         return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
 
     def merge(self, names: Iterable[str], into: str, config: TrainConfig | str | None = None, reason: str = "") -> MergeReport:
-        """One adapter that knows what these know, learned from their kept examples; those of other names are retired where it goes live.
+        """One adapter that knows what these know, learned from their kept examples; the other names leave production where it goes live.
 
         `into` is a new name, or one of `names`: it is learned on then. It goes live where the gate promotes it and, on the evaluation set
         that is kept with each of them, it is not told to be worse than that one (`continual.gate`, one level for all together). Else it
-        is stored and not promoted, and nothing changes for the others. Nothing is overwritten or purged: `promote` brings each back.
+        is stored and not promoted, and nothing changes for the others. Nothing is overwritten, retired or purged: `promote` brings each back.
         Raises InvalidInput for adapters of different kinds and where no texts are kept (`keep = "text"` in hub.toml), AdapterNotFound,
         NotRoutable, RegistryError where another process maintains this registry.
         """

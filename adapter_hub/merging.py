@@ -1,6 +1,6 @@
 """Make one adapter of several that know much the same, behind the gate. Acts; `continual.gate` decides.
 
-What was there stays: the merged names are retired where the new version takes their place, and a person can promote them back.
+What was there stays: the merged names are taken out of production where the new version takes their place, and a person can promote them again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class MergeReport:
     learned: LearnReport                  # its `promoted` is of before the comparison below: False
     compared: Mapping[AdapterRef, Paired]  # with each of them, on its own evaluation set
     promoted: bool
-    retired: tuple[AdapterRef, ...]
+    withdrawn: tuple[AdapterRef, ...]    # from production
     reason: str
 
     @property
@@ -38,7 +38,7 @@ class MergeReport:
 
     def to_json(self) -> dict[str, Any]:
         counts = {str(ref): dict(zip(("rows", "better", "worse"), pairs.counts, strict=True)) for ref, pairs in self.compared.items()}
-        facts = {"ref": str(self.ref), "promoted": self.promoted, "retired": [str(ref) for ref in self.retired], "reason": self.reason}
+        facts = {"ref": str(self.ref), "promoted": self.promoted, "withdrawn": [str(ref) for ref in self.withdrawn], "reason": self.reason}
         return facts | {"compared": counts, "gate": self.learned.gate.to_json()}
 
 
@@ -66,7 +66,7 @@ def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | st
         said = f"{_listed(merged)} are one" + (f": {reason}" if reason else "")
         hub.promote(learned.ref, f"merged: {said}; {learned.gate.reason}"[:REASON_CHARS_MAX])
         for ref in gone:
-            hub.retire(ref, f"merged into {learned.ref}" + (f": {reason}" if reason else ""))
+            hub.registry.withdraw(ref.name, f"merged into {learned.ref}" + (f": {reason}" if reason else ""))
         return MergeReport(learned, compared, True, tuple(gone), said)
 
 

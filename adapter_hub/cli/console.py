@@ -311,7 +311,7 @@ def mapped(document: Mapping[str, JSON]) -> None:
 
 def merged(document: Mapping[str, JSON]) -> None:
     """What a merge made, and how it compares with each that it was made from."""
-    facts({key: document[key] for key in ("ref", "promoted", "retired", "reason")})
+    facts({key: document[key] for key in ("ref", "promoted", "withdrawn", "reason")})
     rows([{"on the set of": ref, **counts} for ref, counts in document["compared"].items()])
 
 

@@ -66,7 +66,7 @@ def merge(
     reason: Reason = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
-    """Learn one adapter from what several keep, and retire them where it is no worse than each. Exit code 1 where it is held."""
+    """Learn one adapter from what several keep, and put it in their place where it is no worse than each. Exit code 1 where it is held."""
     done: Any = _open(ctx, registry).merge(names, into, config=config or None, reason=reason)
     emit(done, as_json, merged)
     if not done.promoted:

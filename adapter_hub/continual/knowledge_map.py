@@ -30,7 +30,8 @@ from adapter_hub.refs import AdapterRef
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-ROUNDS = 300              # of the layout
+ROUNDS, ROUNDS_LEAST = 300, 60    # of the layout; fewer where there are more than ROUNDED adapters
+ROUNDED = 200
 SPRING = 0.35             # how strongly an edge pulls, beside the push of every node
 PULL_MAX = 0.6            # of the edges of one pair together: twins too are two nodes
 
@@ -261,11 +262,10 @@ def lineage(origins: Mapping[AdapterRef, Iterable[str]]) -> list[Edge]:
 def layout(nodes: Sequence[AdapterRef], edges: Iterable[Edge]) -> F64:
     """(n, 2), centred, the farthest node at distance 1: what is joined lies together. The same for the same map.
 
-    Springs and charges (Fruchterman and Reingold 1991), from a circle in the order of the nodes.
+    Springs and charges (Fruchterman and Reingold 1991), from places drawn with a fixed seed: an even circle may be a balance of its own.
     """
     n, place = len(nodes), {ref: number for number, ref in enumerate(nodes)}
-    turns = 2 * np.pi * np.arange(n) / max(1, n)
-    at = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    at = np.random.default_rng(0).uniform(-1, 1, (n, 2))
     if n < 2:
         return at * 0.0
     pulls: defaultdict[tuple[int, int], float] = defaultdict(float)
@@ -275,18 +275,20 @@ def layout(nodes: Sequence[AdapterRef], edges: Iterable[Edge]) -> F64:
     ends = np.array(list(pulls), np.int64).reshape(-1, 2)
     pull = np.array(list(pulls.values()))[:, None]
     distance = 1.6 / math.sqrt(n)
-    for turn in range(ROUNDS):
-        apart = at[:, None, :] - at[None, :, :]
-        square = np.maximum((apart**2).sum(axis=2), 1e-6)
+    rounds = min(ROUNDS, max(ROUNDS_LEAST, ROUNDS * ROUNDED // n))
+    for turn in range(rounds):
+        norms = (at**2).sum(axis=1)
+        square = np.maximum(norms[:, None] + norms[None, :] - 2 * (at @ at.T), 1e-6)    # (n, n) of squared distances
         np.fill_diagonal(square, np.inf)
+        push = distance**2 / square
         # A little towards the middle: parts that nothing joins stay in sight.
-        force = (apart * (distance**2 / square)[:, :, None]).sum(axis=1) - 0.15 * at
+        force = at * push.sum(axis=1, keepdims=True) - push @ at - 0.15 * at
         if len(ends):
             along = at[ends[:, 1]] - at[ends[:, 0]]
             pulled = SPRING * np.minimum(pull, PULL_MAX) * along * np.linalg.norm(along, axis=1, keepdims=True) / distance
             np.add.at(force, ends[:, 0], pulled)
             np.add.at(force, ends[:, 1], -pulled)
         length = np.maximum(np.linalg.norm(force, axis=1, keepdims=True), 1e-9)
-        at = at + force / length * np.minimum(length, 0.1 * (1 - turn / ROUNDS))
+        at = at + force / length * np.minimum(length, 0.1 * (1 - turn / rounds))
     at = at - at.mean(axis=0)
     return np.asarray(at / max(float(np.linalg.norm(at, axis=1).max()), 1e-9))

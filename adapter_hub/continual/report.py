@@ -285,9 +285,14 @@ def _held(facts: Facts) -> str:
     rows = [(_moment(one.at), one.ref, one.verdict, one.reason) for one in reversed(held[-ROWS_MAX:])]
     parts = ["<h3>Learned and not in production</h3>"]
     parts.append(_table(("when", "version", "verdict", "why"), rows, len(held)) if rows else "<p>None.</p>")
-    back = [event for event in facts.events if event.kind in (EventKind.ROLLED_BACK, EventKind.RETIRED, EventKind.PURGED)]
+    gone = {(event.name, event.version) for event in facts.events if event.kind in (EventKind.RETIRED, EventKind.PURGED)}
+    back = [
+        event for event in facts.events
+        if event.kind in (EventKind.ROLLED_BACK, EventKind.RETIRED, EventKind.PURGED)
+        or (event.kind is EventKind.REMOVED and event.alias == PRODUCTION and (event.name, event.version) not in gone)
+    ]  # fmt: skip
     rows = [(_moment(event.at), _SAID[event.kind], f"{event.name}@{event.version}", event.reason) for event in reversed(back[-ROWS_MAX:])]
-    parts.append("<h3>Rolled back, retired, purged</h3>")
+    parts.append("<h3>Rolled back, taken out, retired, purged</h3>")
     parts.append(_table(("when", "what", "version", "why"), rows, len(back)) if rows else "<p>None.</p>")
     return "".join(parts)
 

@@ -21,7 +21,7 @@ class EventKind(StrEnum):
     ADOPTED = "adopted"            # a version folder that came by git or copy was taken in
     MOVED = "moved"                # an alias now names this version
     ROLLED_BACK = "rolled_back"    # an alias names this version again
-    REMOVED = "removed"            # an alias names nothing any more, because its version was retired or purged
+    REMOVED = "removed"            # an alias names nothing any more: its version was retired or purged, or the name withdrawn
     RETIRED = "retired"            # the version is kept, and never routed
     PURGED = "purged"              # the version's data were erased
     MAINTAINED = "maintained"      # a maintenance pass looked at the version, or did something about it; changes no state

@@ -75,6 +75,15 @@ def rollback_target(connection: Connection, name: str) -> int | None:
     return next((version for version in live if version != previous), None)
 
 
+def withdraw(connection: Connection, name: str, *, at: str, reason: str) -> int | None:
+    """Take `production` off a name, and keep its versions as they are. Returns the version it named; None where it named none."""
+    records.check_name_known(connection, name)
+    version = records.aliases_of(connection, name).get(PRODUCTION)
+    if version is not None:
+        _remove_alias(connection, name, PRODUCTION, version, at=at, reason=reason)
+    return version
+
+
 def retire(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> None:
     """Keep a version, and take `production` off it. Nothing happens to one that is retired already."""
     records.check_usable(connection, ref, retired=True)

@@ -492,6 +492,17 @@ class Registry:
                     raise RegistryError("another process maintains this registry.", hint=f"Let it end: it has locked {path}.") from error
             yield
 
+    def withdraw(self, name: str, reason: str = "") -> AdapterRef | None:
+        """Take a name out of production: nothing routes to it until a version is promoted again. Returns the version that was in production.
+
+        Unlike a retired version, that one may be promoted again. Raises AdapterNotFound, ReadOnlyRegistry.
+        """
+        moves.check_reason(reason)
+        with self._catalog.writing() as connection:
+            version = moves.withdraw(connection, check_name(name), at=now(), reason=reason)
+        self._mirror(name)
+        return None if version is None else AdapterRef(name, version)
+
     def retire(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
         """Keep a version and never route to it: `name@3` still reads it. Raises AdapterNotFound, NotRoutable (purged)."""
         moves.check_reason(reason)

@@ -111,6 +111,16 @@ class RegistryMachine(RuleBasedStateMachine):
             model.aliases["production"] = model.before.pop()
             assert self.registry.rollback(name).version == model.aliases["production"]
 
+    @rule(name=names, reason=reasons)
+    def withdraw(self, name: str, reason: str) -> None:
+        model = self.model[name]
+        if not model.contents:
+            with pytest.raises(AdapterNotFound):
+                self.registry.withdraw(name, reason)
+        else:
+            named = self.registry.withdraw(name, reason)
+            assert (named and named.version) == model.aliases.pop("production", None)
+
     @rule(name=names, version=numbers)
     def retire(self, name: str, version: int) -> None:
         model = self.model[name]

@@ -85,6 +85,20 @@ def test_what_was_logged_is_read_newest_first_with_the_last_feedback(place, logs
     assert list(logs(place.open()).read()) == found
 
 
+def test_traffic_counts_what_a_slow_reader_counts(place, logs) -> None:
+    log = logs(place.create())
+    assert log.traffic() == []
+    log.add([*seen(4), *seen(2, AdapterRef("banking", 1)), *(replace(row, reason="below_threshold", score=-0.25) for row in seen(3, None))])
+    log.add([replace(row, score=None, reason="named") for row in seen(2)])
+    rows = list(log.read())
+    found = {(one.day, one.adapter, one.reason): (one.answers, one.score) for one in log.traffic()}
+    assert set(found) == {(row.at[:10], row.adapter, row.reason) for row in rows}
+    for (day, adapter, reason), (answers, score) in found.items():
+        own = [row.score for row in rows if (row.at[:10], row.adapter, row.reason) == (day, adapter, reason)]
+        assert answers == len(own) and score == (None if own[0] is None else pytest.approx(sum(own) / len(own)))
+    assert [one.day for one in log.traffic()] == sorted(one.day for one in log.traffic())
+
+
 def test_rows_are_chosen_by_time_and_by_who_answered(place, logs, monkeypatch) -> None:
     monkeypatch.setattr("adapter_hub.registry.observations.PAGE_ROWS", 3)    # several pages
     log = logs(place.create())

@@ -11,7 +11,7 @@ import pytest
 
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import EVALUATION_MIN, Calibration, fit
-from adapter_hub.routing.effect import CHANGED_MAX, INPUTS_MAX, Effect, effect, moves
+from adapter_hub.routing.effect import CHANGED_MAX, INPUTS_MAX, Effect, confusion, effect, moves
 from adapter_hub.routing.features import Features
 from adapter_hub.routing.head import Head
 from adapter_hub.routing.router import Router
@@ -48,6 +48,30 @@ def share_taken(world: World, states: Mapping[AdapterRef, RoutingState], state: 
         for router in (Router.build(states, fitted.calibration, fitted.head), Router.build(both, fitted.calibration, fit(both).head))
     )
     return sum(a == victim and b == NEWCOMER for a, b in zip(was, will, strict=True)) / len(fresh)
+
+
+def test_confusion_is_where_routers_that_were_never_given_an_input_send_it() -> None:
+    """Each exemplar taken out of its own adapter, and everything solved anew; evaluation inputs by the router as it is."""
+    world = World(3, 2, noise=0.9, seed=5)
+    states = {**world.states(6), world.refs[2]: world.state(2, 6, evaluation=20)}
+    fitted = fit(states)
+    found = confusion(states, set(states), fitted.calibration.scoring)
+    for ref, state in states.items():
+        chosen = []
+        for row in range(state.count) if not len(state.evaluation) else ():
+            rest = np.delete(np.arange(state.count), row)
+            less = {**states, ref: state_of(ENCODER, state.exemplars.features[rest], [state.class_names[c] for c in state.classes[rest]])}
+            router = Router.build(less, fitted.calibration, fit(less).head)
+            chosen.append(router.route_features(state.exemplars.features[[row]], max_false_reject=0)[0].candidates[0][0])
+        if len(state.evaluation):
+            router = Router.build(states, fitted.calibration, fitted.head)
+            chosen = [decision.candidates[0][0] for decision in router.route_features(state.evaluation.features, max_false_reject=0)]
+        inputs, shares = found[ref]
+        assert inputs == len(chosen)
+        for other in states:
+            expected = chosen.count(other) / len(chosen) if other != ref else 0.0
+            assert shares.get(other, 0.0) == pytest.approx(expected, abs=1.5 / len(chosen))
+    assert confusion(states, {world.refs[0]}, fitted.calibration.scoring) == {world.refs[0]: found[world.refs[0]]}
 
 
 @pytest.mark.parametrize("evaluation", [0, 60])

@@ -7,7 +7,7 @@ import pytest
 
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.nearest import nearest
+from adapter_hub.routing.nearest import nearest, neighbours
 from adapter_hub.routing.statistics import RoutingState, build_state
 from tests.routing.conftest import ENCODER
 
@@ -46,3 +46,16 @@ def test_of_a_stream_of_many_the_closest_few_are_kept(monkeypatch: pytest.Monkey
 def test_what_has_no_exemplars_is_near_to_nothing() -> None:
     empty = build_state(ENCODER, [])
     assert nearest(CARS, [(AdapterRef("empty", 1), empty)]) == [] and nearest(empty, OTHERS.items()) == []
+
+
+def test_neighbours_are_as_close_as_the_farther_of_both_ways_says_in_whatever_order_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [*OTHERS.items(), (AdapterRef("cars", 2), CARS), (AdapterRef("empty", 1), build_state(ENCODER, []))]
+    found = neighbours(states)
+    assert [(str(one), str(other)) for one, other, _ in found] == [("cars@2", "music@3"), ("cars@2", "travel@1"), ("music@3", "travel@1")]
+    known = dict(states)
+    for one, other, closeness in found:
+        [(_, there)], [(_, back)] = nearest(known[one], [(other, known[other])]), nearest(known[other], [(one, known[one])])
+        assert closeness == pytest.approx(min(there, back), abs=1e-6)
+    assert neighbours(reversed(states)) == found and neighbours(states[:1]) == []
+    monkeypatch.setattr("adapter_hub.routing.nearest.RANKED_MAX", 1)    # of many each has its closest
+    assert ("cars@2", "travel@1") in [(str(one), str(other)) for one, other, _ in neighbours(states)] and len(neighbours(states)) < 3
