@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
-from adapter_hub.continual.knowledge_map import Delta, Edge, EdgeKind, KnowledgeMap, Limits, Node, Pair, corrections, lineage, weight_cosine
+from adapter_hub.continual.knowledge_map import (
+    Delta,
+    Edge,
+    EdgeKind,
+    KnowledgeMap,
+    Limits,
+    Node,
+    Pair,
+    corrections,
+    lineage,
+    strongest,
+    weight_cosine,
+)
 from adapter_hub.continual.maintenance import Memory
 from adapter_hub.continual.report import Facts, Judged, page
 from adapter_hub.continual.space import Space, space_of
@@ -35,7 +47,6 @@ JSON = Any
 log = logging.getLogger("adapter_hub")
 
 EXEMPLARS_MAX = 2_000        # of all adapters together, where a router is solved to measure confusion: its cost grows with their cube
-PAIRS_MAX = 4_000            # whose weights are compared, the closest first
 LOADED_MAX = 128             # adapters whose weights are held at once
 TRAFFIC_ROWS = 400           # of the newest, that the picture of the space shows
 POINTS_MAX = 4_000           # exemplars and evaluation inputs that it shows
@@ -65,13 +76,19 @@ def survey(hub: Hub, limits: Limits | None = None) -> KnowledgeMap:
     edges = lineage({ref: _ancestors(hub, manifest) for ref, manifest in manifests.items()})
     close = _routing(states)
     edges += close
-    related = [(edge.source, edge.target) for edge in edges if edge.kind is EdgeKind.LINEAGE]
-    nearest = sorted((edge for edge in close if edge.value >= limits.routing), key=lambda edge: -edge.value)
-    edges += _weights(hub, [*related, *((edge.source, edge.target) for edge in nearest)], notes)
+    related = [edge for edge in edges if edge.kind is EdgeKind.LINEAGE]
+    edges += _weights(hub, strongest(related, limits) + strongest(close, limits), notes)    # some a node: each costs a look at every module
     edges += _confusion(hub, states, notes)
-    said = ((row.adapter.name if row.adapter else None, row.feedback.correct_adapter) for row in hub.log.corrected() if row.feedback)
-    edges += corrections(((answered, right) for answered, right in said if right is not None), manifests)
+    edges += corrections(_said(hub), manifests)
     return KnowledgeMap.of(nodes, edges, limits, notes)
+
+
+def _said(hub: Hub) -> Iterator[tuple[str | None, str]]:
+    """Of each answer that people spoke of: who gave it, and whose it was. Who names a label alone says that it came from the right one."""
+    for row in hub.log.corrected():
+        answered = row.adapter.name if row.adapter else None
+        if row.feedback is not None and (right := row.feedback.correct_adapter or answered) is not None:
+            yield answered, right
 
 
 def _manifests(hub: Hub, notes: list[str]) -> Iterator[tuple[AdapterRef, Manifest]]:
@@ -115,11 +132,9 @@ def _routing(states: Mapping[AdapterRef, RoutingState]) -> list[Edge]:
     return [Edge(EdgeKind.ROUTING, one, other, closeness) for one, other, closeness in neighbours(states.items())]
 
 
-def _weights(hub: Hub, pairs: Iterable[tuple[AdapterRef, AdapterRef]], notes: list[str]) -> list[Edge]:
-    """Of these pairs, the first of which are the ones that matter."""
-    wanted = list(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
-    if len(wanted) > PAIRS_MAX:
-        notes.append(f"weights are compared of the closest {PAIRS_MAX} of {len(wanted)} pairs")
+def _weights(hub: Hub, joined: Iterable[Edge], notes: list[str]) -> list[Edge]:
+    """Of the pairs that these edges join."""
+    wanted = {(min(edge.source, edge.target), max(edge.source, edge.target)) for edge in joined}
 
     @lru_cache(LOADED_MAX)
     def delta(ref: AdapterRef) -> Delta | None:
@@ -130,7 +145,7 @@ def _weights(hub: Hub, pairs: Iterable[tuple[AdapterRef, AdapterRef]], notes: li
             return None
 
     found = []
-    for one, other in sorted(wanted[:PAIRS_MAX]):
+    for one, other in sorted(wanted):
         if (mine := delta(one)) is not None and (theirs := delta(other)) is not None:
             found.append(Edge(EdgeKind.WEIGHTS, one, other, weight_cosine(mine, theirs)))
     return found

@@ -53,6 +53,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
         hub.predict([row["text"] for row in rows(2, 90)] + ["good morning friend 77", "qwerty <b>zxcv</b> 000"])
         for answer in hub.predict([row["text"] for row in rows(1, 95)], adapters="kinds"):
             hub.feedback(answer.id, correct_adapter="sorts")
+        for answer in hub.predict([row["text"] for row in rows(1, 97)[:2]], adapters="sorts"):
+            hub.feedback(answer.id, correct_label="fruit")
         hub.maintain()
     return root / "registry"
 
@@ -81,7 +83,7 @@ def test_the_map_has_who_is_in_production_what_they_answered_and_who_knows_the_s
     [twins] = found.near_duplicates
     assert (twins.first.name, twins.second.name, twins.labels) == ("kinds", "sorts", ("beast", "fruit"))
     corrected = [edge for edge in found.edges if edge.kind is EdgeKind.CORRECTED]
-    assert [(edge.source.name, edge.target.name, edge.value, edge.inputs) for edge in corrected] == [("sorts", "kinds", 1.0, 6)]
+    assert [(edge.source.name, edge.target.name, edge.value, edge.inputs) for edge in corrected] == [("sorts", "kinds", 0.75, 8)]
     assert "greetings" not in {ref.name for edge in found.edges for ref in (edge.source, edge.target)}
 
 

@@ -4,7 +4,7 @@
 |---|---|---|
 | lineage | an adapter and one of another name that was made or started from a version of it | 1 |
 | routing | adapters whose exemplars lie close: see `routing.nearest`, the lesser of both ways | -1 to 1 |
-| weights | adapters that change the base alike: the cosine of what they add to all of its modules, one long vector each | -1 to 1 |
+| weights | adapters, joined by one of these two, that change the base alike: the cosine of what they add to it, all modules one vector | -1 to 1 |
 | confusion | an adapter and one that the router would give inputs of it to: see `routing.effect.confusion` | share, 0-1 |
 | corrected | an adapter and one that answered what people said belongs to it | share of what they gave to it, 0-1 |
 
@@ -137,7 +137,7 @@ class KnowledgeMap:
         limits = limits or Limits()
         known = {node.ref: node for node in sorted(nodes, key=lambda node: node.ref)}
         measured = sorted((edge for edge in edges if edge.source in known and edge.target in known), key=_place)
-        kept = [edge for kind in EdgeKind for edge in _strongest([edge for edge in measured if edge.kind is kind], limits)]
+        kept = [edge for kind in EdgeKind for edge in strongest([edge for edge in measured if edge.kind is kind], limits)]
         return cls(tuple(known.values()), tuple(kept), tuple(_near_duplicates(known, measured, limits)), limits, tuple(notes))
 
     def to_json(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _place(edge: Edge) -> tuple[AdapterRef, AdapterRef, str]:
     return edge.source, edge.target, edge.kind
 
 
-def _strongest(edges: Sequence[Edge], limits: Limits) -> list[Edge]:
+def strongest(edges: Sequence[Edge], limits: Limits) -> list[Edge]:
     """Of edges of one kind those that reach the limit, and of these the strongest of each end."""
     ends: defaultdict[AdapterRef, list[Edge]] = defaultdict(list)
     for edge in edges:

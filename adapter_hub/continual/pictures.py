@@ -20,6 +20,7 @@ Axes: TypeAlias = Any
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#000000")    # Okabe and Ito's, yellow made darker
 MARKERS, GLYPHS = ("o", "s", "^", "D", "P", "v"), "●■▲◆✚▼"    # with the colours 48 adapters are told apart
 NAMED_MAX = 40        # adapters whose names are written
+CROWD = 40            # adapters from which on all is drawn smaller
 LANDS_MAX = 48        # whose points are drawn in colours of their own; others are grey
 SHADES = ((0.1, "#e8e8e8"), (0.25, "#cfcfcf"), (0.5, "#b0b0b0"))    # shares of held-out inputs that are turned away, and their grey
 DPI = 150
@@ -40,7 +41,8 @@ def draw_map(found: KnowledgeMap, path: str | Path) -> None:
     at = dict(zip(refs, layout(refs, found.edges), strict=True))
     kinds = [kind for kind in EdgeKind if any(edge.kind is kind for edge in found.edges)]
     answers = np.array([node.answers for node in found.nodes], float)
-    sizes = 120 + 900 * np.sqrt(answers / max(1.0, answers.max(initial=0)))    # points², of the circle's square
+    crowded = min(1.0, (CROWD / max(1, len(refs))) ** 0.5)    # of many all is drawn smaller
+    sizes = crowded * (120 + 900 * np.sqrt(answers / max(1.0, answers.max(initial=0))))    # points², of the circle's square
     radii = dict(zip(refs, np.sqrt(sizes) / 2, strict=True))
     drawn: dict[tuple[Any, Any], int] = {}
     for edge in found.edges:
@@ -48,9 +50,10 @@ def draw_map(found: KnowledgeMap, path: str | Path) -> None:
         bend = 0.2 * ((drawn.get(ends, 0) + 1) // 2) * (-1) ** drawn.get(ends, 0)    # edges of one pair lie side by side
         drawn[ends] = drawn.get(ends, 0) + 1
         bend = bend if edge.source == ends[0] else -bend
-        style: dict[str, Any] = {"arrowstyle": "-|>" if edge.kind in DIRECTED else "-", "mutation_scale": 12, "zorder": 1}
+        style: dict[str, Any] = {"arrowstyle": "-|>" if edge.kind in DIRECTED else "-", "mutation_scale": 12 * crowded, "zorder": 1}
         style |= {"shrinkA": radii[edge.source] + 3, "shrinkB": radii[edge.target] + 3}
         width = 1 + 3.5 * max(0.0, min(1.0, edge.value)) if edge.kind is not EdgeKind.LINEAGE else 1.5
+        width = max(0.4, crowded**2 * width)
         dashed: dict[str, Any] = {"linestyle": (0, (5, 3))} if edge.kind is EdgeKind.LINEAGE else {}
         from matplotlib.patches import FancyArrowPatch
 
@@ -190,7 +193,7 @@ def _write(
         px, py = axes.transData.transform((x, y))
         width, height = box.width, box.height
         free = None
-        for ring in np.arange(0.0 if not len(dots) else 1.0, 6.0, 0.5):
+        for ring in np.arange(0.0 if not len(dots) else 1.0, 4.0, 0.5):
             for turn in range(16):
                 angle = -np.pi / 2 + (turn + 1) // 2 * (-1) ** turn * np.pi / 8
                 cx, cy = px + ring * (width / 2 + 12) * np.cos(angle), py + ring * (height / 2 + 12) * np.sin(angle)

@@ -250,7 +250,7 @@ def _traffic(traffic: Sequence[Traffic]) -> str:
     rows = [(day, f"{answered[day] + away[day]:,}", _percent(away[day] / (answered[day] + away[day])), f"{dict(score).get(day, math.nan):.3f}")
             for day in reversed(days)]  # fmt: skip
     bars = _bars([(day, answered[day], away[day]) for day in days])
-    line = _lines([("mean acceptance score", score, "#009E73", "")], "Mean acceptance score by day")
+    line = _lines([("mean acceptance score", score, "#009E73", "")], "Mean acceptance score by day") if len(score) > 1 else ""
     return f"<h3>Traffic</h3>{bars}{line}" + _table(("day", "answers", "turned away", "mean score"), rows, len({row.day for row in traffic}))
 
 
