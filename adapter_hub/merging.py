@@ -15,7 +15,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, measuring, read_examples
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
-from adapter_hub.registry.moves import REASON_CHARS_MAX
+from adapter_hub.registry.moves import REASON_CHARS_MAX, check_reason
 
 if TYPE_CHECKING:
     from adapter_hub.hub import Hub, LearnReport
@@ -44,13 +44,16 @@ class MergeReport:
 
 def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | str | None = None, reason: str = "") -> MergeReport:
     """See `Hub.merge`."""
+    check_reason(reason)    # before it is learned
     with hub.registry.maintaining():    # no pass goes over the names meanwhile
         merged, kind = _merged(hub, names, into)
+        key = kind.task.key
         sets = {ref: _rows(hub, ref, EVALUATION_FILE) for ref in merged}
-        measured = {kind.task.key(row) for rows in sets.values() for row in rows}
+        kept = {ref: {key(row): row for row in _rows(hub, ref, EXEMPLARS_FILE) if kind.task.fault(row) is None} for ref in merged}
         # What measures them stays out of training: the new one and each of them are compared on rows that neither learned.
-        rows = {kind.task.key(row): row for ref in merged for row in _rows(hub, ref, EXEMPLARS_FILE) if kind.task.fault(row) is None}
-        train = [row for key, row in rows.items() if key not in measured]
+        measured = {key(row) for rows in sets.values() for row in rows}
+        train = [row for rows in kept.values() for known, row in rows.items() if known not in measured]
+        train = [*{key(row): row for row in train}.values()]
         if not train:
             raise InvalidInput(f"all kept examples of {_listed(merged)} measure them: nothing is left to learn from.", hint="Register more examples.")
         evaluation = [row for ref in merged for row in sets[ref]]
@@ -59,6 +62,8 @@ def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | st
             into, train, config=config, promote="never", evaluation=evaluation, instead_of=gone, task_type=kind.task_type,
             problem_type=kind.problem_type, prompt_template=kind.prompt_template,
         )  # fmt: skip
+        known = {text for ref in merged if ref.name == into for text in kept[ref]}    # its own weights may know what measures another
+        sets |= {ref: [row for row in sets[ref] if key(row) not in known] for ref in gone}
         compared = dict(_compared(hub, learned.ref, kind, sets, train))
         against = _against(learned, compared, hub.config.gate_level)
         if against:
@@ -66,7 +71,7 @@ def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | st
         said = f"{_listed(merged)} are one" + (f": {reason}" if reason else "")
         hub.promote(learned.ref, f"merged: {said}; {learned.gate.reason}"[:REASON_CHARS_MAX])
         for ref in gone:
-            hub.registry.withdraw(ref.name, f"merged into {learned.ref}" + (f": {reason}" if reason else ""))
+            hub.registry.withdraw(ref.name, (f"merged into {learned.ref}" + (f": {reason}" if reason else ""))[:REASON_CHARS_MAX])
         return MergeReport(learned, compared, True, tuple(gone), said)
 
 

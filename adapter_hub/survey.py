@@ -51,7 +51,7 @@ LOADED_MAX = 128             # adapters whose weights are held at once
 TRAFFIC_ROWS = 400           # of the newest, that the picture of the space shows
 POINTS_MAX = 4_000           # exemplars and evaluation inputs that it shows
 GENERATIONS_MAX = 1_000      # of one lineage
-PROPOSALS = "proposal"       # kind of notes
+PROPOSALS = "proposals"      # kind of notes
 
 
 # ---- the map --------------------------------------------------------------------------------------------------------

@@ -205,6 +205,8 @@ def test_what_cannot_be_merged_is_said_before_anything_is_learned(hub: Hub, tmp_
         hub.merge(["kinds", "mute"], "x", config=CONFIG)
     with hub.registry.maintaining(), pytest.raises(RegistryError, match="another process maintains this registry"):
         hub.merge(["kinds", "sorts"], "x", config=CONFIG)
+    with pytest.raises(InvalidInput, match="reason"):
+        hub.merge(["kinds", "sorts"], "x", config=CONFIG, reason="x" * 100_000)
     assert "x" not in hub.registry.names()
 
 
@@ -225,10 +227,12 @@ def test_what_was_held_and_rolled_back_and_proposed_stands_in_the_report(hub: Hu
     hub.learn("kinds", [row | {"label": "fruit"} for row in rows(4, 50)], config=CONFIG, promote="never")
     hub.learn("greetings", GREETINGS, config=CONFIG, promote="always")
     hub.rollback("greetings", reason="people <complained>")
-    hub.registry.notes.write("proposal", {"cluster 1": {"name": "weather"}})
-    hub.registry.notes.write("alarm", {"1": {"kind": "alarm", "adapter": "kinds", "signal": "score", "reason": "it fell", "noted_at": "2026-03-01"}})
+    taught = {"state": "accepted", "teach": "kinds", "result": "kinds@9", "groups": {"1": ["id"]}, "decided_at": "2026-03-01T10:00:00+00:00"}
+    hub.registry.notes.write("proposals", {"3": {"state": "open", "why": "alike", "groups": {"1": ["a", "b"], "2": ["c"]}}, "4": taught})
+    alarm = {"kind": "alarm", "adapter": "kinds", "signal": "score", "reason": "it fell", "noted_at": "2026-03-01"}
+    hub.registry.notes.write("alarm", {"1": alarm})
     text = hub.report(tmp_path / "report.html").read_text(encoding="utf-8")
-    for said in ("kinds@2", "people &lt;complained&gt;", "rolled back", "weather", "it fell", "New adapters (1)"):
+    for said in ("kinds@2", "people &lt;complained&gt;", "rolled back", "alike", "it fell", "took: open (1)", "took: accepted (1)", "kinds@9"):
         assert said in text, said
 
 

@@ -24,6 +24,7 @@ JSON = Any
 HEADLINES = ("accuracy", "span_f1", "chrf", "exact_match", "correlation")    # of an adapter's metrics the first of these that it has is drawn
 ROWS_MAX = 200            # of a table that may grow without end; what is left out is said
 PASSES_MAX = 24           # columns of the accuracy matrix
+OPEN = "open"             # a proposal that says nothing of its state is so too
 DAYS_MAX = 60             # of traffic
 GRAPH_MAX = 80            # adapters that the map still draws
 CHARS_MAX = 400           # of one text
@@ -118,6 +119,7 @@ def page(facts: Facts) -> str:
 def _heading(facts: Facts) -> str:
     answers = sum(row.answers for row in facts.traffic)
     away = sum(row.answers for row in facts.traffic if row.reason == Reason.BELOW_THRESHOLD)
+    proposed = sum(not isinstance(body, Mapping) or body.get("state", OPEN) == OPEN for body in facts.proposals.values())
     versions = sum(event.kind in (EventKind.ADDED, EventKind.ADOPTED) for event in facts.events)
     tiles = [
         (f"{len(facts.map.nodes):,}", "adapters in production"),
@@ -125,7 +127,7 @@ def _heading(facts: Facts) -> str:
         (f"{answers:,}", "answers in the log"),
         (_percent(away / answers) if answers else "–", "of them turned away"),
         (f"{len(facts.open_alarms):,}", "open alarms"),
-        (f"{len(facts.proposals) + len(facts.map.near_duplicates):,}", "proposals"),
+        (f"{proposed + len(facts.map.near_duplicates):,}", "open proposals"),
     ]
     shown = "".join(f"<div class=tile><b>{value}</b><span>{_text(name)}</span></div>" for value, name in tiles)
     about = f"Base model {_text(facts.base_model)} · encoder {_text(facts.encoder)} · {_moment(facts.made_at)} UTC"
@@ -266,17 +268,25 @@ def _drift(facts: Facts) -> str:
 
 def _proposed(facts: Facts) -> str:
     parts, rows = [], list[Sequence[object]]()
-    if facts.proposals:
-        for key, body in facts.proposals.items():
-            told = body if isinstance(body, Mapping) else {}
-            rows.append((told.get("name") or key, told.get("reason") or told.get("description") or ""))
-        parts.append(f"<h3>New adapters ({len(rows)})</h3>" + _table(("proposal", "why"), rows[:ROWS_MAX], len(rows)))
+    bodies = {key: body if isinstance(body, Mapping) else {} for key, body in facts.proposals.items()}
+    for state in sorted({str(body.get("state", OPEN)) for body in bodies.values()}, key=lambda state: (state != OPEN, state)):
+        own = {key: body for key, body in bodies.items() if body.get("state", OPEN) == state}
+        rows = [(key, body.get("name"), _inputs(body) or "", _moment(str(body.get("decided_at") or body.get("at") or "")), body.get("teach"),
+                 body.get("result"), body.get("reason") or body.get("why")) for key, body in own.items()]  # fmt: skip
+        heads = ("proposal", "name", "inputs", "when", "to teach to", "became", "why")
+        parts.append(f"<h3>From traffic that nobody took: {_text(state)} ({len(rows)})</h3>" + _table(heads, rows[:ROWS_MAX], len(rows)))
     if facts.map.near_duplicates:
         rows = [(f"{one.first} and {one.second}", f"{one.closeness:.2f}", len(one.labels) or "", "" if one.weights is None else f"{one.weights:.2f}",
                  _Html(f"<code>{_text(one.command)}</code>")) for one in facts.map.near_duplicates[:ROWS_MAX]]  # fmt: skip
         columns = ("near-duplicates", "closeness", "labels in common", "weights", "merge them, behind the gate")
         parts.append("<h3>Near-duplicates</h3>" + _table(columns, rows, len(facts.map.near_duplicates)))
     return "".join(parts) or "<p>None.</p>"
+
+
+def _inputs(body: Mapping[str, JSON]) -> int:
+    """How many a proposal is made of."""
+    groups = body.get("groups")
+    return sum(len(group) for group in groups.values() if isinstance(group, list)) if isinstance(groups, Mapping) else 0
 
 
 def _held(facts: Facts) -> str:
