@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ POLICY = MaintenancePolicy()
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 REF = AdapterRef("banking", 2)
 ALARM = {"reason": "it fell"}
+soak = [pytest.mark.soak, pytest.mark.skipif("ADAPTER_HUB_SOAK" not in os.environ, reason="only under `make soak`")]
 CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
 
 
@@ -235,3 +237,12 @@ def test_two_passes_do_not_run_at_once(hub: Hub) -> None:
 def test_a_time_without_a_zone_is_refused(hub: Hub) -> None:
     with pytest.raises(InvalidInput, match="no time zone"):
         hub.maintain(now=datetime(2026, 1, 1))
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=soak)])
+def test_a_pass_that_is_killed_leaves_a_sound_registry_and_the_next_one_ends_what_was_begun(kills: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.soak.maintenance_kill", "--kills", str(kills)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["faults"] == [] and result["kills"] >= kills
