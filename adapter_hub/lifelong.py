@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from adapter_hub.continual.alerts import Alerts, Sink, to_log
 from adapter_hub.continual.drift import Alarm, DriftMonitor, Kind
-from adapter_hub.continual.maintenance import Decision, Health, MaintenancePolicy, Memory, Proof, Step, decide, judged, proof_of
+from adapter_hub.continual.maintenance import (
+    RECENT,
+    Decision,
+    Health,
+    MaintenancePolicy,
+    Memory,
+    Proof,
+    Step,
+    decide,
+    judged,
+    proof_of,
+)
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
@@ -290,11 +301,12 @@ def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, ex
         theirs = [row.feedback is not None and other.label == row.feedback.correct_label for (row, _), other in zip(texts, found, strict=True)]
         pairs = list(zip((right for _, right in texts), theirs, strict=True))
         compared = (len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
-    right = sum(right for _, right in answers)
+    recent = [right for _, right in answers[-RECENT:]]
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, right, len(answers), sum(since), len(since), len(corrected.rows), expected, previous, compared, _candidate_of(hub, ref, memory)
-    )
+        ref, newest, len(answers), sum(recent), len(recent), sum(since), len(since), len(corrected.rows), expected, previous, compared,
+        _candidate_of(hub, ref, memory),
+    )  # fmt: skip
 
 
 def _candidate_of(hub: Hub, ref: AdapterRef, memory: Memory) -> AdapterRef | None:

@@ -31,7 +31,7 @@ CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
 
 
 def found(right: int, answers: int, rows: int = 100, **more: object) -> Health:
-    return Health(REF, 2, right, answers, right_since=right, answers_since=answers, rows=rows, **more)
+    return Health(REF, 2, answers, right, answers, right_since=right, answers_since=answers, rows=rows, **more)
 
 
 def decided(health: Health, memory: Memory | None = None, now: datetime = NOW) -> Decision:
