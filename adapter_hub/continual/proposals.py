@@ -1,0 +1,331 @@
+"""What is proposed to people, from one look through the log to the next: which clusters are the same as before, what was decided of them.
+
+Notes hold ids of observations and no text: what is forgotten in the log is forgotten here. How clusters are found is `continual.discovery`'s
+part; to train and to teach is the hub's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from adapter_hub.continual.discovery import Cluster, DiscoveryConfig, discover, joins, suggest_name
+from adapter_hub.errors import InvalidInput
+from adapter_hub.examples import Example
+from adapter_hub.registry.notes import Notes
+from adapter_hub.registry.observations import Observation, ObservationLog
+from adapter_hub.routing.decision import Decision, Reason
+from adapter_hub.routing.encoder import Encoder
+from adapter_hub.routing.features import Features, extract
+
+KIND, COUNT = "proposals", "proposals.count"    # of notes
+SHOWN = 5                # examples, and adapters, of a proposal
+REMEMBERED = 20          # inputs of each dismissed group that later ones are compared with
+SAME = 0.5               # share of the smaller one's inputs that two proposals have in common, and are one
+
+TURNED_AWAY = (Reason.BELOW_THRESHOLD, Reason.NO_CANDIDATES)
+
+Route = Callable[[Features], Sequence[Decision]]
+Answers = Callable[[str, Sequence[str]], Sequence[tuple[str | None, float]]]    # an adapter's name, texts -> label and its probability
+
+
+class State(StrEnum):
+    OPEN = "open"
+    ACCEPTED = "accepted"
+    DISMISSED = "dismissed"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Inputs of one kind: likely one label."""
+
+    id: str                          # "3.2", the second of proposal 3
+    observations: tuple[str, ...]    # ids, the most typical first
+    texts: tuple[str, ...]           # aligned with them
+    suggested: str                   # a label, of words
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "size": len(self.observations), "suggested": self.suggested, "examples": list(self.texts[:SHOWN])}
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Inputs that no adapter took and that look like one task; or, once it was decided, what became of it."""
+
+    id: str
+    state: State
+    groups: tuple[Group, ...]                    # largest first
+    suggested: str                               # a valid name of an adapter that is not registered
+    nearest: tuple[tuple[str, float], ...]       # adapters' names by the share of the inputs that came nearest to them
+    teach: str | None                            # the adapter that answers them already: its router is to learn of them, and nothing else
+    why: str                                     # why that, or why not
+    cohesion: float
+    stability: float
+    at: str                                      # when it was first proposed, ISO 8601, UTC
+    decided_at: str | None = None
+    reason: str = ""                             # that a person gave
+    result: str | None = None                    # the version that came of it
+
+    @property
+    def size(self) -> int:
+        return sum(len(group.observations) for group in self.groups)
+
+    @property
+    def observations(self) -> tuple[str, ...]:
+        return tuple(id for group in self.groups for id in group.observations)
+
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Texts, in turn one of each group."""
+        deepest = max((len(group.texts) for group in self.groups), default=0)
+        return tuple(group.texts[place] for place in range(deepest) for group in self.groups if place < len(group.texts))[:SHOWN]
+
+    def to_json(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"id": self.id, "state": str(self.state), "size": self.size, "suggested": self.suggested}
+        facts |= {"examples": list(self.examples), "nearest": [{"adapter": name, "share": round(share, 3)} for name, share in self.nearest]}
+        facts |= {"teach": self.teach, "why": self.why, "cohesion": round(self.cohesion, 3), "stability": round(self.stability, 3), "at": self.at}
+        facts |= {"groups": [group.to_json() for group in self.groups]}
+        if self.state is not State.OPEN:
+            facts |= {"decided_at": self.decided_at, "reason": self.reason, "result": self.result}
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What became of proposals that somebody named. Without labels nothing is learned yet: `rows` are to be labelled."""
+
+    ids: tuple[str, ...]
+    name: str
+    ref: Any = None                    # AdapterRef of the version that was learned, or taught
+    report: Any = None                 # of `Hub.learn`
+    rows: tuple[Example, ...] = ()     # to be labelled: text, id of the observation, group, suggested
+
+    def to_json(self) -> dict[str, Any]:
+        facts = {"ids": list(self.ids), "name": self.name, "ref": str(self.ref) if self.ref else None}
+        rows = [{"text": row.text, "label": row.label, "id": row.id, **row.extra} for row in self.rows]
+        return facts | ({"learned": self.report.to_json()} if self.report else {}) | ({"rows": rows} if rows else {})
+
+
+class Encoded:
+    """The features of the texts of the last look: each look encodes only what is new, and forgets what was not asked for again."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._places: dict[str, int] = {}    # by the observation's id
+        self._features = Features.empty(encoder.dim)
+
+    def __call__(self, rows: Sequence[Observation]) -> Features:
+        new = [row for row in rows if row.id not in self._places]
+        places = self._places | {row.id: len(self._features) + number for number, row in enumerate(new)}
+        both = Features.concatenate([self._features, extract(self.encoder, [row.text or "" for row in new])])
+        self._features = both[[places[row.id] for row in rows]] if rows else Features.empty(self.encoder.dim)
+        self._places = {row.id: place for place, row in enumerate(rows)}
+        return self._features
+
+
+class Proposals:
+    """The proposals of one registry, by its log and its notes."""
+
+    def __init__(self, log: ObservationLog, notes: Notes, config: DiscoveryConfig | None = None) -> None:
+        self._log, self._notes, self.config = log, notes, config or DiscoveryConfig()
+
+    # ---- look -------------------------------------------------------------------------------------------------------
+
+    def look(self, encoded: Encoded, route: Route, rate: float, taken: Collection[str], answers: Answers) -> list[Proposal]:
+        """Read the log, cluster what the router of today turns away, and note what is open now; returns that, largest first.
+
+        What was accepted or dismissed is left out, and what is like a dismissed group too.
+        """
+        kept = self._notes.read(KIND)
+        settled = {id: body for id, body in kept.items() if body["state"] != State.OPEN}
+        rows, routed = self._turned_away({id for body in settled.values() for group in body["groups"] for id in group})
+        wanted = [group[:REMEMBERED] for body in settled.values() if body["state"] == State.DISMISSED for group in body["groups"]]
+        logged = self._log.find_all([id for group in wanted for id in group])
+        dismissed = [[logged[id] for id in group if id in logged] for group in wanted]
+        features = encoded([*rows, *(one for group in dismissed for one in group)])
+        decisions = route(features[: len(rows)]) if rows else []
+        away = np.array([place for place, decision in enumerate(decisions) if decision.adapter is None], np.int64)
+        parts = np.split(features.dense[len(rows) :], np.cumsum([len(group) for group in dismissed])[:-1]) if dismissed else []
+        away = away[~joins(features.dense[away], [part for part in parts if len(part)], self.config.group_distance)]
+        chosen = [
+            Chosen(tuple(tuple(rows[away[place]] for place in group) for group in cluster.groups), cluster, nearest(decisions[away[row]] for row in cluster.rows))
+            for cluster in discover(features.dense[away], routed, rate, self.config)
+        ]
+        opened = {id: body for id, body in kept.items() if body["state"] == State.OPEN}
+        bodies = {}
+        for id, one in zip(self._numbered([one.ids for one in chosen], opened), chosen, strict=True):
+            teach, why = advice(one, answers)
+            bodies[id] = {
+                "state": State.OPEN, "groups": [[row.id for row in group] for group in one.groups], "nearest": [list(pair) for pair in one.nearest],
+                "teach": teach, "why": why, "cohesion": one.cluster.cohesion, "stability": one.cluster.stability,
+                "at": opened[id]["at"] if id in opened else _now(),
+            }  # fmt: skip
+        if gone := opened.keys() - bodies:
+            self._notes.write(KIND, dict.fromkeys(gone))
+        if bodies:
+            self._notes.write(KIND, bodies)
+        return shown(bodies, {row.id: row for row in rows}, [row.text or "" for row in rows], taken)
+
+    def decided(self) -> list[Proposal]:
+        """Those that were accepted or dismissed, with the texts that the log still has, latest decision first."""
+        settled = {id: body for id, body in self._notes.read(KIND).items() if body["state"] != State.OPEN}
+        logged = self._log.find_all([id for body in settled.values() for group in body["groups"] for id in group])
+        found = shown(settled, logged, [row.text or "" for row in logged.values()], ())
+        return sorted(found, key=lambda one: one.decided_at or "", reverse=True)
+
+    def _turned_away(self, settled: Collection[str]) -> tuple[list[Observation], int]:
+        """The newest texts that the base model got, each once, by its first observation; and how many inputs were routed in that time."""
+        found: dict[str, Observation] = {}
+        routed = 0
+        for row in self._log.read():
+            routed += row.score is not None
+            if row.adapter is None and row.reason in TURNED_AWAY and row.text and row.text.strip() and row.id not in settled:
+                if row.text not in found and len(found) == self.config.rows_max:
+                    break
+                found[row.text] = row
+        return list(found.values()), routed
+
+    def _numbered(self, found: Sequence[frozenset[str]], opened: Mapping[str, Any]) -> list[str]:
+        """The id of the open proposal that each is, or a new one, which no proposal ever had."""
+        ids = matched(found, {id: frozenset(one for group in body["groups"] for one in group) for id, body in opened.items()})
+        last = self._notes.read(COUNT).get(COUNT, 0)
+        if new := ids.count(None):
+            self._notes.write(COUNT, {COUNT: last + new})
+        fresh = iter(range(last + 1, last + new + 1))
+        return [str(next(fresh)) if id is None else id for id in ids]
+
+    # ---- decide -----------------------------------------------------------------------------------------------------
+
+    def rows(self, ids: Sequence[str]) -> list[Example]:
+        """The inputs of open proposals, or of groups of them, as far as the log still has them: what is to be labelled.
+
+        A row's label is what somebody said of the answer, its `id` the observation's. Raises InvalidInput for an id that is not open.
+        """
+        chosen = self._open(ids)
+        logged = self._log.find_all([id for body in chosen.values() for group in body["groups"] for id in group])
+        return [
+            Example(row.text or "", row.feedback.correct_label if row.feedback else None, row.id, {"group": group.id, "suggested": group.suggested})
+            for proposal in shown(chosen, logged, [row.text or "" for row in logged.values()], ())
+            for group in proposal.groups
+            for row in (logged[id] for id in group.observations)
+        ]
+
+    def teach(self, ids: Sequence[str]) -> str | None:
+        """The adapter that all of them are proposed to be taught to."""
+        names = {body["teach"] for body in self._open(ids).values()}
+        return names.pop() if len(names) == 1 else None
+
+    def decide(self, ids: Sequence[str], state: State, reason: str = "", result: str | None = None) -> None:
+        """Note that these were accepted or dismissed, by whom they were made and why. Groups leave their proposal. Raises InvalidInput."""
+        chosen, kept = self._open(ids), self._notes.read(KIND)
+        gone = {id for body in chosen.values() for group in body["groups"] for id in group}
+        bodies: dict[str, Any] = {id: body | {"state": state, "decided_at": _now(), "reason": reason, "result": result} for id, body in chosen.items()}
+        for id in {id.partition(".")[0] for id in chosen} - chosen.keys():
+            left = [group for group in kept[id]["groups"] if gone.isdisjoint(group)]
+            bodies[id] = kept[id] | {"groups": left} if left else None
+        self._notes.write(KIND, bodies)
+
+    def _open(self, ids: Sequence[str]) -> dict[str, Any]:
+        """The bodies by the ids that were asked for; of a group a body with it alone. Raises InvalidInput."""
+        kept = {id: body for id, body in self._notes.read(KIND).items() if body["state"] == State.OPEN}
+        found = {}
+        for id in ids:
+            number, _, group = str(id).partition(".")
+            places = {str(place) for place in range(1, len(kept[number]["groups"]) + 1)} if number in kept else set()
+            if number not in kept or (group and group not in places):
+                hint = f"Open are {', '.join(sorted(kept, key=_order))}: `adapter-hub proposals`." if kept else "None is open: `adapter-hub proposals` looks for some."
+                raise InvalidInput(f"there is no open proposal {str(id)[:40]!r}.", hint=hint)
+            found[str(id)] = kept[number] | {"groups": [kept[number]["groups"][int(group) - 1]]} if group else kept[number]
+        if not found:
+            raise InvalidInput("no proposal was named.", hint="`adapter-hub proposals` shows them.")
+        if doubled := [id for id in found if "." in id and id.partition(".")[0] in found]:
+            raise InvalidInput(f"{doubled[0]} is a part of {doubled[0].partition('.')[0]}.", hint="Name one of them.")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A cluster of observations."""
+
+    groups: tuple[tuple[Observation, ...], ...]
+    cluster: Cluster
+    nearest: tuple[tuple[str, float], ...]
+
+    @property
+    def ids(self) -> frozenset[str]:
+        return frozenset(row.id for group in self.groups for row in group)
+
+
+def nearest(decisions: Iterable[Decision]) -> tuple[tuple[str, float], ...]:
+    """Names of the best candidates by the share of decisions that they are the best of, greatest first."""
+    names = Counter(decision.candidates[0][0].name for decision in decisions if decision.candidates)
+    return tuple((name, count / names.total()) for name, count in sorted(names.items(), key=lambda pair: (-pair[1], pair[0]))[:SHOWN])
+
+
+def advice(chosen: Chosen, answers: Answers) -> tuple[str | None, str]:
+    return None, "no adapter"
+
+
+def matched(found: Sequence[frozenset[str]], before: Mapping[str, frozenset[str]]) -> list[str | None]:
+    """Of each the one from before that it is: they have half of the smaller one's inputs in common, and no other pair of either has more."""
+    shared = [(len(now & then), place, id) for place, now in enumerate(found) for id, then in before.items()]
+    ids: list[str | None] = [None] * len(found)
+    for count, place, id in sorted(shared, key=lambda pair: (-pair[0], pair[1], _order(pair[2]))):
+        if ids[place] is None and id not in ids and count >= SAME * min(len(found[place]), len(before[id])):
+            ids[place] = id
+    return ids
+
+
+def labelled(rows: Sequence[Example], labels: Mapping[str, str | None]) -> list[Example]:
+    """The rows that have a label: by `labels` of the observation, the text, the group or the proposal, in this order, or their own.
+
+    Raises InvalidInput for a key that names nothing, and for fewer than two labels: there is nothing to tell apart then.
+    """
+    def keys(row: Example) -> list[str]:
+        group = str(row.extra["group"])
+        return [str(row.id), row.text, group, group.partition(".")[0]]
+
+    if unknown := sorted(set(labels) - {key for row in rows for key in keys(row)}):
+        raise InvalidInput(f"{unknown[0][:60]!r} is no observation, text or group of what is accepted.", hint="A group is named 3.2, for example.")
+    given = [next((labels[key] for key in keys(row) if key in labels), row.label) for row in rows]
+    found = [replace(row, label=label, extra={}) for row, label in zip(rows, given, strict=True) if label]
+    if len({row.label for row in found}) < 2:
+        raise InvalidInput(f"{len({row.label for row in found})} label is too few to learn from.", hint="Give groups, or rows, at least two.")
+    return found
+
+
+def shown(bodies: Mapping[str, Any], logged: Mapping[str, Observation], texts: Sequence[str], taken: Collection[str]) -> list[Proposal]:
+    """Proposals as people see them, largest first; `texts` are all that may be compared with, by which words are told to be typical."""
+    found, names = [], set(taken)
+    for id, body in bodies.items():
+        single = "." in id
+        groups = [[logged[one] for one in group if one in logged] for group in body["groups"]]
+        own = [[row.text or "" for row in group] for group in groups]
+        mine = {text for group in own for text in group}
+        name = suggest_name(sorted(mine), [text for text in texts if text not in mine], names)
+        names.add(name)
+        found.append(
+            Proposal(
+                id=id, state=State(body["state"]), suggested=name, nearest=tuple((name, share) for name, share in body["nearest"]),
+                groups=tuple(
+                    Group(id if single else f"{id}.{place}", tuple(row.id for row in group), tuple(said), suggest_name(said, list(mine - {*said})))
+                    for place, (group, said) in enumerate(zip(groups, own, strict=True), 1) if group
+                ),
+                **{key: body.get(key) for key in ("teach", "why", "cohesion", "stability", "at", "decided_at", "result")}, reason=body.get("reason", ""),
+            )  # fmt: skip
+        )
+    return sorted(found, key=lambda proposal: (-proposal.size, _order(proposal.id)))
+
+
+def _order(id: str) -> tuple[int, ...]:
+    return tuple(map(int, id.split(".")))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

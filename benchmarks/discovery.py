@@ -1,0 +1,224 @@
+"""Are tasks that nobody taught found among what the router turns away: how many, how pure, after how many inputs?
+
+    python benchmarks/discovery.py --data DIR [--split test|tune] [--seeds 5]
+
+DIR holds clinc150/. Each of its ten domains is hidden in turn: the router knows the other nine, and gets the inputs of all ten in equal shares
+mixed with the real out-of-scope ones. What it turns away is looked through after every 50 inputs. The settings were chosen with --split tune:
+training rows that are left out of the exemplars, and the out-of-scope rows of the training and validation splits. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from routing_data import Corpus, Encoded, drawn
+
+from adapter_hub.base_model import DEFAULT_MODEL
+from adapter_hub.continual.discovery import DiscoveryConfig, discover
+from adapter_hub.refs import AdapterRef
+from adapter_hub.routing.encoder import Encoder, load_encoder
+from adapter_hub.routing.features import F32, Features
+from adapter_hub.routing.router import Router
+from adapter_hub.routing.statistics import RoutingState, state_of
+
+RESULTS = Path(__file__).parent / "results" / "discovery.json"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter_hub-benchmarks"
+RATE = 0.05            # max_false_reject
+EVERY = 50             # inputs between two looks
+INPUTS_MOST = 300      # of the hidden domain: the bar
+DOMAINS_LEAST = 8      # found of ten: the bar
+PURITY = 0.85          # share of a proposal's inputs that are of the hidden domain: the bar
+RECALL = 0.5           # share of its turned away inputs so far that the proposal must hold to be the domain, not a corner of it
+LEFT_OUT = 30          # training rows an intent that are the stream of --split tune
+OUTSIDE = "out of scope"
+I64, Bools = NDArray[np.int64], NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """n inputs, and whether the router over all adapters but these turns each away."""
+
+    vectors: F32
+    domains: NDArray[np.str_]
+    rejected: Mapping[tuple[str, ...], Bools]    # by the hidden domains
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with clinc150")
+    parser.add_argument("--split", choices=("test", "tune"), default="test", help="tune: what the settings were chosen on")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="orders of each stream")
+    parser.add_argument("--every", type=int, default=EVERY, metavar="N", help="inputs between two looks")
+    parser.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="other than DiscoveryConfig's")
+    parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="where encoded texts and decisions are kept")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures go as JSON; results/discovery.json for the test split")
+    arguments = parser.parse_args()
+    config, started, console = DiscoveryConfig(**arguments.settings), time.perf_counter(), Console()
+    encoder = load_encoder(DEFAULT_MODEL)
+    corpus = Corpus(arguments.data, Encoded(encoder, arguments.cache, console.print))
+    names = sorted(set(corpus.domains.values()))
+    pairs = [*zip(names[::2], names[1::2], strict=True)]
+    inputs = routed(corpus, encoder, arguments.split, [(), *((name,) for name in names), *pairs], arguments.cache)
+    seeds = range(arguments.seeds)
+    hidden = {name: [followed(inputs, (name,), seed, arguments.every, config) for seed in seeds] for name in names}
+    quiet = [followed(inputs, (), seed, arguments.every * 5, config) for seed in seeds]
+    two = {" + ".join(pair): [followed(inputs, pair, seed, arguments.every, config) for seed in seeds[:2]] for pair in pairs}
+    table(console, hidden)
+    found = [sum(one[seed]["found"] is not None for one in hidden.values()) for seed in seeds]
+    at = [one["found"]["inputs"] for runs in hidden.values() for one in runs if one["found"]]
+    streamed = sum(one["streamed"] for runs in hidden.values() for one in runs)
+    summary = {
+        "domains_found": spread(found),
+        "inputs_until_found": spread(at),
+        "purity": spread([one["found"]["purity"] for runs in hidden.values() for one in runs if one["found"]]),
+        "recall": spread([one["found"]["recall"] for runs in hidden.values() for one in runs if one["found"]]),
+        "false_per_10k": round(sum(one["false"] for runs in hidden.values() for one in runs) / streamed * 10_000, 2),
+        "nothing_hidden_per_10k": round(sum(one["proposed"] for one in quiet) / sum(one["streamed"] for one in quiet) * 10_000, 2),
+        "two_hidden_found": round(float(np.mean([found is not None for runs in two.values() for one in runs for found in one["each"].values()])), 3),
+        "look_s_longest": max(one["look_s"] for runs in hidden.values() for one in runs),
+    }
+    missed = [] if min(found) >= DOMAINS_LEAST else [f"{min(found)} of {len(names)} domains"]
+    report = {"benchmark": "discovery", "split": arguments.split, "seeds": arguments.seeds, "settings": arguments.settings, **summary}
+    report |= {"hidden": hidden, "nothing_hidden": quiet, "two_hidden": two, "bars_missed": missed, "wall_s": round(time.perf_counter() - started)}
+    report["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    if out := arguments.out or (RESULTS if arguments.split == "test" and not arguments.settings else None):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({"benchmark": "discovery", "split": arguments.split, **summary, "bars_missed": missed}))
+    return 1 if missed else 0
+
+
+# ---- what the routers turn away ---------------------------------------------------------------------------------
+
+
+def routed(corpus: Corpus, encoder: Encoder, split: str, hidings: Sequence[tuple[str, ...]], cache: Path) -> Inputs:
+    """The stream's inputs, each decided by a router for each hiding. Decisions are kept: routers are solved for minutes."""
+    train, held_out = corpus.clinc("train"), corpus.clinc("val")
+    chosen = drawn(train.labels, LEFT_OUT, seed=7) if split == "tune" else np.empty(0, np.int64)
+    examples, stream = np.setdiff1d(np.arange(len(train)), chosen), train.take(chosen) if split == "tune" else corpus.clinc("test")
+    outside = [corpus.clinc(part) for part in (("oos_train", "oos_val") if split == "tune" else ("oos_test",))]
+    features = Features.concatenate([corpus.encoded(rows.texts) for rows in (stream, *outside)])
+    domains = np.array([*(corpus.domains[label] for label in stream.labels), *(OUTSIDE for rows in outside for _ in rows.texts)])
+    learned, evaluation = corpus.encoded(train.texts)[examples], corpus.encoded(held_out.texts)
+    kept, owners = train.take(examples).labels, np.array([corpus.domains[label] for label in held_out.labels])
+    homes = np.array([corpus.domains[label] for label in kept])
+    key = hashlib.sha256(f"{encoder.fingerprint} {split} {sorted(hidings)}".encode() + learned.dense.tobytes() + features.dense.tobytes())
+    path = cache / f"discovery-{key.hexdigest()[:32]}.npz"
+    if not path.exists():
+        states: dict[AdapterRef, RoutingState] = {}
+        for name in np.unique(homes).tolist():
+            rows = np.flatnonzero(homes == name)
+            own = evaluation[np.flatnonzero(owners == name)]
+            states[AdapterRef(name, 1)] = state_of(encoder, learned[rows], [kept[row] for row in rows], own)
+        found = {}
+        for hidden in hidings:
+            router = Router.build({ref: state for ref, state in states.items() if ref.name not in hidden})
+            found["+".join(hidden) or "-"] = [one.adapter is None for one in router.route_features(features, max_false_reject=RATE)]
+        np.savez(path, **found)
+    with np.load(path) as decided:
+        return Inputs(features.dense, domains, {hidden: decided["+".join(hidden) or "-"] for hidden in hidings})
+
+
+# ---- streams ----------------------------------------------------------------------------------------------------
+
+
+def followed(inputs: Inputs, hidden: tuple[str, ...], seed: int, every: int, config: DiscoveryConfig) -> dict[str, Any]:
+    """One order of the inputs, until the hidden domain has had its 300 (nothing hidden: all), looked through at each step.
+
+    `found` is the first look with a proposal that is the domain (of two, of the first); `false` counts proposals of which less than half
+    is hidden, each once, as long as it keeps half of its inputs from look to look.
+    """
+    order = np.random.default_rng(seed).permutation(len(inputs.domains))
+    own = np.cumsum(inputs.domains[order] == hidden[0]) if hidden else np.zeros(len(order), int)
+    end = int(np.searchsorted(own, INPUTS_MOST)) + 1 if hidden and own[-1] >= INPUTS_MOST else len(order)
+    each: dict[str, dict[str, Any] | None] = dict.fromkeys(hidden)
+    wrong: list[set[int]] = []
+    seen: list[set[int]] = []
+    last: dict[str, Any] = {}
+    slowest = 0.0
+    for stop in [*range(every, end, every), end]:
+        rows = order[:stop]
+        away = rows[inputs.rejected[hidden][rows]][-config.rows_max :]
+        started = time.perf_counter()
+        clusters = discover(inputs.vectors[away], stop, RATE, config)
+        slowest = max(slowest, time.perf_counter() - started)
+        members = [away[list(cluster.rows)] for cluster in clusters]
+        for rows_of in members:
+            counted(seen, rows_of)
+            if np.isin(inputs.domains[rows_of], hidden).mean() < 0.5:
+                counted(wrong, rows_of)
+        for name in hidden:
+            best = closest(inputs, members, away, name)
+            last[name] = best | {"stability": round(min((cluster.stability for cluster in clusters), default=0), 3)}
+            if each[name] is None and best["purity"] >= PURITY and best["recall"] >= RECALL:
+                each[name] = {"inputs": int((inputs.domains[rows] == name).sum()), "of": stop, **best}
+    facts = {"streamed": end, "turned_away": int(inputs.rejected[hidden][order[:end]].sum()), "proposed": len(seen), "false": len(wrong)}
+    facts |= {"each": each, "look_s": round(slowest, 2)}
+    return facts | ({"found": each[hidden[0]], "at_the_end": last[hidden[0]]} if hidden else {})
+
+
+def closest(inputs: Inputs, proposals: Sequence[I64], away: I64, name: str) -> dict[str, Any]:
+    """Of the proposals that are pure the one that holds most of the domain, else the purest; and what all pure ones hold together."""
+    all_own = int((inputs.domains[away] == name).sum())
+    told = []
+    for rows in proposals:
+        own = int((inputs.domains[rows] == name).sum())
+        told.append({"purity": round(own / len(rows), 3), "recall": round(own / max(all_own, 1), 3), "size": len(rows)})
+    pure = [one for one in told if one["purity"] >= PURITY]
+    best = max(pure, key=lambda one: one["recall"]) if pure else max(told, key=lambda one: one["purity"], default={"purity": 0.0, "recall": 0.0, "size": 0})
+    return {**best, "turned_away": all_own, "pieces": len(pure), "recall_of_all": round(sum(one["recall"] for one in pure), 3)}
+
+
+def counted(known: list[set[int]], rows: I64) -> None:
+    """One proposal more, unless it is one that was seen, with other inputs."""
+    now = set(rows.tolist())
+    for place, before in enumerate(known):
+        if len(before & now) * 2 >= min(len(before), len(now)):
+            known[place] = now
+            return
+    known.append(now)
+
+
+# ---- report -----------------------------------------------------------------------------------------------------
+
+
+def spread(values: Collection[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"median": round(float(np.median(list(values))), 3), "least": min(values), "most": max(values)}
+
+
+def table(console: Console, hidden: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    drawn_table = Table(title=f"Found: a proposal of purity {PURITY} and more that holds {RECALL:.0%} of the domain's turned away inputs; medians")
+    for column in ("hidden", "found", "inputs", "turned away", "purity", "recall", "after 300: purity", "recall", "pieces", "false"):
+        drawn_table.add_column(column)
+    for name, runs in hidden.items():
+        drawn_table.add_row(name, f"{sum(one['found'] is not None for one in runs)}/{len(runs)}", *cells(runs))
+    console.print(drawn_table)
+
+
+def cells(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    found = [one["found"] for one in runs if one["found"]]
+    for key in ("inputs", "turned_away", "purity", "recall"):
+        values = [one[key] for one in found]
+        yield f"{np.median(values):g} ({min(values):g}–{max(values):g})" if values else "-"
+    for key in ("purity", "recall", "pieces"):
+        yield f"{np.median([one['at_the_end'][key] for one in runs]):g}"
+    yield str(sum(one["false"] for one in runs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
