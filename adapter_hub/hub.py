@@ -44,9 +44,7 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import (
-    CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples, targets_of
-)
+from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples, targets_of
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
@@ -1277,9 +1275,10 @@ class Hub:
     ) -> Accepted:
         """Make open proposals, or groups of them ("3", "3.2"), one skill: learn it, teach it to an adapter, or give the rows to be labelled.
 
-        With `labels`, by observation, text, group or proposal, the most particular first, or with `train`, labelled rows as `learn` takes
-        them (those that were left without a label are left out), it is `learn(name, rows, **learning)`. With neither, a name that is registered (by default the adapter that the proposal says
-        knows them) is taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is decided then.
+        With `labels`, by observation, text, group or proposal, the most particular first, or with `train`, rows as `learn` takes them, it is
+        `learn(name, rows, **learning)`; those without a label are left out. With neither, a name that is registered (by default the adapter
+        that the proposal is to be taught to) is taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is
+        decided then.
         Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
         """
         chosen = [ids] if isinstance(ids, str) else [*ids]

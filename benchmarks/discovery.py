@@ -115,21 +115,19 @@ def routed(corpus: Corpus, encoder: Encoder, split: str, hidings: Sequence[tuple
     learned, evaluation = corpus.encoded(train.texts)[examples], corpus.encoded(held_out.texts)
     kept, owners = train.take(examples).labels, np.array([corpus.domains[label] for label in held_out.labels])
     homes = np.array([corpus.domains[label] for label in kept])
-    key = hashlib.sha256(f"{encoder.fingerprint} {split} {sorted(hidings)}".encode() + learned.dense.tobytes() + features.dense.tobytes())
-    path = cache / f"discovery-{key.hexdigest()[:32]}.npz"
-    if not path.exists():
-        states: dict[AdapterRef, RoutingState] = {}
-        for name in np.unique(homes).tolist():
-            rows = np.flatnonzero(homes == name)
-            own = evaluation[np.flatnonzero(owners == name)]
-            states[AdapterRef(name, 1)] = state_of(encoder, learned[rows], [kept[row] for row in rows], own)
-        found = {}
-        for hidden in hidings:
+    key = hashlib.sha256(f"{encoder.fingerprint} {split}".encode() + learned.dense.tobytes() + features.dense.tobytes()).hexdigest()[:32]
+    states: dict[AdapterRef, RoutingState] = {}
+    for name in np.unique(homes).tolist():
+        rows = np.flatnonzero(homes == name)
+        states[AdapterRef(name, 1)] = state_of(encoder, learned[rows], [kept[row] for row in rows], evaluation[np.flatnonzero(owners == name)])
+    rejected = {}
+    for hidden in hidings:
+        path = cache / f"discovery-{key}-{'+'.join(hidden)}.npy"
+        if not path.exists():
             router = Router.build({ref: state for ref, state in states.items() if ref.name not in hidden})
-            found["+".join(hidden) or "-"] = [one.adapter is None for one in router.route_features(features, max_false_reject=RATE)]
-        np.savez(path, **found)
-    with np.load(path) as decided:
-        return Inputs(features.dense, domains, {hidden: decided["+".join(hidden) or "-"] for hidden in hidings})
+            np.save(path, [one.adapter is None for one in router.route_features(features, max_false_reject=RATE)])
+        rejected[hidden] = np.load(path)
+    return Inputs(features.dense, domains, rejected)
 
 
 # ---- streams ----------------------------------------------------------------------------------------------------
@@ -178,7 +176,8 @@ def closest(inputs: Inputs, proposals: Sequence[I64], away: I64, name: str) -> d
         own = int((inputs.domains[rows] == name).sum())
         told.append({"purity": round(own / len(rows), 3), "recall": round(own / max(all_own, 1), 3), "size": len(rows)})
     pure = [one for one in told if one["purity"] >= PURITY]
-    best = max(pure, key=lambda one: one["recall"]) if pure else max(told, key=lambda one: one["purity"], default={"purity": 0.0, "recall": 0.0, "size": 0})
+    none = {"purity": 0.0, "recall": 0.0, "size": 0}
+    best = max(pure, key=lambda one: one["recall"]) if pure else max(told, key=lambda one: one["purity"], default=none)
     return {**best, "turned_away": all_own, "pieces": len(pure), "recall_of_all": round(sum(one["recall"] for one in pure), 3)}
 
 

@@ -219,7 +219,8 @@ def _distinctive(texts: Sequence[str], others: Sequence[str]) -> list[str]:
 
 def _counts(texts: Sequence[str]) -> Counter[str]:
     """How many texts have a word."""
-    return Counter(word for text in texts for word in set(map(_ascii, WORD.findall(text.lower()))) if len(word) >= 3 and word not in ENGLISH_STOP_WORDS)
+    words = (word for text in texts for word in set(map(_ascii, WORD.findall(text.lower()))))
+    return Counter(word for word in words if len(word) >= 3 and word not in ENGLISH_STOP_WORDS)
 
 
 def _ascii(word: str) -> str:

@@ -60,7 +60,7 @@ class Proposal:
 
     id: str
     state: State
-    groups: tuple[Group, ...]                    # largest first
+    groups: tuple[Group, ...]                    # largest first; their numbers stay as long as they do
     suggested: str                               # a valid name of an adapter that is not registered
     nearest: tuple[tuple[str, float], ...]       # adapters' names by the share of the inputs that came nearest to them
     teach: str | None                            # the adapter that answers them already: its router is to learn of them, and nothing else
@@ -144,8 +144,8 @@ class Proposals:
         """
         kept = self._notes.read(KIND)
         settled = {id: body for id, body in kept.items() if body["state"] != State.OPEN}
-        rows, routed = self._turned_away({id for body in settled.values() for group in body["groups"] for id in group})
-        wanted = [group[:REMEMBERED] for body in settled.values() if body["state"] == State.DISMISSED for group in body["groups"]]
+        rows, routed = self._turned_away({id for body in settled.values() for id in ids_in(body)})
+        wanted = [group[:REMEMBERED] for body in settled.values() if body["state"] == State.DISMISSED for group in body["groups"].values()]
         logged = self._log.find_all([id for group in wanted for id in group])
         dismissed = [[logged[id] for id in group if id in logged] for group in wanted]
         features = encoded([*rows, *(one for group in dismissed for one in group)])
@@ -154,20 +154,31 @@ class Proposals:
         parts = np.split(features.dense[len(rows) :], np.cumsum([len(group) for group in dismissed])[:-1]) if dismissed else []
         away = away[~joins(features.dense[away], [part for part in parts if len(part)], self.config.group_distance)]
         chosen = [
-            Chosen(tuple(tuple(rows[away[place]] for place in group) for group in cluster.groups), cluster, nearest(decisions[away[row]] for row in cluster.rows))
+            Chosen(
+                tuple(tuple(rows[away[place]] for place in group) for group in cluster.groups),
+                nearest(decisions[away[row]] for row in cluster.rows),
+                cluster,
+            )
             for cluster in discover(features.dense[away], routed, rate, self.config)
         ]
         opened = {id: body for id, body in kept.items() if body["state"] == State.OPEN}
-        bodies = {}
-        for id, one in zip(self._numbered([one.ids for one in chosen], opened), chosen, strict=True):
+        last = self._notes.read(COUNT).get(COUNT, 0)
+        ids, now_last = numbered([one.ids for one in chosen], {id: ids_in(body) for id, body in opened.items()}, last)
+        bodies: dict[str, Any] = {}
+        for id, one in zip(ids, chosen, strict=True):
+            before = opened.get(id, {"groups": {}, "last": 0, "at": _now()})
+            members = [frozenset(row.id for row in group) for group in one.groups]
+            places, last_place = numbered(members, {place: frozenset(group) for place, group in before["groups"].items()}, before["last"])
             teach, why = advice(one, answers)
             bodies[id] = {
-                "state": State.OPEN, "groups": [[row.id for row in group] for group in one.groups], "nearest": [list(pair) for pair in one.nearest],
-                "teach": teach, "why": why, "cohesion": one.cluster.cohesion, "stability": one.cluster.stability,
-                "at": opened[id]["at"] if id in opened else _now(),
+                "state": State.OPEN, "at": before["at"], "teach": teach, "why": why, "nearest": [list(pair) for pair in one.nearest],
+                "groups": {place: [row.id for row in group] for place, group in zip(places, one.groups, strict=True)}, "last": last_place,
+                "cohesion": one.cluster.cohesion, "stability": one.cluster.stability,
             }  # fmt: skip
-        if gone := opened.keys() - bodies:
-            self._notes.write(KIND, dict.fromkeys(gone))
+        if now_last != last:
+            self._notes.write(COUNT, {COUNT: now_last})
+        if gone := dict.fromkeys(opened.keys() - bodies):
+            self._notes.write(KIND, gone)
         if bodies:
             self._notes.write(KIND, bodies)
         return shown(bodies, {row.id: row for row in rows}, [row.text or "" for row in rows], taken)
@@ -175,7 +186,7 @@ class Proposals:
     def decided(self) -> list[Proposal]:
         """Those that were accepted or dismissed, with the texts that the log still has, latest decision first."""
         settled = {id: body for id, body in self._notes.read(KIND).items() if body["state"] != State.OPEN}
-        logged = self._log.find_all([id for body in settled.values() for group in body["groups"] for id in group])
+        logged = self._log.find_all([id for body in settled.values() for id in ids_in(body)])
         found = shown(settled, logged, [row.text or "" for row in logged.values()], ())
         return sorted(found, key=lambda one: one.decided_at or "", reverse=True)
 
@@ -191,15 +202,6 @@ class Proposals:
                 found[row.text] = row
         return list(found.values()), routed
 
-    def _numbered(self, found: Sequence[frozenset[str]], opened: Mapping[str, Any]) -> list[str]:
-        """The id of the open proposal that each is, or a new one, which no proposal ever had."""
-        ids = matched(found, {id: frozenset(one for group in body["groups"] for one in group) for id, body in opened.items()})
-        last = self._notes.read(COUNT).get(COUNT, 0)
-        if new := ids.count(None):
-            self._notes.write(COUNT, {COUNT: last + new})
-        fresh = iter(range(last + 1, last + new + 1))
-        return [str(next(fresh)) if id is None else id for id in ids]
-
     # ---- decide -----------------------------------------------------------------------------------------------------
 
     def rows(self, ids: Sequence[str]) -> list[Example]:
@@ -208,7 +210,7 @@ class Proposals:
         A row's label is what somebody said of the answer, its `id` the observation's. Raises InvalidInput for an id that is not open.
         """
         chosen = self._open(ids)
-        logged = self._log.find_all([id for body in chosen.values() for group in body["groups"] for id in group])
+        logged = self._log.find_all([id for body in chosen.values() for id in ids_in(body)])
         return [
             Example(row.text or "", row.feedback.correct_label if row.feedback else None, row.id, {"group": group.id, "suggested": group.suggested})
             for proposal in shown(chosen, logged, [row.text or "" for row in logged.values()], ())
@@ -224,10 +226,10 @@ class Proposals:
     def decide(self, ids: Sequence[str], state: State, reason: str = "", result: str | None = None) -> None:
         """Note that these were accepted or dismissed, by whom they were made and why. Groups leave their proposal. Raises InvalidInput."""
         chosen, kept = self._open(ids), self._notes.read(KIND)
-        gone = {id for body in chosen.values() for group in body["groups"] for id in group}
-        bodies: dict[str, Any] = {id: body | {"state": state, "decided_at": _now(), "reason": reason, "result": result} for id, body in chosen.items()}
+        decided = {"state": state, "decided_at": _now(), "reason": reason, "result": result}
+        bodies: dict[str, Any] = {id: body | decided for id, body in chosen.items()}
         for id in {id.partition(".")[0] for id in chosen} - chosen.keys():
-            left = [group for group in kept[id]["groups"] if gone.isdisjoint(group)]
+            left = {place: group for place, group in kept[id]["groups"].items() if f"{id}.{place}" not in chosen}
             bodies[id] = kept[id] | {"groups": left} if left else None
         self._notes.write(KIND, bodies)
 
@@ -236,12 +238,12 @@ class Proposals:
         kept = {id: body for id, body in self._notes.read(KIND).items() if body["state"] == State.OPEN}
         found = {}
         for id in ids:
-            number, _, group = str(id).partition(".")
-            places = {str(place) for place in range(1, len(kept[number]["groups"]) + 1)} if number in kept else set()
-            if number not in kept or (group and group not in places):
-                hint = f"Open are {', '.join(sorted(kept, key=_order))}: `adapter-hub proposals`." if kept else "None is open: `adapter-hub proposals` looks for some."
-                raise InvalidInput(f"there is no open proposal {str(id)[:40]!r}.", hint=hint)
-            found[str(id)] = kept[number] | {"groups": [kept[number]["groups"][int(group) - 1]]} if group else kept[number]
+            number, _, place = str(id).partition(".")
+            groups = kept[number]["groups"] if number in kept else {}
+            if not groups or (place and place not in groups):
+                those = f"Open are {', '.join(sorted(kept, key=_order))}" if kept else "None is open"
+                raise InvalidInput(f"there is no open proposal {str(id)[:40]!r}.", hint=f"{those}: `adapter-hub proposals`.")
+            found[str(id)] = kept[number] | {"groups": {place: groups[place]}} if place else kept[number]
         if not found:
             raise InvalidInput("no proposal was named.", hint="`adapter-hub proposals` shows them.")
         if doubled := [id for id in found if "." in id and id.partition(".")[0] in found]:
@@ -254,8 +256,8 @@ class Chosen:
     """A cluster of observations."""
 
     groups: tuple[tuple[Observation, ...], ...]
-    cluster: Cluster
     nearest: tuple[tuple[str, float], ...]
+    cluster: Cluster
 
     @property
     def ids(self) -> frozenset[str]:
@@ -272,14 +274,23 @@ def advice(chosen: Chosen, answers: Answers) -> tuple[str | None, str]:
     return None, "no adapter"
 
 
-def matched(found: Sequence[frozenset[str]], before: Mapping[str, frozenset[str]]) -> list[str | None]:
-    """Of each the one from before that it is: they have half of the smaller one's inputs in common, and no other pair of either has more."""
+def ids_in(body: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(id for group in body["groups"].values() for id in group)
+
+
+def numbered(found: Sequence[frozenset[str]], before: Mapping[str, frozenset[str]], last: int) -> tuple[list[str], int]:
+    """The number of each, and the last one given: that from before which it is, or a new one, which none ever had.
+
+    Two are one where they have half of the smaller one's inputs in common, and neither has more in common with another.
+    """
     shared = [(len(now & then), place, id) for place, now in enumerate(found) for id, then in before.items()]
-    ids: list[str | None] = [None] * len(found)
+    ids: dict[int, str] = {}
     for count, place, id in sorted(shared, key=lambda pair: (-pair[0], pair[1], _order(pair[2]))):
-        if ids[place] is None and id not in ids and count >= SAME * min(len(found[place]), len(before[id])):
+        if place not in ids and id not in ids.values() and count >= SAME * min(len(found[place]), len(before[id])):
             ids[place] = id
-    return ids
+    new = [place for place in range(len(found)) if place not in ids]
+    ids |= {place: str(number) for number, place in enumerate(new, last + 1)}
+    return [ids[place] for place in range(len(found))], last + len(new)
 
 
 def labelled(rows: Sequence[Example], labels: Mapping[str, str | None]) -> list[Example]:
@@ -301,25 +312,23 @@ def labelled(rows: Sequence[Example], labels: Mapping[str, str | None]) -> list[
 
 
 def shown(bodies: Mapping[str, Any], logged: Mapping[str, Observation], texts: Sequence[str], taken: Collection[str]) -> list[Proposal]:
-    """Proposals as people see them, largest first; `texts` are all that may be compared with, by which words are told to be typical."""
+    """Proposals as people see them, largest first. What is typical of their words is told by `texts`, theirs and others."""
     found, names = [], set(taken)
     for id, body in bodies.items():
-        single = "." in id
-        groups = [[logged[one] for one in group if one in logged] for group in body["groups"]]
-        own = [[row.text or "" for row in group] for group in groups]
-        mine = {text for group in own for text in group}
-        name = suggest_name(sorted(mine), [text for text in texts if text not in mine], names)
+        groups = {place: [logged[one] for one in group if one in logged] for place, group in body["groups"].items()}
+        own = {row.text or "" for group in groups.values() for row in group}
+        others = [text for text in texts if text not in own]
+        name = suggest_name(sorted(own), others, names)
         names.add(name)
-        found.append(
-            Proposal(
-                id=id, state=State(body["state"]), suggested=name, nearest=tuple((name, share) for name, share in body["nearest"]),
-                groups=tuple(
-                    Group(id if single else f"{id}.{place}", tuple(row.id for row in group), tuple(said), suggest_name(said, list(mine - {*said})))
-                    for place, (group, said) in enumerate(zip(groups, own, strict=True), 1) if group
-                ),
-                **{key: body.get(key) for key in ("teach", "why", "cohesion", "stability", "at", "decided_at", "result")}, reason=body.get("reason", ""),
-            )  # fmt: skip
-        )
+        parts = []
+        for place, group in groups.items():
+            if group:
+                said = tuple(row.text or "" for row in group)
+                label = suggest_name(said, sorted(own - {*said}) or others)
+                parts.append(Group(f"{id.partition('.')[0]}.{place}", tuple(row.id for row in group), said, label))
+        facts = {key: body.get(key) for key in ("teach", "why", "cohesion", "stability", "at", "decided_at", "result")}
+        near = tuple((str(name), float(share)) for name, share in body["nearest"])
+        found.append(Proposal(id, State(body["state"]), tuple(parts), name, near, reason=body.get("reason", ""), **facts))
     return sorted(found, key=lambda proposal: (-proposal.size, _order(proposal.id)))
 
 
