@@ -1261,7 +1261,7 @@ class Hub:
             if self._looked is None or self._looked.encoder is not encoder:
                 self._looked = Encoded(encoder)
             looked = partial(router.route_features, k=1, max_false_reject=rate)
-            return self._proposals.look(self._looked, looked, rate, self.names(), self._labels_given)
+            return self._proposals.look(self._looked, looked, rate, self.names(), self._sureness)
 
     def accept(
         self,
@@ -1317,12 +1317,12 @@ class Hub:
 
         return Proposals(self._log, self.registry.notes)
 
-    def _labels_given(self, name: str, texts: Sequence[str]) -> Sequence[tuple[str, float]]:
-        """What an adapter's head makes of texts: a label and its probability each; nothing where it is no classifier of one label."""
+    def _sureness(self, name: str, texts: Sequence[str]) -> Sequence[float]:
+        """The probability that an adapter gives its likeliest label on each text; nothing where it is no classifier of one label."""
         manifest = self.registry.manifest(name)
-        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE) or not manifest.labels:
+        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE) or not manifest.labels or not texts:
             return ()
-        return [(one.label, max(one.scores.values())) for one in self._predict(texts, adapters=str(manifest.ref)) if one.label is not None]
+        return [max(one.scores.values()) for one in self._predict(texts, adapters=str(manifest.ref))]
 
     # ---- ask about it -------------------------------------------------------------------------------------------
 

@@ -14,9 +14,12 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,18 @@ from rich.console import Console
 from rich.table import Table
 from routing_data import Corpus, Encoded, drawn
 
+from adapter_hub import Hub
 from adapter_hub.base_model import DEFAULT_MODEL
 from adapter_hub.continual.discovery import DiscoveryConfig, discover
+from adapter_hub.continual.proposals import Chosen, advice
 from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.observations import Observation
 from adapter_hub.routing.encoder import Encoder, load_encoder
 from adapter_hub.routing.features import F32, Features
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.statistics import RoutingState, state_of
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "discovery.json"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapter_hub-benchmarks"
 RATE = 0.05            # max_false_reject
@@ -44,21 +51,26 @@ PURITY = 0.85          # share of a proposal's inputs that are of the hidden dom
 RECALL = 0.5           # share of its turned away inputs so far that the proposal must hold to be the domain, not a corner of it
 LEFT_OUT = 30          # training rows an intent that are the stream of --split tune
 OUTSIDE = "out of scope"
+NEW, KNOWN, WRONG = "a new skill", "teach it", "teach another"
 I64, Bools = NDArray[np.int64], NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """n inputs, and whether the router over all adapters but these turns each away."""
+    """n inputs, and whether the router without what is hidden turns each away."""
 
+    texts: tuple[str, ...]
     vectors: F32
     domains: NDArray[np.str_]
-    rejected: Mapping[tuple[str, ...], Bools]    # by the hidden domains
+    intents: NDArray[np.str_]
+    rejected: Mapping[tuple[str, ...], Bools]                  # by what was hidden: domains, or intents
+    nearest: Mapping[tuple[str, ...], NDArray[np.str_]]        # the best candidate of each
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with clinc150")
+    parser.add_argument("--registry", type=Path, default=ROOT / "registry", metavar="DIR", help="whose heads are asked: the one that ships")
     parser.add_argument("--split", choices=("test", "tune"), default="test", help="tune: what the settings were chosen on")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="orders of each stream")
     parser.add_argument("--every", type=int, default=EVERY, metavar="N", help="inputs between two looks")
@@ -66,12 +78,14 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="where encoded texts and decisions are kept")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the figures go as JSON; results/discovery.json for the test split")
     arguments = parser.parse_args()
-    config, started, console = DiscoveryConfig(**arguments.settings), time.perf_counter(), Console()
+    config, started, console = DiscoveryConfig(**arguments.settings), time.perf_counter(), Console(width=None if sys.stdout.isatty() else 160)
     encoder = load_encoder(DEFAULT_MODEL)
     corpus = Corpus(arguments.data, Encoded(encoder, arguments.cache, console.print))
     names = sorted(set(corpus.domains.values()))
     pairs = [*zip(names[::2], names[1::2], strict=True)]
-    inputs = routed(corpus, encoder, arguments.split, [(), *((name,) for name in names), *pairs], arguments.cache)
+    corners = {name: corner(corpus, name) for name in names}
+    hidings = [(), *((name,) for name in names), *pairs, *(corners.values() if arguments.split == "test" else ())]
+    inputs = routed(corpus, encoder, arguments.split, hidings, arguments.cache)
     seeds = range(arguments.seeds)
     hidden = {name: [followed(inputs, (name,), seed, arguments.every, config) for seed in seeds] for name in names}
     quiet = [followed(inputs, (), seed, arguments.every * 5, config) for seed in seeds]
@@ -90,9 +104,12 @@ def main() -> int:
         "two_hidden_found": round(float(np.mean([found is not None for runs in two.values() for one in runs for found in one["each"].values()])), 3),
         "look_s_longest": max(one["look_s"] for runs in hidden.values() for one in runs),
     }
+    advisings = advised(inputs, arguments.registry, corners, config) if arguments.split == "test" else {}
+    summary |= {"advice": {kind: advisings[kind] for kind in ("missing", "hidden")} if advisings else {}}
     missed = [] if min(found) >= DOMAINS_LEAST else [f"{min(found)} of {len(names)} domains"]
     report = {"benchmark": "discovery", "split": arguments.split, "seeds": arguments.seeds, "settings": arguments.settings, **summary}
-    report |= {"hidden": hidden, "nothing_hidden": quiet, "two_hidden": two, "bars_missed": missed, "wall_s": round(time.perf_counter() - started)}
+    report |= {"hidden": hidden, "nothing_hidden": quiet, "two_hidden": two, "advice": advisings, "bars_missed": missed}
+    report["wall_s"] = round(time.perf_counter() - started)
     report["machine"] = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     if out := arguments.out or (RESULTS if arguments.split == "test" and not arguments.settings else None):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,23 +128,33 @@ def routed(corpus: Corpus, encoder: Encoder, split: str, hidings: Sequence[tuple
     examples, stream = np.setdiff1d(np.arange(len(train)), chosen), train.take(chosen) if split == "tune" else corpus.clinc("test")
     outside = [corpus.clinc(part) for part in (("oos_train", "oos_val") if split == "tune" else ("oos_test",))]
     features = Features.concatenate([corpus.encoded(rows.texts) for rows in (stream, *outside)])
-    domains = np.array([*(corpus.domains[label] for label in stream.labels), *(OUTSIDE for rows in outside for _ in rows.texts)])
+    texts = tuple(text for rows in (stream, *outside) for text in rows.texts)
+    intents = np.array([*stream.labels, *(OUTSIDE for rows in outside for _ in rows.texts)])
+    domains = np.array([corpus.domains.get(intent, OUTSIDE) for intent in intents])
     learned, evaluation = corpus.encoded(train.texts)[examples], corpus.encoded(held_out.texts)
     kept, owners = train.take(examples).labels, np.array([corpus.domains[label] for label in held_out.labels])
     homes = np.array([corpus.domains[label] for label in kept])
     key = hashlib.sha256(f"{encoder.fingerprint} {split}".encode() + learned.dense.tobytes() + features.dense.tobytes()).hexdigest()[:32]
-    states: dict[AdapterRef, RoutingState] = {}
-    for name in np.unique(homes).tolist():
-        rows = np.flatnonzero(homes == name)
-        states[AdapterRef(name, 1)] = state_of(encoder, learned[rows], [kept[row] for row in rows], evaluation[np.flatnonzero(owners == name)])
-    rejected = {}
+    rejected, nearest = {}, {}
     for hidden in hidings:
-        path = cache / f"discovery-{key}-{'+'.join(hidden)}.npy"
+        path = cache / f"discovery-{key}-{hashlib.sha256('+'.join(hidden).encode()).hexdigest()[:16]}.npz"
         if not path.exists():
-            router = Router.build({ref: state for ref, state in states.items() if ref.name not in hidden})
-            np.save(path, [one.adapter is None for one in router.route_features(features, max_false_reject=RATE)])
-        rejected[hidden] = np.load(path)
-    return Inputs(features.dense, domains, rejected)
+            states: dict[AdapterRef, RoutingState] = {}
+            for name in sorted({*homes.tolist()} - {*hidden}):
+                own, held = (np.flatnonzero((at == name) & ~np.isin(of, hidden)) for at, of in ((homes, kept), (owners, held_out.labels)))
+                states[AdapterRef(name, 1)] = state_of(encoder, learned[own], [kept[row] for row in own], evaluation[held])
+            decisions = Router.build(states).route_features(features, max_false_reject=RATE)
+            best = [one.candidates[0][0].name for one in decisions]
+            np.savez(path, rejected=[one.adapter is None for one in decisions], nearest=best)
+        with np.load(path) as decided:
+            rejected[hidden], nearest[hidden] = decided["rejected"], decided["nearest"]
+    return Inputs(texts, features.dense, domains, intents, rejected, nearest)
+
+
+def corner(corpus: Corpus, domain: str) -> tuple[str, ...]:
+    """A third of a domain's intents."""
+    intents = sorted(intent for intent, home in corpus.domains.items() if home == domain)
+    return tuple(sorted(np.random.default_rng(0).permutation(intents)[: len(intents) // 3].tolist()))
 
 
 # ---- streams ----------------------------------------------------------------------------------------------------
@@ -189,6 +216,46 @@ def counted(known: list[set[int]], rows: I64) -> None:
             known[place] = now
             return
     known.append(now)
+
+
+# ---- who knows them already -------------------------------------------------------------------------------------
+
+
+def advised(inputs: Inputs, registry: Path, corners: Mapping[str, tuple[str, ...]], config: DiscoveryConfig) -> dict[str, Any]:
+    """Whether `advice` tells inputs that a registered adapter answers from those of a new task, by the heads of the registry that ships.
+
+    The router of an adapter has no exemplar of a third of its intents, which its head knows ("missing"); or there is no such adapter
+    ("hidden"). Counted are proposals of which PURITY and more is that.
+    """
+    found = {"missing": Counter[str](), "hidden": Counter[str]()}
+    reasons = []
+    with Hub.open(registry) as hub:
+        for domain, intents in corners.items():
+            for kind, hidden, own in (("missing", intents, np.isin(inputs.intents, intents)), ("hidden", (domain,), inputs.domains == domain)):
+                away = np.flatnonzero(inputs.rejected[hidden])[: config.rows_max]
+                clusters = discover(inputs.vectors[away], len(inputs.domains), RATE, config)
+                clustered = {int(away[row]) for cluster in clusters for row in cluster.rows}
+                others = [inputs.texts[row] for row in away if int(row) not in clustered]
+                for cluster in clusters:
+                    rows = away[list(cluster.rows)]
+                    if own[rows].mean() < PURITY:
+                        found[kind]["other proposals"] += 1
+                        continue
+                    names = Counter(inputs.nearest[hidden][rows].tolist())
+                    shares = tuple((name, count / len(rows)) for name, count in names.most_common(5))
+                    groups = tuple(tuple(observation(inputs, int(away[row])) for row in group) for group in cluster.groups)
+                    teach, why = advice(Chosen(groups, shares, cluster), others, partial(sureness, hub))
+                    found[kind][NEW if teach is None else KNOWN if teach == domain and kind == "missing" else WRONG] += 1
+                    reasons.append({"domain": domain, "kind": kind, "size": len(rows), "teach": teach, "why": why})
+    return {kind: dict(counts) for kind, counts in found.items()} | {"proposals": reasons}
+
+
+def observation(inputs: Inputs, row: int) -> Observation:
+    return Observation(str(row), None, None, None, "below_threshold", None, None, inputs.texts[row])
+
+
+def sureness(hub: Hub, name: str, texts: Sequence[str]) -> list[float]:
+    return [max(one.scores.values()) for one in hub.predict(texts, adapters=name)] if texts else []
 
 
 # ---- report -----------------------------------------------------------------------------------------------------

@@ -190,7 +190,8 @@ def test_the_verbs_propose_export_learn_and_dismiss(hub: Hub, tmp_path: Path) ->
     written = [row | {"label": "rock" if "rock" in str(row["text"]) else "jazz"} for row in read(rows)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in written))
     settings = json.dumps({"epochs": 2, "steps_min": 0, "learning_rate": 5e-3})
-    code, out = verb("accept", found["id"], "--name", "music", "--train", str(rows), "--config", settings, "--promote", "never", "--reason", "why not")
+    learning = ["--train", str(rows), "--config", settings, "--promote", "never"]
+    code, out = verb("accept", found["id"], "--name", "music", *learning, "--reason", "why not")
     assert code == 0 and "music@1" in out
     code, out = verb("proposals", "--decided", "--json")
     assert [(row["state"], row["result"], row["reason"]) for row in json.loads(out)] == [("accepted", "music@1", "why not")]

@@ -29,10 +29,14 @@ SHOWN = 5                # examples, and adapters, of a proposal
 REMEMBERED = 20          # inputs of each dismissed group that later ones are compared with
 SAME = 0.5               # share of the smaller one's inputs that two proposals have in common, and are one
 
+RIVALS, ASKED = 3, 60    # adapters, and inputs of each side, by which it is told whether one of them answers well already
+SURE, SURER = 0.8, 0.2   # probabilities: chosen on CLINC150's validation split (benchmarks/README.md)
+OTHERS_MIN = 20          # inputs on the other side
+SAID_MIN, SAID_SHARE = 3, 0.8    # inputs of which somebody said who should have answered, and share of them that name one
 TURNED_AWAY = (Reason.BELOW_THRESHOLD, Reason.NO_CANDIDATES)
 
 Route = Callable[[Features], Sequence[Decision]]
-Answers = Callable[[str, Sequence[str]], Sequence[tuple[str | None, float]]]    # an adapter's name, texts -> label and its probability
+Answers = Callable[[str, Sequence[str]], Sequence[float]]    # an adapter's name, texts -> the probability of each one's likeliest label
 
 
 class State(StrEnum):
@@ -162,6 +166,8 @@ class Proposals:
             for cluster in discover(features.dense[away], routed, rate, self.config)
         ]
         opened = {id: body for id, body in kept.items() if body["state"] == State.OPEN}
+        clustered = {id for one in chosen for id in one.ids}
+        others = [rows[place].text or "" for place in away if rows[place].id not in clustered]
         last = self._notes.read(COUNT).get(COUNT, 0)
         ids, now_last = numbered([one.ids for one in chosen], {id: ids_in(body) for id, body in opened.items()}, last)
         bodies: dict[str, Any] = {}
@@ -169,7 +175,7 @@ class Proposals:
             before = opened.get(id, {"groups": {}, "last": 0, "at": _now()})
             members = [frozenset(row.id for row in group) for group in one.groups]
             places, last_place = numbered(members, {place: frozenset(group) for place, group in before["groups"].items()}, before["last"])
-            teach, why = advice(one, answers)
+            teach, why = advice(one, others, answers)
             bodies[id] = {
                 "state": State.OPEN, "at": before["at"], "teach": teach, "why": why, "nearest": [list(pair) for pair in one.nearest],
                 "groups": {place: [row.id for row in group] for place, group in zip(places, one.groups, strict=True)}, "last": last_place,
@@ -270,8 +276,31 @@ def nearest(decisions: Iterable[Decision]) -> tuple[tuple[str, float], ...]:
     return tuple((name, count / names.total()) for name, count in sorted(names.items(), key=lambda pair: (-pair[1], pair[0]))[:SHOWN])
 
 
-def advice(chosen: Chosen, answers: Answers) -> tuple[str | None, str]:
-    return None, "no adapter"
+def advice(chosen: Chosen, others: Sequence[str], answers: Answers) -> tuple[str | None, str]:
+    """The adapter whose router alone should learn of these inputs, because it answers them well already, or None; and why.
+
+    What people said counts first. Else a head that knows inputs is sure of them, and not of everything: over the inputs its mean probability
+    is SURE, and SURER more than over `others` that were turned away. How near the router thinks them tells nothing of it (benchmarks/LOG.md).
+    """
+    said = Counter(row.feedback.correct_adapter for group in chosen.groups for row in group if row.feedback and row.feedback.correct_adapter)
+    if said and said.most_common(1)[0][1] >= max(SAID_MIN, SAID_SHARE * said.total()):
+        name, count = said.most_common(1)[0]
+        return name, f"of {said.total()} that somebody spoke of, {count} should have gone to it"
+    cluster, rows = chosen.cluster, [row for group in chosen.groups for row in group]
+    place = {row: number for number, row in enumerate(one for group in cluster.groups for one in group)}
+    texts = [rows[place[row]].text or "" for row in cluster.typical[:ASKED]]
+    best, why = 0.0, "no adapter's head can be asked"
+    for name, _ in chosen.nearest[:RIVALS]:
+        sure, usually = (_mean(answers(name, asked)) for asked in (texts, others[:ASKED]))
+        if sure >= SURE and sure - usually >= SURER and len(others) >= OTHERS_MIN:
+            return name, f"its labels get a mean probability of {sure:.2f} on them, {usually:.2f} on others that were turned away"
+        if sure > best:
+            best, why = sure, f"no adapter answers them surely: {name}'s labels get {sure:.2f}, {usually:.2f} on others that were turned away"
+    return None, why
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def ids_in(body: Mapping[str, Any]) -> frozenset[str]:
@@ -306,8 +335,9 @@ def labelled(rows: Sequence[Example], labels: Mapping[str, str | None]) -> list[
         raise InvalidInput(f"{unknown[0][:60]!r} is no observation, text or group of what is accepted.", hint="A group is named 3.2, for example.")
     given = [next((labels[key] for key in keys(row) if key in labels), row.label) for row in rows]
     found = [replace(row, label=label, extra={}) for row, label in zip(rows, given, strict=True) if label]
-    if len({row.label for row in found}) < 2:
-        raise InvalidInput(f"{len({row.label for row in found})} label is too few to learn from.", hint="Give groups, or rows, at least two.")
+    if (count := len({row.label for row in found})) < 2:
+        few = f"{count} label{' is' if count == 1 else 's are'}"
+        raise InvalidInput(f"{few} too few to learn from.", hint="Label groups or rows, by two labels at least.")
     return found
 
 
