@@ -154,7 +154,8 @@ class Hub:
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
-        self._looked: Encoded | None = None    # what `proposals` looked at last
+        self._looking = threading.Lock()       # a look takes seconds, in which others ask on
+        self._looked: Encoded | None = None    # the inputs of the last one
         self._candidates: dict[AdapterRef, Adapter] = {}    # that are asked before they are stored
         self._numbers = itertools.count(NUMBER_MAX + 1)
         self._label_names: dict[AdapterRef, tuple[str, ...]] = {}    # of versions, which do not change
@@ -1213,7 +1214,9 @@ class Hub:
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
         later what it answered before. Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
         """
-        return self._log.forget(**self._chosen_observations(before, adapter))
+        chosen = self._chosen_observations(before, adapter)
+        self._looked = None    # their vectors
+        return self._log.forget(**chosen)
 
     def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
         self._check_open()
@@ -1257,11 +1260,11 @@ class Hub:
 
         router, rate = self._live.snapshot(), self._rate(None)
         encoder = self._encoder_of(router)
-        with self._lock:
+        with self._looking:
             if self._looked is None or self._looked.encoder is not encoder:
                 self._looked = Encoded(encoder)
-            looked = partial(router.route_features, k=1, max_false_reject=rate)
-            return self._proposals.look(self._looked, looked, rate, self.names(), self._sureness)
+            route = partial(router.route_features, max_false_reject=rate)
+            return self._proposals.look(self._looked, route, rate, self.names(), self._sureness)
 
     def accept(
         self,

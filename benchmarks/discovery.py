@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class Inputs:
     rejected: Mapping[tuple[str, ...], Bools]                  # by what was hidden: domains, or intents
     nearest: Mapping[tuple[str, ...], NDArray[np.str_]]        # the best candidate of each
 
+    def also(self, other: Inputs) -> Inputs:
+        """With what other routers made of the same inputs."""
+        return replace(self, rejected={**self.rejected, **other.rejected}, nearest={**self.nearest, **other.nearest})
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -84,13 +88,13 @@ def main() -> int:
     names = sorted(set(corpus.domains.values()))
     pairs = [*zip(names[::2], names[1::2], strict=True)]
     corners = {name: corner(corpus, name) for name in names}
-    hidings = [(), *((name,) for name in names), *pairs, *(corners.values() if arguments.split == "test" else ())]
-    inputs = routed(corpus, encoder, arguments.split, hidings, arguments.cache)
+    inputs = routed(corpus, encoder, arguments.split, [(), *((name,) for name in names)], arguments.cache)
     seeds = range(arguments.seeds)
     hidden = {name: [followed(inputs, (name,), seed, arguments.every, config) for seed in seeds] for name in names}
     quiet = [followed(inputs, (), seed, arguments.every * 5, config) for seed in seeds]
-    two = {" + ".join(pair): [followed(inputs, pair, seed, arguments.every, config) for seed in seeds[:2]] for pair in pairs}
     table(console, hidden)
+    inputs = inputs.also(routed(corpus, encoder, arguments.split, pairs, arguments.cache))
+    two = {" + ".join(pair): [followed(inputs, pair, seed, arguments.every, config) for seed in seeds[:2]] for pair in pairs}
     found = [sum(one[seed]["found"] is not None for one in hidden.values()) for seed in seeds]
     at = [one["found"]["inputs"] for runs in hidden.values() for one in runs if one["found"]]
     streamed = sum(one["streamed"] for runs in hidden.values() for one in runs)
@@ -104,7 +108,11 @@ def main() -> int:
         "two_hidden_found": round(float(np.mean([found is not None for runs in two.values() for one in runs for found in one["each"].values()])), 3),
         "look_s_longest": max(one["look_s"] for runs in hidden.values() for one in runs),
     }
-    advisings = advised(inputs, arguments.registry, corners, config) if arguments.split == "test" else {}
+    console.print_json(data=summary)
+    advisings = {}
+    if arguments.split == "test":
+        inputs = inputs.also(routed(corpus, encoder, arguments.split, [*corners.values()], arguments.cache))
+        advisings = advised(inputs, arguments.registry, corners, config)
     summary |= {"advice": {kind: advisings[kind] for kind in ("missing", "hidden")} if advisings else {}}
     missed = [] if min(found) >= DOMAINS_LEAST else [f"{min(found)} of {len(names)} domains"]
     report = {"benchmark": "discovery", "split": arguments.split, "seeds": arguments.seeds, "settings": arguments.settings, **summary}

@@ -18,6 +18,7 @@ import numpy as np
 from adapter_hub.continual.discovery import Cluster, DiscoveryConfig, discover, joins, suggest_name
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
+from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.notes import Notes
 from adapter_hub.registry.observations import Observation, ObservationLog
 from adapter_hub.routing.decision import Decision, Reason
@@ -28,8 +29,7 @@ KIND, COUNT = "proposals", "proposals.count"    # of notes
 SHOWN = 5                # examples, and adapters, of a proposal
 REMEMBERED = 20          # inputs of each dismissed group that later ones are compared with
 SAME = 0.5               # share of the smaller one's inputs that two proposals have in common, and are one
-
-RIVALS, ASKED = 3, 60    # adapters, and inputs of each side, by which it is told whether one of them answers well already
+RIVALS, ASKED = 3, 60    # the nearest adapters, and the inputs of each side, by which it is told whether one of them answers well already
 SURE, SURER = 0.8, 0.2   # probabilities: chosen on CLINC150's validation split (benchmarks/README.md)
 OTHERS_MIN = 20          # inputs on the other side
 SAID_MIN, SAID_SHARE = 3, 0.8    # inputs of which somebody said who should have answered, and share of them that name one
@@ -106,7 +106,7 @@ class Accepted:
 
     ids: tuple[str, ...]
     name: str
-    ref: Any = None                    # AdapterRef of the version that was learned, or taught
+    ref: AdapterRef | None = None      # the version that was learned, or taught
     report: Any = None                 # of `Hub.learn`
     rows: tuple[Example, ...] = ()     # to be labelled: text, id of the observation, group, suggested
 
