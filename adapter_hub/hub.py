@@ -44,7 +44,7 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples
+from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples, targets_of
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from adapter_hub.continual.alerts import Sink
     from adapter_hub.continual.drift import Alarm
     from adapter_hub.continual.learner import Current, Lesson
+    from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
     from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.evaluation import Part
@@ -156,6 +157,8 @@ class Hub:
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
+        self._looking = threading.Lock()       # a look takes seconds, in which others ask on
+        self._looked: Encoded | None = None    # the inputs of the last one
         self._candidates: dict[AdapterRef, Adapter] = {}    # that are asked before they are stored
         self._numbers = itertools.count(NUMBER_MAX + 1)
         self._label_names: dict[AdapterRef, tuple[str, ...]] = {}    # of versions, which do not change
@@ -1214,7 +1217,9 @@ class Hub:
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
         later what it answered before. Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
         """
-        return self._log.forget(**self._chosen_observations(before, adapter))
+        chosen = self._chosen_observations(before, adapter)
+        self._looked = None    # their vectors
+        return self._log.forget(**chosen)
 
     def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
         self._check_open()
@@ -1281,6 +1286,93 @@ class Hub:
         from adapter_hub.lifelong import maintain
 
         return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
+
+    # ---- new tasks among what was turned away -------------------------------------------------------------------
+
+    def proposals(self, *, decided: bool = False) -> list[Proposal]:
+        """Tasks that nobody taught, as far as the log of rejected inputs tells: those that are open after a look, largest first.
+
+        The newest 2,000 texts that the base model got are routed as they would be today; what is still turned away, more often than the
+        false reject rate explains, is clustered (see `continual.discovery`). `accept` and `dismiss` take the ids, also of a proposal's groups,
+        each likely one label. `decided` gives those that were accepted or dismissed instead, without a look.
+        Raises InvalidInput where the log keeps no texts, ReadOnlyRegistry.
+        """
+        if decided:
+            return self._proposals.decided()
+        if self.config.observe != "text":
+            hint = 'Set observe = "text" and keep = "text" in hub.toml; what is logged from then on is looked through.'
+            raise InvalidInput(f'the log of answers keeps no texts: hub.toml says observe = "{self.config.observe}".', hint=hint)
+        with _IMPORTING:
+            from adapter_hub.continual.proposals import Encoded
+
+        router, rate = self._live.snapshot(), self._rate(None)
+        encoder = self._encoder_of(router)
+        with self._looking:
+            if self._looked is None or self._looked.encoder is not encoder:
+                self._looked = Encoded(encoder)
+            route = partial(router.route_features, max_false_reject=rate)
+            return self._proposals.look(self._looked, route, rate, self.names(), self._sureness)
+
+    def accept(
+        self,
+        ids: str | Iterable[str],
+        name: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        *,
+        train: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
+        reason: str = "",
+        **learning: Any,
+    ) -> Accepted:
+        """Make open proposals, or groups of them ("3", "3.2"), one skill: learn it, teach it to an adapter, or give the rows to be labelled.
+
+        With `labels`, by observation, text, group or proposal, the most particular first, or with `train`, rows as `learn` takes them, it is
+        `learn(name, rows, **learning)`; those without a label are left out. With neither, a name that is registered (by default the adapter
+        that the proposal is to be taught to) is taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is
+        decided then.
+        Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
+        """
+        chosen = [ids] if isinstance(ids, str) else [*ids]
+        rows, known = self._proposals.rows(chosen), name or self._proposals.teach(chosen)
+        if known is None:
+            raise InvalidInput("these proposals have no name.", hint="Name the skill (`--name`); a registered adapter is taught them, or learns on.")
+        check_name(known)
+        with _IMPORTING:
+            from adapter_hub.continual.proposals import Accepted, State, labelled
+
+        if not rows and train is None:
+            raise InvalidInput("the log has nothing left of these inputs.", hint="Look again: `adapter-hub proposals`.")
+        report = None
+        if labels is not None or train is not None:
+            given = labelled(rows, labels or {}) if train is None else [row for row in rows_of(train) if row.label or targets_of(row)]
+            report = self.learn(known, given, **learning)
+            ref = report.ref
+        elif known in self:
+            ref = self.teach(known, [row.text for row in rows])
+        else:
+            return Accepted(tuple(chosen), known, rows=tuple(rows))
+        self._proposals.decide(chosen, State.ACCEPTED, reason, str(ref))
+        return Accepted(tuple(chosen), known, ref, report)
+
+    def dismiss(self, ids: str | Iterable[str], reason: str = "") -> None:
+        """Note that these proposals, or groups of them, are no task: inputs like theirs are proposed no more, while the log has theirs."""
+        from adapter_hub.continual.proposals import State
+
+        self._proposals.decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
+
+    @property
+    def _proposals(self) -> Proposals:
+        self._check_open()
+        with _IMPORTING:
+            from adapter_hub.continual.proposals import Proposals
+
+        return Proposals(self._log, self.registry.notes)
+
+    def _sureness(self, name: str, texts: Sequence[str]) -> Sequence[float]:
+        """The probability that an adapter gives its likeliest label on each text; nothing where it is no classifier of one label."""
+        manifest = self.registry.manifest(name)
+        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE) or not manifest.labels or not texts:
+            return ()
+        return [max(one.scores.values()) for one in self._predict(texts, adapters=str(manifest.ref))]
 
     # ---- ask about it -------------------------------------------------------------------------------------------
 

@@ -296,6 +296,38 @@ def attended(document: Mapping[str, JSON]) -> None:
         line("a dry run: nothing was done")
 
 
+def proposed(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """Each proposal in words, then a group a line."""
+    for document in documents:
+        near = ", ".join(f"{one['adapter']} {100 * one['share']:.0f} %" for one in document["nearest"])
+        size = f"{document['size']} inputs in {len(document['groups'])} groups"
+        line(f"{document['id']}  {document['suggested']}: {size}; nearest {near or 'no adapter'}")
+        line(f"  cohesion {document['cohesion']:.2f}, stability {document['stability']:.2f}, since {document['at']}")
+        if document["state"] == "open":
+            line(f"  {'teach ' + document['teach'] if document['teach'] else 'a new skill'}: {document['why']}")
+        else:
+            result = f" as {document['result']}" if document["result"] else ""
+            line(f"  {document['state']}{result} on {document['decided_at']}{': ' + document['reason'] if document['reason'] else ''}")
+        groups = document["groups"]
+        rows([{"group": one["id"], "size": one["size"], "like": one["suggested"], "examples": " | ".join(one["examples"][:2])} for one in groups])
+    if not documents:
+        line("nothing is proposed: what was turned away is too little, too scattered, or explained by the false reject rate.")
+
+
+def accepted(document: Mapping[str, JSON], output: str) -> None:
+    """What was learned or taught; or where the rows are that somebody should label."""
+    if "learned" in document:
+        learned(document["learned"])
+    elif document["ref"]:
+        line(f"{document['ref']} was taught them.")
+    elif output:
+        again = f"adapter-hub accept {' '.join(document['ids'])} --name {document['name']} --train {output}"
+        line(f"{len(document['rows'])} rows are in {output}. Fill in their labels, then `{again}`.")
+    else:
+        rows(document["rows"])
+        line("Label them: --label ID=LABEL for groups, or --output FILE and then --train FILE.")
+
+
 def _answering(document: Mapping[str, JSON]) -> JSON:
     """The adapter; of a mixture each with its weight."""
     parts = [f"{shown(part['weight'])} {part['adapter']}" for part in document.get("mixture") or ()]
