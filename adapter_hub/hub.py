@@ -1215,11 +1215,15 @@ class Hub:
         """Erase what was logged, all of it or what is chosen as in `observations`, with the feedback to it; returns how many rows that was.
 
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
-        later what it answered before. Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
+        later what it answered before. The drift detectors, which hold vectors, begin anew.
+        Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
         """
-        chosen = self._chosen_observations(before, adapter)
+        from adapter_hub.lifelong import forget
+
+        gone = self._log.forget(**self._chosen_observations(before, adapter))
         self._looked = None    # their vectors
-        return self._log.forget(**chosen)
+        forget(self)
+        return gone
 
     def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
         self._check_open()

@@ -123,6 +123,13 @@ def watch(hub: Hub, sinks: Iterable[Sink] = (), *, dry_run: bool = False, now: d
     return told
 
 
+def forget(hub: Hub) -> None:
+    """Let the detectors begin anew from here: their state holds vectors of what was asked."""
+    with hub.registry.maintaining():
+        if kept := hub.registry.notes.read(DRIFT).get(STATE):
+            hub.registry.notes.write(DRIFT, {STATE: kept | {"monitor": DriftMonitor().to_json()}})
+
+
 def _since(hub: Hub, seen: str) -> list[Observation]:
     """What was logged behind an id, oldest first, but for the last moments, which other processes may still write to."""
     until = first_id(datetime.now(UTC) - timedelta(seconds=SETTLED_S))

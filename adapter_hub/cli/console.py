@@ -284,14 +284,17 @@ def alarmed(documents: Sequence[Mapping[str, JSON]]) -> None:
     """What the detectors said, in the order it happened."""
     if not documents:
         line("nothing has changed for the worse")
-    rows([{key: document[key] for key in ("kind", "adapter", "signal", "detector", "at", "reason")} for document in documents])
+    for document in documents:
+        line(f"{document['kind']}  {document['adapter']}: {document['reason']} ({document['detector']})")
 
 
 def attended(document: Mapping[str, JSON]) -> None:
     """What a pass did, adapter by adapter."""
     if document["alarms"]:
         alarmed(document["alarms"])
-    rows([{key: one[key] for key in ("adapter", "step", "result", "promoted", "reason")} for one in document["done"]])
+    for one in document["done"]:
+        made = f" {one['result']} ({'live' if one['promoted'] else 'held'})" if one["result"] else ""
+        line(f"{one['adapter']}  {one['step']}{made}: {one['reason']}")
     if document["dry_run"]:
         line("a dry run: nothing was done")
 

@@ -76,6 +76,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
 # torch's threads sleep while they wait: on shared cores, spinning takes them from the very thread that is waited for.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 OBSERVATIONS_SHOWN = 100
+NOTHING_LOGGED = 'nothing was logged: hub.toml says observe = "off".'
 SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 
 
@@ -590,7 +591,7 @@ def observations(
         return
     found = list(hub.observations(since or None, adapter or None, limit or OBSERVATIONS_SHOWN, before=before or None))
     observing = hub.config.observe != "off"
-    emit(found, as_json, observed if found or observing else lambda _: line('nothing was logged: hub.toml says observe = "off".'))
+    emit(found, as_json, observed if found or observing else lambda _: line(NOTHING_LOGGED))
 
 
 @_verb("feedback", "adapter-hub feedback 1a21d02c0c6000007f74e135 --label card_lost")
@@ -618,7 +619,9 @@ def watch(
     ctx: typer.Context, webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False
 ) -> None:
     """Look through what was logged since the last look, and tell where traffic changed for the worse."""
-    emit(_open(ctx, registry).watch(_sinks(webhook, alert_command)), as_json, alarmed)
+    hub = _open(ctx, registry)
+    found = hub.watch(_sinks(webhook, alert_command))
+    emit(found, as_json, alarmed if found or hub.config.observe != "off" else lambda _: line(NOTHING_LOGGED))
 
 
 @_verb("maintain", "adapter-hub maintain --dry-run")
@@ -634,8 +637,11 @@ def maintain(
     An adapter below accuracy_floor in hub.toml, or worse since an alarm, learns from the rows that people corrected. The new version goes
     live where the gate promotes it and it is better on new rows. Exit code 1 where an adapter could not be maintained.
     """
-    report = _open(ctx, registry).maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
+    hub = _open(ctx, registry)
+    report = hub.maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
     emit(report, as_json, attended)
+    if not as_json and hub.config.observe == "off":
+        line(NOTHING_LOGGED)
     if report.failed:
         raise typer.Exit(SOME_FAILED)
 

@@ -13,7 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from adapter_hub.cli import app
 from adapter_hub.continual.maintenance import Decision, Health, MaintenancePolicy, Memory, Proof, Step, decide, judged, proof_of
 from adapter_hub.errors import InvalidInput, RegistryError
 from adapter_hub.hub import Hub
@@ -224,6 +226,17 @@ def test_an_alarm_is_noted_told_and_open_until_answers_say_what_it_was(hub: Hub,
     assert hub.registry.notes.read("maintenance")["kinds"]["alarm"]["adapter"] == "kinds" and hub.registry.notes.read("alarm")
 
 
+def test_what_is_forgotten_in_the_log_is_forgotten_by_the_detectors(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    hub.predict([row["text"] for row in rows(WORDS, 5)])
+    hub.watch()
+    before = hub.registry.notes.read("drift")["state"]
+    assert json.loads(before["monitor"])["embeddings"]["count"] == 30
+    assert hub.forget_observations() == 30
+    after = hub.registry.notes.read("drift")["state"]
+    assert json.loads(after["monitor"])["embeddings"]["count"] == 0 and after["seen"] == before["seen"]
+
+
 def test_two_passes_do_not_run_at_once(hub: Hub) -> None:
     program = f"from adapter_hub import Hub\nHub.open({str(hub.registry.layout.root)!r}).maintain()"
     with hub.registry.maintaining():
@@ -246,3 +259,20 @@ def test_a_pass_that_is_killed_leaves_a_sound_registry_and_the_next_one_ends_wha
     assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["faults"] == [] and result["kills"] >= kills
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_say_what_was_done_and_what_would_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    ask(hub, rows(NEW_WORDS, 30))
+    place = ["--registry", str(hub.registry.layout.root)]
+    planned = CliRunner().invoke(app, ["maintain", "--dry-run", *place])
+    assert planned.exit_code == 0 and "rows are there to learn from" in planned.output and "a dry run: nothing was done" in planned.output
+    done = CliRunner().invoke(app, ["maintain", "greetings", "--json", *place])
+    assert done.exit_code == 0 and [(one["adapter"], one["step"]) for one in json.loads(done.stdout)["done"]] == [("greetings@1", "none")]
+    watched = CliRunner().invoke(app, ["watch", *place])
+    assert watched.exit_code == 0 and "nothing has changed for the worse" in watched.output
+    unknown = CliRunner().invoke(app, ["maintain", "nobody", *place])
+    assert unknown.exit_code == 2 and "nobody" in unknown.output
