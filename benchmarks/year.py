@@ -110,11 +110,12 @@ class Year:
     def name_newcomer(self, month: int, truth: Mapping[str, str]) -> None:
         """A person looks at what is proposed: what is mostly of the new domain becomes a skill, with the labels that they know."""
         self.truth |= truth
-        own = [one for one in self.hub.proposals() if self.share_of_newcomer(one.texts) > 0.5]
-        labels = {text: self.truth[text] for one in own for text in one.texts if self.domain_of[self.truth[text]] == NEWCOMER}
+        own = {one.id: [text for group in one.groups for text in group.texts] for one in self.hub.proposals()}
+        own = {id: texts for id, texts in own.items() if self.share_of_newcomer(texts) > 0.5}
+        labels = {text: self.truth[text] for texts in own.values() for text in texts if self.domain_of[self.truth[text]] == NEWCOMER}
         if own:
-            done = self.hub.accept([one.id for one in own], NEWCOMER, labels, config="fast")
-            self.events.append(f"{month:02}: {NEWCOMER} was proposed ({len(labels)} inputs) and learned: {done}")
+            done = self.hub.accept(list(own), NEWCOMER, labels, config="fast")
+            self.events.append(f"{month:02}: {NEWCOMER} was proposed ({len(labels)} inputs of it): {done.ref}, {done.report.reason}")
 
     def share_of_newcomer(self, texts: Sequence[str]) -> float:
         return sum(self.domain_of[self.truth[text]] == NEWCOMER for text in texts) / max(1, len(texts))
