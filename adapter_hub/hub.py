@@ -1278,7 +1278,8 @@ class Hub:
     ) -> MaintenanceReport:
         """One pass over the adapters in production, or of these names: `watch`, evaluate, then update or go back where people's feedback asks for it.
 
-        Each version is measured on the evaluation set that is kept with it, when it is new, the router changed or an alarm came. What is
+        Each version is measured on the evaluation set that is kept with it, when it is new, the router changed or an alarm came. An input that
+        belongs to an adapter, as people say, and did not reach it was not answered right. What is
         done follows from the feedback to its answers (`continual.maintenance` has the rules, hub.toml the floor, cool-down, rows and level):
         it learns from the rows that people corrected, with the text that the log keeps (`observe = "text"`), and the new version goes
         live where the gate promotes it and it is better on new rows; or production goes back to the version before, where that one

@@ -28,7 +28,7 @@ from adapter_hub.continual.maintenance import (
 )
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.examples import Example
-from adapter_hub.refs import AdapterRef
+from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry.events import EventKind
 from adapter_hub.registry.layout import EVALUATION_FILE, GATE_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX
@@ -181,7 +181,7 @@ def _right(row: Observation) -> bool | None:
 class _Corrected:
     """What people said of one adapter's inputs, behind what was set aside."""
 
-    answers: tuple[Observation, ...]    # that the version in production gave
+    answers: tuple[tuple[Observation, bool], ...]    # since the version is in production, and whether that gave the right one
     rows: dict[str, Example]            # by text: to learn from
     until: tuple[str, str]              # the last of both
 
@@ -262,23 +262,26 @@ def _remember(hub: Hub, name: str, memory: Memory) -> None:
 
 
 def _evaluated(hub: Hub, ref: AdapterRef, again: bool, dry_run: bool) -> tuple[float | None, dict[str, JSON] | None]:
-    """The share that it answers right on its own set, named, and the figures if they are new: they change with the router, or are asked for."""
+    """The share of its own set that is answered right, routed, and the figures if they are new: they change with the router, or are asked for."""
     if EVALUATION_FILE not in hub.registry.manifest(ref).files:
         return None, None
     router = hub.settle().digest
     past = (event.detail for event in reversed(hub.registry.history(ref.name)) if event.kind is EventKind.MAINTAINED)
     last: Mapping[str, JSON] = next((detail for detail in past if detail.get("step") == "evaluate"), {})
     if not again and last.get("adapter") == str(ref) and last.get("router") == router:
-        return last["figures"].get("oracle", {}).get("accuracy"), None
-    figures = hub.evaluate(names=[ref.name])["adapters"][str(ref)]
+        return last["figures"].get("routed", {}).get("accuracy"), None
+    figures = hub.evaluate(names=[ref.name], max_false_reject=None)["adapters"][str(ref)]
     shown = ", ".join(f"{way} {figures[way]['accuracy']:.4f}" for way in ("oracle", "routed") if "accuracy" in figures.get(way, {}))
     if not dry_run:
         hub.registry.remark(ref, f"evaluate: {shown or 'measured'}", {"step": "evaluate", "adapter": str(ref), "router": router, "figures": figures})
-    return figures.get("oracle", {}).get("accuracy"), figures
+    return figures.get("routed", {}).get("accuracy"), figures
 
 
 def _corrected_of(hub: Hub, ref: AdapterRef, memory: Memory) -> _Corrected:
-    answers: list[Observation] = []
+    """Inputs that are its own, as people say or because it answered them; one that did not reach it was not answered right."""
+    moves = [event for event in hub.registry.history(ref.name) if event.alias == PRODUCTION]
+    since = first_id(moves[-1].at) if moves else ""
+    answers: list[tuple[Observation, bool]] = []
     rows: dict[str, Example] = {}
     until = memory.set_aside
     for row in hub.log.corrected(memory.set_aside):
@@ -290,28 +293,26 @@ def _corrected_of(hub: Hub, ref: AdapterRef, memory: Memory) -> _Corrected:
         if row.text:
             rows.pop(row.text, None)
             rows[row.text] = Example(row.text, said.correct_label)    # the last word counts
-        if row.adapter == ref:
-            answers.append(row)
+        if row.id >= since and (row.adapter == ref or row.reason != Reason.NAMED):
+            answers.append((row, row.adapter == ref and row.label == said.correct_label))
     return _Corrected(tuple(answers), rows, until)
 
 
 def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, expected: float | None) -> Health:
     from adapter_hub.engine.engine import Request
 
-    answers = [(row, bool(_right(row))) for row in corrected.answers]
-    since = [right for row, right in answers if row.id > memory.alarmed_at]
-    previous = hub.registry.rollback_target(ref.name)
-    texts = [(row, right) for row, right in answers if row.text]
-    compared = (0, 0, 0)
-    if previous is not None and texts and len(answers) > memory.looked_at:
-        found = hub.engine.predict([Request(row.text or "", previous) for row, _ in texts])    # past the log: nobody asked
-        theirs = [row.feedback is not None and other.label == row.feedback.correct_label for (row, _), other in zip(texts, found, strict=True)]
-        pairs = list(zip((right for _, right in texts), theirs, strict=True))
+    recent = [right for _, right in corrected.answers[-RECENT:]]
+    since = [right for row, right in corrected.answers if row.id > memory.alarmed_at]
+    own = [(row, right) for row, right in corrected.answers if row.adapter == ref and row.text and row.feedback]
+    previous, compared = hub.registry.rollback_target(ref.name), (0, 0, 0)
+    if previous is not None and own and len(corrected.answers) > memory.looked_at:
+        found = hub.engine.predict([Request(row.text or "", previous) for row, _ in own])    # past the log: nobody asked
+        theirs = [row.feedback is not None and other.label == row.feedback.correct_label for (row, _), other in zip(own, found, strict=True)]
+        pairs = list(zip((right for _, right in own), theirs, strict=True))
         compared = (len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
-    recent = [right for _, right in answers[-RECENT:]]
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, len(answers), sum(recent), len(recent), sum(since), len(since), len(corrected.rows), expected, previous, compared,
+        ref, newest, len(corrected.answers), sum(recent), len(recent), sum(since), len(since), len(corrected.rows), expected, previous, compared,
         _candidate_of(hub, ref, memory),
     )  # fmt: skip
 

@@ -180,7 +180,7 @@ def main() -> int:
         year.measured.append(year.measure(0))
         for number in range(1, 13):
             year.month(number)
-            console.print(f"[dim]{number:02}: {year.measured[-1]}[/dim]", highlight=False)
+    PLACE
         verified, names = year.hub.verify().ok, year.hub.names()
         year.hub.close()
     first, last = ({name: next(one[name] for one in order if name in one) for name in names} for order in (year.measured, year.measured[::-1]))
@@ -189,8 +189,6 @@ def main() -> int:
         own = [one[name] for one in year.measured if name in one]
         table.add_row(name, *(f"{100 * value:.2f}" for value in (own[0], min(own), own[-1])))
     console.print(table)
-    for line in year.events:
-        console.print(line, highlight=False, markup=False)
     claims = {
         "every_task_as_good": all(last[name] >= first[name] for name in names),
         "poison_rejected": year.promoted.get((POISONED, POISON)) is False,

@@ -92,15 +92,15 @@ class Health:
 
     ref: AdapterRef
     newest: int                                     # number of the newest version of the name
-    spoken: int = 0                                 # answers of this version that people spoke of, behind what was set aside
-    right: int = 0                                  # of `answers`, as people said
+    spoken: int = 0                                 # its inputs that people spoke of, since it is in production and behind what is set aside
+    right: int = 0                                  # of `answers`: those that it gave, and that people say are right
     answers: int = 0                                # the latest of those, at most RECENT: old ones hide what is new
     right_since: int = 0                            # the same of those since the open alarm
     answers_since: int = 0
     rows: int = 0                                   # corrected rows with text that an update would learn from
-    expected: float | None = None                   # share of its evaluation set that it answers right, named, 0-1; None: no set is kept
+    expected: float | None = None                   # share of its evaluation set that is answered right, routed, 0-1; None: no set is kept
     previous: AdapterRef | None = None              # what a rollback would go to
-    compared: tuple[int, int, int] = (0, 0, 0)      # of the answers' rows: all, those that this version alone has right, the previous alone
+    compared: tuple[int, int, int] = (0, 0, 0)      # of the inputs that it answered: all, those that it alone has right, the previous alone
     candidate: AdapterRef | None = None             # of an update that was cut off
 
 
