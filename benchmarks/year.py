@@ -179,8 +179,10 @@ def main() -> int:
         year = begin(given.data, given.seed, Path(scratch) / "registry")
         year.measured.append(year.measure(0))
         for number in range(1, 13):
+            said = len(year.events)
             year.month(number)
-    PLACE
+            figures = ", ".join(f"{name} {100 * share:.2f}" for name, share in year.measured[-1].items())
+            console.print("\n".join([f"{number:02}: {figures}", *year.events[said:]]), highlight=False, markup=False)
         verified, names = year.hub.verify().ok, year.hub.names()
         year.hub.close()
     first, last = ({name: next(one[name] for one in order if name in one) for name in names} for order in (year.measured, year.measured[::-1]))
