@@ -3,7 +3,8 @@
     python examples/support_desk.py [--registry PATH]
 
 Three adapters answer the questions of a shop. What the router turns away is looked up among help pages, by FAISS and the hub's own encoder;
-what no page fits goes to a person. All of it stands in the observation log. Then solar panels are sold too: a fourth adapter.
+what no page fits goes to a person. All of it stands in the observation log, and when solar panels are sold too, the hub itself proposes a task
+from it. A person labels the questions: a fourth adapter.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import faiss
 
-from adapter_hub import Hub, Prediction
+from adapter_hub import Hub, LearnReport, Prediction
 
 DOMAINS, NEW_LINE = ("orders", "billing", "account"), "solar"
 PAGE_SIMILARITY_MIN = 0.35    # cosine of question and page; below it a person answers rather than a page that is about something else
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--registry", type=Path, help="keep the registry in this new folder")
     with tempfile.TemporaryDirectory(prefix="support-desk-") as folder:
         place = parser.parse_args().registry or Path(folder) / "registry"
-        # The log keeps texts here: they are what new domains are found in.
+        # The log keeps texts here: new tasks are found in them.
         with Hub.create(place, policy={"keep": "text", "observe": "text"}) as hub:
             claims = run(hub, rows_by_use())
     for claim, holds in claims.items():
@@ -77,10 +78,24 @@ def run(hub: Hub, rows: dict[str, list[Row]]) -> dict[str, bool]:
     waiting = {seen.text for seen in log if seen.reason == "below_threshold"}
     corrected = sum(seen.feedback is not None for seen in log)
     print(f"   {len(log)} answers, {corrected} corrected by people, {len(waiting)} texts that no domain took.")
-    # ==== PROPOSALS: here the program will list what new domains the hub proposes from these texts. Until then a person reads them. ====
 
-    print(f"\n5. A person sees {NEW_LINE} in it, and writes some rows.")
-    learn(hub, NEW_LINE, rows["learn"])
+    print("\n5. Solar panels are sold now. Customers ask about them; from its log the hub proposes a task that nobody taught.")
+    customers = [row for row in rows["learn"] if row["adapter"] == NEW_LINE]
+    hub.predict(texts(customers))
+    hub.flush_observations()
+    proposals = hub.proposals()
+    for proposal in proposals:
+        print(f"   {proposal.id}: {proposal.size} questions, nearest to {proposal.nearest[0][0]}; {proposal.why}")
+        for group in proposal.groups:
+            print(f"      {group.suggested}: {', '.join(map(repr, group.texts[:2]))}")
+    if len(proposals) != 1:
+        return {f"the hub proposes one new task: {len(proposals)}": False}
+    asked = {seen.id: seen.text for seen in hub.observations()}
+    about_it = sum(asked[id] in {*texts(customers), *texts(new)} for id in proposals[0].observations)
+
+    print(f"\n6. A person calls it {NEW_LINE}, and labels what these customers asked.")
+    report = hub.accept(proposals[0].id, NEW_LINE, train=customers, config="fast").report
+    told(hub, report, customers)
     now = hub.predict(texts(new))
     reached = sum(p.adapter is not None and p.adapter.name == NEW_LINE for p in now)
     labelled = sum(answered(row, p) for row, p in zip(new, now, strict=True))
@@ -91,6 +106,7 @@ def run(hub: Hub, rows: dict[str, list[Row]]) -> dict[str, bool]:
         f"unknown ones are turned away: {len(turned_away)} of {len(new) + len(other)}": len(turned_away) >= SHARE_MIN * (len(new) + len(other)),
         f"retrieval sends these to the right page or to a person: {paged} of {len(turned_away)}": paged >= SHARE_MIN * len(turned_away),
         f"the log has the text of each of them: {len(waiting)}": {row["text"] for row, _ in turned_away} <= waiting,
+        f"the hub proposes a task from its log, and {about_it} of {proposals[0].size} questions are of it": about_it >= SHARE_MIN * proposals[0].size,
         f"the new line takes its questions: {reached} of {len(new)}": reached >= SHARE_MIN * len(new),
         f"earlier answers are byte for byte the same: {before[:12]} then, {after[:12]} now": before == after,
     }
@@ -113,8 +129,11 @@ class HelpPages:
 
 def learn(hub: Hub, domain: str, rows: Sequence[Row]) -> None:
     own = [row for row in rows if row["adapter"] == domain]
-    report = hub.learn(domain, own, config="fast")
-    print(f"   {report.ref}: {len(own)} rows, {len({row['label'] for row in own})} intents, {report.verdict}: {report.reason}")
+    told(hub, hub.learn(domain, own, config="fast"), own)
+
+
+def told(hub: Hub, report: LearnReport, rows: Sequence[Row]) -> None:
+    print(f"   {report.ref}: {len(rows)} rows, {len({row['label'] for row in rows})} intents, {report.verdict}: {report.reason}")
     if not report.promoted:
         raise SystemExit(f"{report.ref} was not promoted: {report.reason}")
     hub.calibrate(f"{report.ref} is new")    # the thresholds were fitted without it
