@@ -2,8 +2,8 @@
 
     python examples/market_watch.py [--registry PATH]
 
-Two adapters read every headline, both named, in one batch. One drift monitor watches the mood of each topic, another how well the router knows
-the headlines at all. In week 5 an oil glut hits the energy sector; in week 8 there is a market that nobody had words for: both adapters learn on.
+Two adapters read every headline, both named, in one batch. One drift monitor watches the mood of each topic, another, by vectors, whether headlines
+are about what they were. In week 5 an oil glut hits the energy sector; in week 8 a market comes that nobody had words for: both adapters learn on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEEKS, HEADLINES_A_WEEK, WEEK_S = 10, 90, 7 * 86_400
 SURGE, NEW_WORDS, SURGING = (5, 6), 8, "energy"
 ACCURACY_MIN = 0.85    # what is claimed of headlines that nothing was trained on
 COMPANIES = "Aldermoor Brightwell Corvane Dunmore Eastgate Fairholm Granport Hollis Ivermark Jorden Kestrel Lowmere".split()
-# What headlines say of a company, by topic and mood. The last of each is never trained on.
+# What headlines say of a company, by topic and mood. The last of each is not among what is learned first.
 EVENTS = {
     "energy": {
         "up": ["strikes oil off the coast", "sells its gas at record prices", "reports strong demand for crude", "wins a large wind farm order"],
@@ -92,7 +92,7 @@ def run(hub: Hub) -> dict[str, bool]:
     texts = [headline.text for headline in training]
     before = digest(hub.predict(texts, adapters="topics@1"))
 
-    watch, right, learned_in, found_then = Watch(hub), {}, 0, 1.0
+    watch, right, learned_in = Watch(hub), {}, 0
     print(f"\nweek   {'   '.join(f'{topic:>10}' for topic in EVENTS)}   topic and mood right")
     for week in range(1, WEEKS + 1):
         news = stream(week)
@@ -103,9 +103,9 @@ def run(hub: Hub) -> dict[str, bool]:
             print(f"       {line}")
         watch.lines.clear()
         if week in watch.words_in and not learned_in:    # an alarm is a reason to measure; nothing is trained by it
-            found_then = hub.evaluate([{"text": one.text, "label": one.topic, "adapter": "topics"} for one in news])["accuracy_named"]
-            print(f"       an editor labels the {len(news)} headlines of the week: {100 * found_then:.0f} % of the topics were right.")
-            if found_then < ACCURACY_MIN:
+            found = hub.evaluate([{"text": one.text, "label": one.topic, "adapter": "topics"} for one in news])["accuracy_named"]
+            print(f"       an editor labels the {len(news)} headlines of the week: {100 * found:.0f} % of the topics were right.")
+            if found < ACCURACY_MIN:
                 learn(hub, news)
                 learned_in = week
     now = {name: hub.registry.resolve(name).version for name in hub}
