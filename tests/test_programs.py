@@ -1,4 +1,4 @@
-"""The programs of examples/ do what they claim, run whole and as a reader runs them: some 40 s each on two idle cores."""
+"""The programs of examples/ do what they claim, run whole and as a reader runs them: each takes one core some 35 to 60 s."""
 
 from __future__ import annotations
 
