@@ -728,7 +728,7 @@ class Hub:
         if version is None:
             return None
         manifest = self.registry.manifest(AdapterRef(name, version))
-        kept = (self._kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
+        kept = (self.kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
         return Current.of(manifest, self.registry.open_version(manifest.ref), *kept)
 
     def _with_memory(
@@ -752,7 +752,7 @@ class Hub:
 
         newer, parent = prepared.state, lesson.parent
         state = before.succeeded(self.encoder, newer) if before is not None and parent is not None else newer
-        kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
+        kept, held_out, negatives = (self.kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         if before is not None and len(kept) == before.count:
             kept = [kept[row] for row in before.rows_before(newer)]
         key = lesson.kind.task.key
@@ -1150,6 +1150,15 @@ class Hub:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
+    def answered(self, versions: Iterable[AdapterRef], rows: Sequence[Example], home: AdapterRef) -> list[bool]:
+        """Whether each row would reach `home` and get its label, were these versions in production; nothing of it is logged."""
+        calibration = self.settle().calibration
+        decisions = self._route(self._router_of(versions, calibration.id if calibration else None), [row.text for row in rows], 1, None)
+        reached = [number for number, decision in enumerate(decisions) if decision.adapter == home]
+        outputs = self.engine.predict(_requests([rows[number].text for number in reached], [home] * len(reached), True))
+        right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
+        return [number in right for number in range(len(rows))]
+
     # ---- the log of what was answered ---------------------------------------------------------------------------
 
     def _observed(self, texts: Sequence[str | Conversation], found: Sequence[_Found], started: float | None) -> list[_Found]:
@@ -1404,11 +1413,12 @@ class Hub:
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         states = {ref: self._live.state(ref) for ref in refs}
-        texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
+        texts = {ref: [row.text for row in kept] for ref in refs if (kept := self.kept(ref, EXEMPLARS_FILE))}
         texts |= {ref: [self.registry.manifest(ref).description] for ref in refs if states[ref].from_description}    # it is the first
         return explain(decision, features, states, texts, rate)
 
-    def _kept(self, ref: AdapterRef, file: str) -> list[Example]:
+    def kept(self, ref: AdapterRef, file: str) -> list[Example]:
+        """The rows of one of a version's text files (`registry.layout`); none where it has no such file."""
         return read_examples(self.registry.open_version(ref) / file) if file in self.registry.manifest(ref).files else []
 
     def state(self, ref: str | AdapterRef) -> RoutingState:
@@ -1483,7 +1493,7 @@ class Hub:
             refs = list(dict.fromkeys(self.registry.production() if wanted is None else map(self.registry.resolve, wanted)))
             manifests = (self.registry.manifest(ref) for ref in refs)
             check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
-            groups = ((ref, measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
+            groups = ((ref, measuring(self.kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
         else:
             rows = rows_of(data) if wanted is None else self._rows_of(wanted, rows_of(data))
             named = [row.extra.get("adapter") for row in rows]
@@ -1536,7 +1546,7 @@ class Hub:
             )
             for i, row in enumerate(rows)
         ]
-        examples = {row.text for row in self._kept(home, EXEMPLARS_FILE)} if home else set()
+        examples = {row.text for row in self.kept(home, EXEMPLARS_FILE)} if home else set()
         return part_of(answered, home, task, known=sum(text in examples for text in texts))
 
     def _rows_of(self, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:

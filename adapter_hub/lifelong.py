@@ -28,7 +28,7 @@ from adapter_hub.continual.maintenance import (
     proof_of,
 )
 from adapter_hub.errors import HubError, InvalidInput
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, measuring
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry.events import EventKind
 from adapter_hub.registry.layout import EVALUATION_FILE, GATE_FILE
@@ -259,7 +259,8 @@ def _acted(hub: Hub, done: Done, decision: Decision, corrected: _Corrected, conf
         if candidate is None:
             train, held = _split(_learnable(list(corrected.rows.values()), hub.registry.manifest(ref).labels or ()))
             candidate = hub.learn(ref.name, train, held, config=config, promote="never").ref
-        proof, why = _proof_of(hub, candidate, decision.level or 0.0)
+        routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
+        proof, why = _proof_of(hub, ref, candidate, decision.level or 0.0, routed)
         if proof is Proof.BETTER:
             hub.promote(candidate, reason=f"maintenance: {why}")
         said = f"{done.reason}; {candidate} {'goes live' if proof is Proof.BETTER else 'is held'}: {why}"
@@ -340,11 +341,21 @@ def _candidate_of(hub: Hub, ref: AdapterRef, memory: Memory) -> AdapterRef | Non
     return next((manifest.ref for manifest in made if manifest.parent == str(ref) and GATE_FILE in manifest.files), None)
 
 
-def _proof_of(hub: Hub, candidate: AdapterRef, level: float) -> tuple[Proof, str]:
-    """From the gate's report that was stored with it."""
+def _proof_of(hub: Hub, ref: AdapterRef, candidate: AdapterRef, level: float, routed: bool) -> tuple[Proof, str]:
+    """From the gate's report that was stored with the candidate; where inputs are routed, from whole answers to rows that it did not learn."""
     gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
-    numbers: dict[str, float] = next((one["numbers"] for one in gate["findings"] if one["check"] == "validation"), {})
-    return proof_of(gate["verdict"], numbers, level)
+    named: dict[str, float] = next((one["numbers"] for one in gate["findings"] if one["check"] == "validation"), {})
+    return proof_of(gate["verdict"], _routed(hub, ref, candidate) if routed else named, level)
+
+
+def _routed(hub: Hub, ref: AdapterRef, candidate: AdapterRef) -> dict[str, float]:
+    """Which of the two versions answers the candidate's new evaluation rows right, with the router that there is or would be."""
+    known = {row.text for row in hub.kept(ref, EVALUATION_FILE)}
+    rows = [row for row in measuring(hub.kept(candidate, EVALUATION_FILE)) if row.text not in known and row.label is not None]
+    others = [one for one in hub.registry.production() if one.name != ref.name]
+    right = {version: hub.answered([*others, version], rows, version) for version in (ref, candidate)}
+    pairs = list(zip(right[candidate], right[ref], strict=True))
+    return {"rows": len(pairs), "gained": sum(a and not b for a, b in pairs), "lost": sum(b and not a for a, b in pairs), "probed": 0.0}
 
 
 def _learnable(rows: Sequence[Example], known: Collection[str]) -> list[Example]:
