@@ -27,7 +27,7 @@ from adapter_hub.refs import check_name
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-GROUP_DISTANCE, LEVEL = 0.65, 0.01    # see DiscoveryConfig
+GROUP_DISTANCE, LEVEL = 0.6, 0.01    # see DiscoveryConfig
 NAME_WORDS = 2
 WORD = re.compile(r"[^\W\d_]{3,}")
 SMOOTHING = 1.0     # texts, added to counts of texts with a word
@@ -41,8 +41,8 @@ class DiscoveryConfig:
     join_distance: float = 0.85      # mean between kinds' centres, up to which they are one task
     group_rows_min: int = 5          # inputs of a kind
     rows_min: int = 20               # inputs of a task: with fewer there is nothing to learn from
-    group_share: float = 0.025       # inputs of a kind, as a share of the scattered ones, which are in no group: the more odd inputs there
-    rows_share: float = 0.2          # are, the more of them are alike by chance; and inputs of a task, as a share of the scattered ones
+    group_share: float = 0.01        # inputs of a kind, as a share of the scattered ones, which are in no group: the more odd inputs there
+    rows_share: float = 0.1          # are, the more of them are alike by chance; and inputs of a task, as a share of the scattered ones
     stability_min: float = 0.6       # mean Jaccard index of a group with its likest in resamples: below it a group is dissolved easily
     resamples: int = 20
     resample_share: float = 0.8      # of the inputs, drawn without replacement
@@ -58,9 +58,9 @@ class DiscoveryConfig:
 
 
 _RANGES = {
-    "group_distance": (0, 2), "join_distance": (0, 2), "group_rows_min": (2, 1e6), "rows_min": (2, 1e6), "group_share": (0, 1), "rows_share": (0, 100),
-    "stability_min": (0, 1),
-    "resamples": (1, 1e4), "resample_share": (0.1, 1), "level": (0, 1), "rows_max": (2, 1e5), "seed": (0, 2**32 - 1),
+    "group_distance": (0, 2), "join_distance": (0, 2), "group_rows_min": (2, 1e6), "rows_min": (2, 1e6), "group_share": (0, 1),
+    "rows_share": (0, 100), "stability_min": (0, 1), "resamples": (1, 1e4), "resample_share": (0.1, 1), "level": (0, 1),
+    "rows_max": (2, 1e5), "seed": (0, 2**32 - 1),
 }  # fmt: skip
 
 

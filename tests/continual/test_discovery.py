@@ -74,7 +74,7 @@ def test_as_many_rejections_as_the_rate_explains_are_no_task_however_alike_they_
 
 
 def test_the_more_inputs_are_scattered_the_larger_a_task_and_its_kinds_must_be() -> None:
-    """Of many odd inputs some are alike by chance: pairs of kinds in 600 of them are noise, and among 60 they are not."""
+    """Of many odd inputs some are alike by chance: 36 inputs beside 600 of them are noise, beside 60 they are not."""
     def around(count: int) -> F64:
         rows = np.random.default_rng(3).standard_normal((count, 512))
         wide = np.zeros((len(TRAVEL), 512))
@@ -83,7 +83,7 @@ def test_the_more_inputs_are_scattered_the_larger_a_task_and_its_kinds_must_be()
         return np.concatenate([wide, rows])
 
     assert [one.rows for one in discover(around(60), 10_000, 0.001)] == [tuple(range(36))]
-    assert discover(around(600), 10_000, 0.001) == ()    # 12 of a kind are less than a fortieth
+    assert discover(around(600), 10_000, 0.001) == ()    # 36 are less than a tenth
     assert [one.rows for one in discover(around(600), 10_000, 0.001, DiscoveryConfig(group_share=0, rows_share=0))] == [tuple(range(36))]
 
 
