@@ -50,7 +50,7 @@ from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.config import RegistryConfig, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
-from adapter_hub.registry.observations import Observation, first_id, new_ids, sampled
+from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
 from adapter_hub.routing.contest import NEAR, TEMPERATURE, evidence, rivals
@@ -64,12 +64,15 @@ if TYPE_CHECKING:
 
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
+    from adapter_hub.continual.alerts import Sink
     from adapter_hub.continual.discovery import DiscoveryConfig
+    from adapter_hub.continual.drift import Alarm
     from adapter_hub.continual.learner import Current, Lesson
     from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
     from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.evaluation import Part
+    from adapter_hub.lifelong import MaintenanceReport
     from adapter_hub.routing.calibration import Calibration
     from adapter_hub.routing.effect import Effect, Taken
     from adapter_hub.routing.encoder import Encoder
@@ -1213,11 +1216,15 @@ class Hub:
         """Erase what was logged, all of it or what is chosen as in `observations`, with the feedback to it; returns how many rows that was.
 
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
-        later what it answered before. Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
+        later what it answered before. The drift detectors, which hold vectors, begin anew.
+        Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
         """
-        chosen = self._chosen_observations(before, adapter)
+        from adapter_hub.lifelong import forget
+
+        gone = self._log.forget(**self._chosen_observations(before, adapter))
         self._looked = None    # their vectors
-        return self._log.forget(**chosen)
+        forget(self)
+        return gone
 
     def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
         self._check_open()
@@ -1237,9 +1244,54 @@ class Hub:
         self._log.flush()
 
     @property
+    def log(self) -> ObservationLog:
+        """The log itself, as passes over it read it."""
+        self._check_open()
+        return self._log
+
+    @property
     def observations_dropped(self) -> int:
         """How many this hub could not log: they came faster than the database takes them, or it could not be written."""
         return self._log.dropped
+
+    # ---- look after it ------------------------------------------------------------------------------------------
+
+    def watch(self, sinks: Iterable[Sink] = ()) -> list[Alarm]:
+        """Give what was logged since the last look to the drift detectors; the alarms and warnings that they gave.
+
+        They go to the logger "adapter_hub" and to `sinks` (`continual.alerts`), with back-off. An adapter's first alarm is open until a
+        maintenance pass has seen to it. What was logged in the last 5 s waits for the next look. Texts that are kept are encoded once more.
+        Raises RegistryError where another process maintains this registry, ReadOnlyRegistry.
+        """
+        from adapter_hub.lifelong import watch
+
+        with self.registry.maintaining():
+            return watch(self, sinks)
+
+    def maintain(
+        self,
+        names: Iterable[str] | None = None,
+        *,
+        dry_run: bool = False,
+        sinks: Iterable[Sink] = (),
+        config: TrainConfig | str | None = None,
+        now: datetime | None = None,
+    ) -> MaintenanceReport:
+        """One pass over the adapters in production, or of these names: `watch`, evaluate, then update or go back where people's feedback asks for it.
+
+        Each version is measured on the evaluation set that is kept with it, when it is new, the router changed or an alarm came. An input that
+        belongs to an adapter, as people say, and did not reach it was not answered right. What is
+        done follows from the feedback to its answers (`continual.maintenance` has the rules, hub.toml the floor, cool-down, rows and level):
+        it learns from the rows that people corrected, with the text that the log keeps (`observe = "text"`), and the new version goes
+        live where the gate promotes it and it is better on new rows; or production goes back to the version before, where that one
+        answers better. Alarms lead to an evaluation, never to a training by themselves. Each step is an event (`history`).
+        With `dry_run` nothing is written, and what would be done is returned. `config` is of the trainings, as in `learn`; `now` is the time
+        that cool-down and back-off go by. One pass at a time: raises RegistryError where another process is at it, ReadOnlyRegistry.
+        A fault with one adapter stands in the report and does not keep the pass from the others.
+        """
+        from adapter_hub.lifelong import maintain
+
+        return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
 
     # ---- new tasks among what was turned away -------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Continual learning, no task id at test: this hub beside one LoRA throughout, joint training, and heads on the frozen encoder.
 
-    python benchmarks/continual.py --data DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0]
+    python benchmarks/continual.py --data DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0] [--device cuda]
 
 DIR holds the folders clinc150, banking77, standard_cl and cl_benchmark. `--work` keeps registries and one record a run: what is
 there is not computed again, so that a run that was cut off goes on. Every method gets the same rows and passes over them, and starts its
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from continual_data import ORDERS, SEQUENCES, Task, TaskSequence, load
 from continual_hub import ASKED, HubRun, golden_same
 from continual_methods import (
@@ -98,6 +99,7 @@ class Run:
     order: int
     method: str
     work: Path
+    device: str = "cpu"
 
     @cached_property
     def identity(self) -> str:
@@ -132,7 +134,7 @@ class Run:
 
 def run_hub(run: Run, say: Callable[[str], None]) -> Record:
     """Routed and named accuracies after each stage; adapters of the first order serve the others too, for order cannot change them."""
-    hub, stages = HubRun(run.registry(run.order), run.config), []
+    hub, stages = HubRun(run.registry(run.order), run.config, run.device), []
     measured: dict[str, list[list[float | None]]] = {"routed": [], "alone": [], "named": []}
     for number, task in enumerate(run.tasks):
         tasks = run.tasks[: number + 1]
@@ -310,6 +312,7 @@ def main() -> int:
     parser.add_argument("--methods", metavar="NAMES", help=f"of {', '.join(TITLES)} (default: all; with --budget full {', '.join(HEADLINE)})")
     parser.add_argument("--seeds", metavar="NUMBERS", help="default: 0,1,2; with --budget full 0")
     parser.add_argument("--orders", type=int, metavar="N", help=f"how many of the {ORDERS} orders (default: 1; with --budget full {ORDERS})")
+    parser.add_argument("--device", default="cpu", help="of torch (default: cpu)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where figures and pictures go")
     arguments = parser.parse_args()
     small = arguments.budget == "small"
@@ -319,24 +322,28 @@ def main() -> int:
     orders = arguments.orders or (1 if small else ORDERS)
     arguments.work.mkdir(parents=True, exist_ok=True)
 
-    console, base, vectors = Console(width=150), FrozenBase.load(DEFAULT_MODEL), Vectors(load_encoder(DEFAULT_MODEL))
+    console, base = Console(width=150), FrozenBase.load(DEFAULT_MODEL, device=arguments.device)
+    vectors = Vectors(load_encoder(DEFAULT_MODEL, arguments.device))
     results: dict[str, Any] = {}
     for name in names:
         figures = measured(name, arguments, methods, seeds, orders, base, vectors, console)
         console.print(table_of(f"{name}, {arguments.budget}", figures))
-        results[name] = {"seeds": seeds, "orders": orders, "figures": figures, "missed": [] if small else missed(name, figures)}
+        bars = [] if small else missed(name, figures)
+        results[name] = {"machine": machine_of(base), "seeds": seeds, "orders": orders, "figures": figures, "missed": bars}
     path = arguments.out / f"continual_{arguments.budget}.json"
     before = json.loads(path.read_text(encoding="utf-8"))["sequences"] if path.exists() else {}
     for name, found in results.items():    # of methods that were not asked for now, what was measured before
         found["figures"] = before.get(name, {}).get("figures", {}) | found["figures"]
-    report = {
-        "benchmark": "continual", "budget": arguments.budget,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}", "sequences": before | results,
-    }  # fmt: skip
+    report = {"benchmark": "continual", "budget": arguments.budget, "sequences": before | results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({"benchmark": "continual", "bars_missed": [line for found in results.values() for line in found["missed"]]}))
     return 1 if any(found["missed"] for found in results.values()) else 0
+
+
+def machine_of(base: FrozenBase) -> str:
+    device = f", {torch.cuda.get_device_name(base.device)}" if base.device.type == "cuda" else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{device}, Python {platform.python_version()}"
 
 
 def measured(
@@ -349,7 +356,7 @@ def measured(
             sequence = load(name, arguments.data, arguments.budget == "small", seed)
             labels = sorted({label for task in sequence.tasks for label in task.labels})
             for order in range(min(orders, len(sequence.orders)) if method in (HUB, *SEQUENTIAL) else 1):
-                run = Run(sequence, arguments.budget, seed, order, method, arguments.work)
+                run = Run(sequence, arguments.budget, seed, order, method, arguments.work, arguments.device)
                 runs.setdefault(method, []).append((run, recorded(run, base, vectors, labels, console)))
     draw(name, arguments.out / f"continual_{name}_{arguments.budget}", runs)
     cold = {run.seed: dict(zip((task.name for task in run.tasks), record["final_named"], strict=True)) for run, record in runs.get(COLD, ())}

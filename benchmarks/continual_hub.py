@@ -28,9 +28,9 @@ Record = dict[str, Any]
 class HubRun:
     """A registry that learns task after task, and writes what it measured after each: a run that was cut off goes on behind the last stage."""
 
-    def __init__(self, folder: Path, config: TrainConfig, **models: Any) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, device: str = "cpu", **models: Any) -> None:
         self._folder, self._config = folder, config
-        self.hub = Hub.open(folder) if (folder / "hub.toml").exists() else Hub.create(folder, **models)
+        self.hub = Hub.open(folder, device=device) if (folder / "hub.toml").exists() else Hub.create(folder, device=device, **models)
 
     def stage(self, number: int, tasks: Sequence[Task], mixture: tuple[Sequence[Example], Sequence[str]], other: Path | None = None) -> Record:
         """Learn the last of `tasks`, and answer the mixture: rows, and the name of each one's task. What was measured before is read again.

@@ -209,7 +209,8 @@ class SequentialLora:
         self._base, self._config, self._random = base, config, random.Random(seed)
         self._place = {label: place for place, label in enumerate(labels)}
         self._seen: list[int] = []
-        self._whole = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(labels), local_files_only=True)
+        whole = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(labels), local_files_only=True)
+        self._whole = whole.to(base.device)
         shape = LoraConfig(
             task_type="SEQ_CLS", r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=ALL_LINEAR,
             exclude_modules=below(self._whole, config),
@@ -236,15 +237,15 @@ class SequentialLora:
         weight, bias = probe(inputs_of(layer, self._model, batches), np.array([task.labels.index(str(row.label)) for row in rows]))
         places = [self._place[label] for label in task.labels]
         with torch.no_grad():
-            layer.weight[places] = torch.from_numpy(weight).float()
-            layer.bias[places] = torch.from_numpy(bias).float()
+            layer.weight[places] = torch.from_numpy(weight).to(layer.weight)
+            layer.bias[places] = torch.from_numpy(bias).to(layer.bias)
 
     def _fit(self, rows: Sequence[Example], known: Sequence[int]) -> None:
         """As the hub's trainer, but for the choice of an epoch, the last is taken: AdamW, warm-up, then down to 0; `known` labels compete."""
         config, model = self._config, self._model
         encoded = self._base.encode([row.text for row in rows])
         place = {label: number for number, label in enumerate(known)}
-        targets = torch.tensor([place[self._place[str(row.label)]] for row in rows])
+        targets = torch.tensor([place[self._place[str(row.label)]] for row in rows], device=self._base.device)
         inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in encoded]
         lengths = [len(row["input_ids"]) for row in inputs]
         order = sorted(range(len(rows)), key=lengths.__getitem__)
@@ -263,7 +264,7 @@ class SequentialLora:
             model.train()
             for _ in range(config.epochs):
                 for batch in self._batches(lengths):
-                    logits = model(**_padded([inputs[i] for i in batch])).logits[:, known]
+                    logits = model(**self._padded([inputs[i] for i in batch])).logits[:, known]
                     loss = nn.functional.cross_entropy(logits, targets[batch], label_smoothing=config.label_smoothing)
                     extra = self._extra()
                     (loss if extra is None else loss + extra).backward()
@@ -282,6 +283,9 @@ class SequentialLora:
             found += [bucket[at : at + size] for at in range(0, len(bucket), size)]
         return self._random.sample(found, len(found))
 
+    def _padded(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {key: tensor.to(self._base.device) for key, tensor in _padded(rows).items()}
+
     def scores(self, texts: Sequence[str]) -> F32:
         encoded = self._base.encode(texts)
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids["input_ids"]))
@@ -290,7 +294,7 @@ class SequentialLora:
             for start in range(0, len(order), BATCH_ROWS):
                 rows = order[start : start + BATCH_ROWS]
                 batch = [{key: torch.tensor(encoded[i].ids[key]) for key in ("input_ids", "attention_mask")} for i in rows]
-                found[np.ix_(rows, self._seen)] = self._model(**_padded(batch)).logits[:, self._seen].numpy()
+                found[np.ix_(rows, self._seen)] = self._model(**self._padded(batch)).logits[:, self._seen].cpu().numpy()
         return found
 
     @property
@@ -355,8 +359,8 @@ class Elastic(SequentialLora):
             summed = {name: torch.zeros_like(parameter) for name, parameter in self._trained().items()}
             for row in rows:
                 ids = self._base.encode([row.text])[0].ids
-                logits = self._model(**_padded([{key: torch.tensor(ids[key]) for key in ("input_ids", "attention_mask")}])).logits
-                target = torch.tensor([self._seen.index(self._place[str(row.label)])])
+                logits = self._model(**self._padded([{key: torch.tensor(ids[key]) for key in ("input_ids", "attention_mask")}])).logits
+                target = torch.tensor([self._seen.index(self._place[str(row.label)])], device=self._base.device)
                 nn.functional.cross_entropy(logits[:, self._seen], target).backward()
                 for name, parameter in self._trained().items():
                     if parameter.grad is not None:

@@ -280,6 +280,25 @@ def observed(documents: Sequence[Mapping[str, JSON]]) -> None:
     ])  # fmt: skip
 
 
+def alarmed(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """What the detectors said, in the order it happened."""
+    if not documents:
+        line("nothing has changed for the worse")
+    for document in documents:
+        line(f"{document['kind']}  {document['adapter']}: {document['reason']} ({document['detector']})")
+
+
+def attended(document: Mapping[str, JSON]) -> None:
+    """What a pass did, adapter by adapter."""
+    if document["alarms"]:
+        alarmed(document["alarms"])
+    for one in document["done"]:
+        made = f" {one['result']} ({'live' if one['promoted'] else 'held'})" if one["result"] else ""
+        line(f"{one['adapter']}  {one['step']}{made}: {one['reason']}")
+    if document["dry_run"]:
+        line("a dry run: nothing was done")
+
+
 def proposed(documents: Sequence[Mapping[str, JSON]]) -> None:
     """Each proposal in words, then a group a line."""
     for document in documents:

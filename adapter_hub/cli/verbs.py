@@ -40,6 +40,8 @@ from adapter_hub.cli.arguments import (
 )
 from adapter_hub.cli.console import (
     accepted,
+    alarmed,
+    attended,
     calibrated,
     decisions,
     effects,
@@ -63,6 +65,7 @@ from adapter_hub.cli.console import (
 from adapter_hub.errors import HubError, InvalidInput
 
 if TYPE_CHECKING:
+    from adapter_hub.continual.alerts import Sink
     from adapter_hub.engine.chat import Conversation
     from adapter_hub.hub import Hub
     from adapter_hub.training.config import TrainConfig
@@ -73,6 +76,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
 # torch's threads sleep while they wait: on shared cores, spinning takes them from the very thread that is waited for.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 OBSERVATIONS_SHOWN = 100
+NOTHING_LOGGED = 'nothing was logged: hub.toml says observe = "off".'
 SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 
 
@@ -587,7 +591,7 @@ def observations(
         return
     found = list(hub.observations(since or None, adapter or None, limit or OBSERVATIONS_SHOWN, before=before or None))
     observing = hub.config.observe != "off"
-    emit(found, as_json, observed if found or observing else lambda _: line('nothing was logged: hub.toml says observe = "off".'))
+    emit(found, as_json, observed if found or observing else lambda _: line(NOTHING_LOGGED))
 
 
 @_verb("feedback", "adapter-hub feedback 1a21d02c0c6000007f74e135 --label card_lost")
@@ -602,6 +606,50 @@ def feedback(
     seen = _open(ctx, registry).feedback(id, label or None, adapter or None)
     said = " ".join(filter(None, (label, f"by {adapter}" if adapter else "")))
     emit(seen, as_json, lambda _: line(f"{id} should have been answered {said}"))
+
+
+# ---- verbs: look after it -------------------------------------------------------------------------------------------
+
+Webhook = Annotated[str, typer.Option(metavar="URL", help="POST each alert there as JSON.")]
+AlertCommand = Annotated[str, typer.Option(metavar="COMMAND", help="Run it for each alert, with the alert as JSON on stdin; no shell.")]
+
+
+@_verb("watch", "adapter-hub watch --webhook https://example.org/alerts")
+def watch(
+    ctx: typer.Context, webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False
+) -> None:
+    """Look through what was logged since the last look, and tell where traffic changed for the worse."""
+    hub = _open(ctx, registry)
+    found = hub.watch(_sinks(webhook, alert_command))
+    emit(found, as_json, alarmed if found or hub.config.observe != "off" else lambda _: line(NOTHING_LOGGED))
+
+
+@_verb("maintain", "adapter-hub maintain --dry-run")
+def maintain(
+    ctx: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these; by default all.", autocompletion=complete_ref)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    config: Annotated[str, typer.Option(metavar="PRESET", help="Of the trainings: fast, balanced or thorough.")] = "",
+    webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """One pass: watch, evaluate, and update or roll back where people's feedback asks for it. For cron; one at a time.
+
+    An adapter below accuracy_floor in hub.toml, or worse since an alarm, learns from the rows that people corrected. The new version goes
+    live where the gate promotes it and it is better on new rows. Exit code 1 where an adapter could not be maintained.
+    """
+    hub = _open(ctx, registry)
+    report = hub.maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
+    emit(report, as_json, attended)
+    if not as_json and hub.config.observe == "off":
+        line(NOTHING_LOGGED)
+    if report.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _sinks(url: str, arguments: str) -> list[Sink]:
+    from adapter_hub.continual import alerts
+
+    return [*([alerts.webhook(url)] if url else []), *([alerts.command(shlex.split(arguments))] if arguments else [])]
 
 
 @_verb("proposals", "adapter-hub proposals")

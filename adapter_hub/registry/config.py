@@ -17,9 +17,11 @@ MAX_TOKENS_MAX = 1_000_000
 KEEP = ("vectors", "text")
 OBSERVE = ("off", "decisions", "hash", "text")
 OBSERVATIONS_MAX = 100_000_000
+DAYS_MAX = 3650
 # Keys of the [policy] table; the others stand at the top.
 POLICY = (
     "max_false_reject", "max_taken", "keep", "gate_level", "gate_margin", "gate_routed_margin", "observe", "observe_share", "observations_max",
+    "accuracy_floor", "update_rows", "cooldown_days", "maintain_level",
 )  # fmt: skip
 
 
@@ -41,6 +43,10 @@ class RegistryConfig:
     observe: str = "off"              # what is logged of each answer: "off" nothing, "decisions" no text, "hash" its sha256, "text"
     observe_share: float = 1.0        # share of the answers that are logged, 0-1
     observations_max: int = 100_000   # rows of the log; the oldest go first
+    accuracy_floor: float = 0.7       # share of right answers below which maintenance updates an adapter, 0-1
+    update_rows: int = 50             # new labelled rows that an update takes at least
+    cooldown_days: float = 1.0        # between two updates of one adapter
+    maintain_level: float = 0.05      # how rarely maintenance may, in all of its looks at one version, see harm where there is none
 
     def __post_init__(self) -> None:
         for key, (allowed, test) in _RULES.items():
@@ -72,10 +78,17 @@ _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "base_fingerprint": ("a fingerprint, or empty", _text),
     "encoder_fingerprint": ("a fingerprint, or empty", _text),
     **dict.fromkeys(
-        ("max_false_reject", "max_taken", "gate_margin", "gate_routed_margin", "observe_share"),
+        ("max_false_reject", "max_taken", "gate_margin", "gate_routed_margin", "observe_share", "accuracy_floor"),
         ("a number from 0 to 1", lambda value: _number(value) and 0 <= float(str(value)) <= 1),
     ),
-    "gate_level": ("a number above 0, at most 0.5", lambda value: _number(value) and 0 < float(str(value)) <= 0.5),
+    **dict.fromkeys(
+        ("gate_level", "maintain_level"), ("a number above 0, at most 0.5", lambda value: _number(value) and 0 < float(str(value)) <= 0.5)
+    ),
+    "cooldown_days": (f"a number from 0 to {DAYS_MAX}", lambda value: _number(value) and 0 <= float(str(value)) <= DAYS_MAX),
+    "update_rows": (
+        f"a whole number from 2 to {OBSERVATIONS_MAX}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= OBSERVATIONS_MAX,
+    ),
     "keep": ('"vectors" or "text"', lambda value: value in KEEP),
     "observe": ('"off", "decisions", "hash" or "text"', lambda value: value in OBSERVE),
     "observations_max": (
@@ -161,6 +174,14 @@ gate_routed_margin = {config.gate_routed_margin!r}
 observe = {_toml(config.observe)}
 observe_share = {config.observe_share!r}
 observations_max = {config.observations_max}
+
+# `adapter-hub maintain`: an adapter whose share of right answers lies below accuracy_floor, as feedback tells, or that answers worse after an
+# alarm, learns from the feedback: from at least update_rows rows with text and label, at most once in cooldown_days. This needs the texts in
+# the log (observe, above). maintain_level is how rarely it may, in all its looks at one version, see harm where there is none, above 0 to 0.5.
+accuracy_floor = {config.accuracy_floor!r}
+update_rows = {config.update_rows}
+cooldown_days = {config.cooldown_days!r}
+maintain_level = {config.maintain_level!r}
 """
 
 

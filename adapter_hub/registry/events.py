@@ -24,6 +24,7 @@ class EventKind(StrEnum):
     REMOVED = "removed"            # an alias names nothing any more, because its version was retired or purged
     RETIRED = "retired"            # the version is kept, and never routed
     PURGED = "purged"              # the version's data were erased
+    MAINTAINED = "maintained"      # a maintenance pass looked at the version, or did something about it; changes no state
     CALIBRATED = "calibrated"      # a calibration was stored; `version` is its number
 
 
@@ -39,7 +40,7 @@ class Event:
     alias: str | None = None
     previous: int | None = None     # the version that the alias left
     reason: str = ""
-    detail: Mapping[str, JSON] = field(default_factory=dict)    # digest of a version or calibration, members of the latter
+    detail: Mapping[str, JSON] = field(default_factory=dict)    # digest of a version or calibration, members of the latter; figures of MAINTAINED
 
     def to_json(self) -> dict[str, JSON]:
         row: dict[str, JSON] = {"seq": self.seq, "at": self.at, "kind": str(self.kind), "name": self.name, "version": self.version}
@@ -150,7 +151,7 @@ def replay(events: Iterable[Event]) -> NameState:
                 state.aliases[event.alias or ""] = event.version
             case EventKind.REMOVED:
                 state.aliases.pop(event.alias or "", None)
-            case EventKind.CALIBRATED:
+            case EventKind.MAINTAINED | EventKind.CALIBRATED:
                 pass
     for alias, version in list(state.aliases.items()):
         if version in state.purged or (alias == PRODUCTION and version in state.retired):

@@ -55,20 +55,24 @@ def set_alias(connection: Connection, ref: AdapterRef, alias: str, *, at: str, r
 
 def roll_back(connection: Connection, name: str, *, at: str, reason: str, check: Callable[[Manifest], None] | None = None) -> int:
     """The version that `production` names again, past retired and purged ones. Raises NotRoutable where there is none, what `check` raises."""
-    targets = rollback_targets(records.select_events(connection, name=name, alias=PRODUCTION))
-    previous = records.aliases_of(connection, name).get(PRODUCTION)
-    live = (version for version in targets if records.state_of(connection, name, version) is VersionState.LIVE)
-    target = next((version for version in live if version != previous), None)
+    previous, target = records.aliases_of(connection, name).get(PRODUCTION), rollback_target(connection, name)
     if target is None:
-        gone = " that is neither retired nor purged" if targets else ""
         hint = f"Promote a version: `adapter-hub list {name}` shows them."
-        raise NotRoutable(f"'{name}' has no earlier version in production{gone} to go back to.", hint=hint)
+        raise NotRoutable(f"'{name}' has no earlier version in production that is neither retired nor purged to go back to.", hint=hint)
     row = records.row_of(connection, name, target)
     if check is not None and row is not None and row["manifest"] is not None:
         check(records.manifest_of(row))
     records.write_alias(connection, name, PRODUCTION, target)
     records.record(connection, EventKind.ROLLED_BACK, name, target, at=at, alias=PRODUCTION, previous=previous, reason=reason)
     return target
+
+
+def rollback_target(connection: Connection, name: str) -> int | None:
+    """The version that `production` would go back to."""
+    targets = rollback_targets(records.select_events(connection, name=name, alias=PRODUCTION))
+    previous = records.aliases_of(connection, name).get(PRODUCTION)
+    live = (version for version in targets if records.state_of(connection, name, version) is VersionState.LIVE)
+    return next((version for version in live if version != previous), None)
 
 
 def retire(connection: Connection, ref: AdapterRef, *, at: str, reason: str) -> None:

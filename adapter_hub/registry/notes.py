@@ -6,6 +6,7 @@ They lie in the catalogue's database beside the log, and like it no file holds t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,7 +31,7 @@ class Notes:
             rows = connection.execute(select(n.key, n.body).where(n.kind == kind).order_by(n.key)).all()
         return {key: json.loads(body) for key, body in rows}
 
-    def write(self, kind: str, bodies: dict[str, JSON | None]) -> None:
+    def write(self, kind: str, bodies: Mapping[str, JSON | None]) -> None:
         """All of these documents in one transaction, in place of those of their keys; None removes one. Raises ReadOnlyRegistry, RegistryError."""
         n, at = schema.notes.c, datetime.now(UTC).isoformat(timespec="milliseconds")
         rows = [{"kind": kind, "key": key, "at": at, "body": json.dumps(body)} for key, body in bodies.items() if body is not None]

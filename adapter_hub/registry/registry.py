@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, select
 
@@ -43,7 +43,7 @@ from adapter_hub.registry.artifacts import (
 )
 from adapter_hub.registry.catalog import Catalog
 from adapter_hub.registry.config import RegistryConfig, read_config, with_encoder, write_config
-from adapter_hub.registry.events import Event
+from adapter_hub.registry.events import Event, EventKind
 from adapter_hub.registry.history import mirror
 from adapter_hub.registry.layout import CARD, HISTORY, IGNORED, MANIFEST, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
@@ -56,6 +56,7 @@ from adapter_hub.registry.schema import VersionState
 from adapter_hub.registry.upkeep import AGE_MAX_S, GcReport, collect_garbage
 from adapter_hub.registry.verify import VerifyReport, check_same_manifest, verify
 
+JSON = Any
 log = logging.getLogger("adapter_hub")
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", CARD)
@@ -462,6 +463,34 @@ class Registry:
             version = moves.roll_back(connection, name, at=now(), reason=reason, check=check)
         self._mirror(name)
         return AdapterRef(name, version)
+
+    def rollback_target(self, name: str) -> AdapterRef | None:
+        """Where `rollback` would go to; None: nowhere. Raises AdapterNotFound."""
+        with self._reading() as connection:
+            records.check_name_known(connection, check_name(name))
+            version = moves.rollback_target(connection, name)
+        return None if version is None else AdapterRef(name, version)
+
+    def remark(self, ref: AdapterRef, reason: str, detail: Mapping[str, JSON]) -> None:
+        """Record what a maintenance pass found or did about a version. Raises AdapterNotFound, ReadOnlyRegistry, RegistryError."""
+        moves.check_reason(reason)
+        with self._catalog.writing() as connection:
+            version = records.version_of(connection, ref)
+            records.record(connection, EventKind.MAINTAINED, ref.name, version, at=now(), reason=reason, detail=dict(detail))
+        self._mirror(ref.name)
+
+    @contextmanager
+    def maintaining(self) -> Iterator[None]:
+        """Held by one process at a time. Raises RegistryError at once where another one holds it, ReadOnlyRegistry."""
+        self._check_writable()
+        path = self.layout.lock("maintenance")
+        with ExitStack() as holding:
+            with storage_errors(self.layout.staging):
+                try:
+                    holding.enter_context(locked(path, wait=False))
+                except BlockingIOError as error:
+                    raise RegistryError("another process maintains this registry.", hint=f"Let it end: it has locked {path}.") from error
+            yield
 
     def retire(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
         """Keep a version and never route to it: `name@3` still reads it. Raises AdapterNotFound, NotRoutable (purged)."""

@@ -441,7 +441,7 @@ def test_a_catalogue_of_a_newer_schema_is_refused_and_left_alone(place, facts, f
     with pytest.raises(SchemaTooNew, match=r"has schema 99; this adapter_hub knows up to 4\. Upgrade adapter_hub\."):
         place.open()
     assert tree(place.folder) == before
-    place.run("UPDATE hub_schema SET version = 3")
+    place.run("UPDATE hub_schema SET version = 4")
     assert place.open().verify().ok
 
 

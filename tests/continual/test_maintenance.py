@@ -1,0 +1,278 @@
+"""Looking after a registry: what a pass decides, and passes over a real log with real updates. Real tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from adapter_hub.cli import app
+from adapter_hub.continual.maintenance import Decision, Health, MaintenancePolicy, Memory, Proof, Step, decide, judged, proof_of
+from adapter_hub.errors import InvalidInput, RegistryError
+from adapter_hub.hub import Hub
+from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.events import EventKind
+from adapter_hub.testing import tiny_model
+from adapter_hub.training.config import TrainConfig
+
+POLICY = MaintenancePolicy()
+NOW = datetime(2026, 6, 1, tzinfo=UTC)
+REF = AdapterRef("banking", 2)
+ALARM = {"reason": "it fell"}
+soak = [pytest.mark.soak, pytest.mark.skipif("ADAPTER_HUB_SOAK" not in os.environ, reason="only under `make soak`")]
+CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
+
+
+def found(right: int, answers: int, rows: int = 100, **more: object) -> Health:
+    return Health(REF, 2, answers, right, answers, right_since=right, answers_since=answers, rows=rows, **more)
+
+
+def decided(health: Health, memory: Memory | None = None, now: datetime = NOW) -> Decision:
+    return decide(health, memory or Memory(2), POLICY, now)
+
+
+# ---- the decision ---------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_which_nobody_spoke_is_left_alone_and_no_test_is_spent() -> None:
+    decision = decided(found(0, 0))
+    assert decision.step is Step.NONE and decision.memory.tests == 0 and decision.level is None
+
+
+def test_below_the_floor_it_is_updated_and_chance_is_not() -> None:
+    assert decided(found(40, 100)).step is Step.UPDATE
+    assert decided(found(66, 100)).step is Step.NONE    # 0.7 is the floor: that is chance
+    assert decided(found(0, 1)).step is Step.NONE       # one wrong answer proves nothing
+
+
+def test_every_look_at_new_answers_has_less_of_the_level_and_all_of_them_have_no_more_than_it() -> None:
+    assert sum(map(POLICY.level_of, range(1, 100_000))) <= POLICY.level
+    memory = Memory(2)
+    for look in range(1, 6):
+        decision = decided(found(8 * look, 10 * look), memory)
+        assert decision.level == POLICY.level_of(look)
+        memory = decision.memory
+    again = decided(found(40, 50), memory)
+    assert again.memory == memory and again.level is None    # nothing new was said
+
+
+def test_harm_that_was_found_waits_for_rows_and_for_the_cool_down_and_is_not_tested_again() -> None:
+    first = decided(found(40, 100, rows=49))
+    assert first.step is Step.WAIT and "49 of 50 rows" in first.reason
+    recent = replace(first.memory, updated_at=(NOW - timedelta(hours=23)).isoformat())
+    second = decided(found(40, 100), recent)
+    assert second.step is Step.WAIT and "not before 2026-06-01T01:00" in second.reason and second.memory.tests == 1
+    third = decided(found(40, 100), recent, NOW + timedelta(hours=1))
+    assert third.step is Step.UPDATE and third.memory.update == 2 and third.memory.tests == 2    # the candidate's own test
+
+
+def test_after_an_alarm_it_is_held_to_what_it_was_and_an_alarm_that_is_not_confirmed_is_closed() -> None:
+    worse = found(80, 100, expected=0.97)
+    assert decided(worse).step is Step.NONE
+    assert decided(worse, Memory(2, alarm=ALARM)).step is Step.UPDATE
+    closed = decided(found(96, 100, expected=0.97), Memory(2, alarm=ALARM))
+    assert closed.step is Step.NONE and closed.memory.alarm is None and "not confirmed" in closed.reason
+    assert decided(found(9, 10, expected=0.97), Memory(2, alarm=ALARM)).memory.alarm == ALARM    # too few to tell
+
+
+def test_it_goes_back_where_the_version_before_is_better() -> None:
+    decision = decided(found(60, 100, previous=AdapterRef("banking", 1), compared=(100, 2, 30)))
+    assert decision.step is Step.ROLL_BACK and "banking@1" in decision.reason
+    assert decided(found(90, 100, previous=AdapterRef("banking", 1), compared=(100, 4, 5))).step is Step.NONE
+
+
+def test_an_update_that_was_cut_off_is_ended_by_the_next_pass() -> None:
+    begun = decided(found(40, 100)).memory
+    assert decided(found(40, 100), begun).step is Step.UPDATE and decided(found(40, 100), begun).memory == begun
+    assert decided(found(40, 100, candidate=AdapterRef("banking", 3)), begun).step is Step.JUDGE
+
+
+def test_a_new_version_is_looked_at_with_fresh_eyes_and_what_was_set_aside_stays_so() -> None:
+    memory = Memory(2, tests=9, looked_at=50, alarm=ALARM, harm="x", updated_at=NOW.isoformat(), update=2, set_aside=("a", "b"))
+    assert memory.of(2) == memory and memory.of(3) == Memory(3, updated_at=NOW.isoformat(), set_aside=("a", "b"))
+    assert Memory.from_json(json.loads(json.dumps(memory.to_json()))) == memory
+
+
+def test_a_candidate_goes_live_on_proof_alone() -> None:
+    better = {"rows": 40, "gained": 12, "lost": 1, "probed": 0.0}
+    assert proof_of("promote", better, 0.01)[0] is Proof.BETTER
+    assert proof_of("hold", better, 0.01)[0] is proof_of("reject", better, 0.01)[0] is Proof.AGAINST
+    assert proof_of("promote", better | {"lost": 11}, 0.01)[0] is Proof.MISSING
+    assert proof_of("promote", better | {"probed": 1.0}, 0.01)[0] is Proof.MISSING    # compared with something else than the version in production
+
+
+def test_rows_are_set_aside_where_they_were_learned_or_did_harm_and_without_proof_more_are_awaited() -> None:
+    begun = decided(found(40, 100)).memory
+    for proof in (Proof.BETTER, Proof.AGAINST):
+        after = judged(begun, proof, 100, ("t", "id"))
+        assert after.set_aside == ("t", "id") and not after.harm and after.update is None
+    after = judged(begun, Proof.MISSING, 100, ("t", "id"))
+    assert after.set_aside == ("", "") and "100 of 200 rows" in decided(found(40, 100), after, NOW + timedelta(days=2)).reason
+
+
+# ---- passes over a real log -----------------------------------------------------------------------------------------
+
+WORDS = {"fruit": ("apple", "pear", "plum"), "beast": ("zebra", "tiger", "camel")}
+NEW_WORDS = {"fruit": ("malum", "pirum"), "beast": ("equus", "felis")}    # what people call them now
+OTHER = {"fruit": "beast", "beast": "fruit"}
+FRAMES = ("{} number {}", "see {} {}")
+
+
+def rows(words: dict[str, tuple[str, ...]], count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"text": FRAMES[i % len(FRAMES)].format(word, i), "label": label}
+        for i in range(start, start + count) for label, own in words.items() for word in own
+    ]    # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("maintained")
+    with Hub.create(root / "registry", base_model=tiny_model(root / "bert", "bert"), encoder="hash") as hub:
+        pass
+    settings = root / "registry" / "hub.toml"
+    text = settings.read_text().replace('keep = "vectors"', 'keep = "text"').replace('observe = "off"', 'observe = "text"')
+    settings.write_text(text.replace("cooldown_days = 1.0", "cooldown_days = 7"))
+    with Hub.open(root / "registry") as hub:
+        report = hub.learn("kinds", rows(WORDS, 12), config=CONFIG, promote="always")
+        assert report.metrics["accuracy"] > 0.9
+        greetings = [{"text": f"good {time} friend {i}", "label": time} for time in ("morning", "evening") for i in range(15)]
+        hub.learn("greetings", greetings, config=CONFIG, promote="always")
+    return root / "registry"
+
+
+@pytest.fixture
+def hub(template: Path, tmp_path: Path) -> Iterator[Hub]:
+    shutil.copytree(template, tmp_path / "registry")
+    with Hub.open(tmp_path / "registry") as hub:
+        yield hub
+
+
+def ask(hub: Hub, asked: list[dict[str, str]], truth: Callable[[dict[str, str]], str] = lambda row: row["label"]) -> float:
+    """Each row by name, and what it should have been; the share that was right."""
+    answers = hub.predict([row["text"] for row in asked], adapters="kinds")
+    for row, answer in zip(asked, answers, strict=True):
+        hub.feedback(answer.id, correct_label=truth(row))
+    return sum(answer.label == row["label"] for row, answer in zip(asked, answers, strict=True)) / len(asked)
+
+
+def accuracy(hub: Hub, asked: list[dict[str, str]]) -> float:
+    figures = hub.evaluate([row | {"adapter": "kinds"} for row in asked])    # past the log
+    return float(figures["accuracy_named"])
+
+
+def test_a_pass_over_a_quiet_registry_measures_once_and_changes_nothing(hub: Hub) -> None:
+    report = hub.maintain(now=NOW)
+    assert [(str(one.ref), one.step) for one in report.done] == [("greetings@1", Step.NONE), ("kinds@1", Step.NONE)]
+    assert all(one.evaluation and one.evaluation["oracle"]["accuracy"] > 0.8 for one in report.done)
+    events = hub.registry.events()
+    assert [one.evaluation for one in hub.maintain(now=NOW).done] == [None, None]
+    assert hub.registry.events() == events and hub.verify().ok
+    remarks = [event for event in events if event.kind is EventKind.MAINTAINED]
+    assert {event.name for event in remarks} == {"greetings", "kinds"} and all(event.detail["step"] == "evaluate" for event in remarks)
+
+
+def test_an_adapter_that_the_world_has_left_behind_learns_from_what_people_corrected(hub: Hub) -> None:
+    old = accuracy(hub, rows(WORDS, 5, 30))
+    assert ask(hub, rows(NEW_WORDS, 30)) < 0.7
+    planned = hub.maintain(dry_run=True, now=NOW)
+    assert {one.ref.name: one.step for one in planned.done} == {"greetings": Step.NONE, "kinds": Step.UPDATE}
+    assert str(hub.registry.resolve("kinds")) == "kinds@1" and not hub.registry.notes.read("maintenance")
+    done = {one.ref.name: one for one in hub.maintain(config=CONFIG, now=NOW).done}
+    assert done["kinds"].step is Step.UPDATE and done["kinds"].promoted and str(done["kinds"].result) == "kinds@2"
+    assert accuracy(hub, rows(NEW_WORDS, 5, 100)) > 0.9 and accuracy(hub, rows(WORDS, 5, 30)) >= old - 0.1    # two of 30 rows with unseen numbers
+    assert any(event.kind is EventKind.MAINTAINED and event.detail["step"] == "update" for event in hub.history("kinds"))
+    again = hub.maintain(config=CONFIG, now=NOW + timedelta(days=30))
+    assert {one.step for one in again.done} == {Step.NONE} and str(hub.registry.resolve("kinds")) == "kinds@2" and hub.verify().ok
+
+
+def test_a_poisoned_batch_of_feedback_is_learned_from_in_vain_and_set_aside(hub: Hub) -> None:
+    before = accuracy(hub, rows(WORDS, 5, 100))
+    ask(hub, rows(WORDS, 20, 50), truth=lambda row: OTHER[row["label"]])
+    [done] = hub.maintain(["kinds"], config=CONFIG, now=NOW).done
+    assert done.step is Step.UPDATE and not done.promoted and "held" in done.reason
+    assert str(hub.registry.resolve("kinds")) == "kinds@1" and accuracy(hub, rows(WORDS, 5, 100)) == before
+    [later] = hub.maintain(["kinds"], config=CONFIG, now=NOW + timedelta(days=30)).done
+    assert later.step is Step.NONE    # those rows are no evidence any more
+
+
+def test_production_goes_back_where_the_version_before_answers_better(hub: Hub) -> None:
+    swapped = [row | {"label": OTHER[row["label"]]} for row in rows(WORDS, 12)]
+    hub.learn("kinds", swapped, config=CONFIG, start="cold", promote="always")
+    assert ask(hub, rows(WORDS, 10, 60)) < 0.5
+    [done] = hub.maintain(["kinds"], config=CONFIG, now=NOW).done
+    assert done.step is Step.ROLL_BACK and str(done.result) == "kinds@1" and str(hub.registry.resolve("kinds")) == "kinds@1"
+    assert hub.history("kinds")[-1].detail["step"] == "roll back"
+
+
+def test_an_alarm_is_noted_told_and_open_until_answers_say_what_it_was(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    told = []
+    ask(hub, rows(WORDS, 30, 50))
+    assert not [alarm for alarm in hub.watch([told.append]) if alarm.kind == "alarm"]
+    ask(hub, rows(NEW_WORDS, 60, 90))
+    alarms = [alarm for alarm in hub.watch([told.append]) if alarm.kind == "alarm"]
+    assert {alarm.adapter for alarm in alarms} >= {"kinds"} and told
+    assert not hub.watch(), "what was seen is not seen twice"
+    assert hub.registry.notes.read("maintenance")["kinds"]["alarm"]["adapter"] == "kinds" and hub.registry.notes.read("alarm")
+
+
+def test_what_is_forgotten_in_the_log_is_forgotten_by_the_detectors(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    hub.predict([row["text"] for row in rows(WORDS, 5)])
+    hub.watch()
+    before = hub.registry.notes.read("drift")["state"]
+    assert json.loads(before["monitor"])["embeddings"]["count"] == 30
+    assert hub.forget_observations() == 30
+    after = hub.registry.notes.read("drift")["state"]
+    assert json.loads(after["monitor"])["embeddings"]["count"] == 0 and after["seen"] == before["seen"]
+
+
+def test_two_passes_do_not_run_at_once(hub: Hub) -> None:
+    program = f"from adapter_hub import Hub\nHub.open({str(hub.registry.layout.root)!r}).maintain()"
+    with hub.registry.maintaining():
+        with pytest.raises(RegistryError, match="another process maintains this registry"):
+            hub.maintain()
+        beside = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert beside.returncode == 1 and "another process maintains this registry" in beside.stderr
+    assert not hub.maintain().failed
+
+
+def test_a_time_without_a_zone_is_refused(hub: Hub) -> None:
+    with pytest.raises(InvalidInput, match="no time zone"):
+        hub.maintain(now=datetime(2026, 1, 1))
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=soak)])
+def test_a_pass_that_is_killed_leaves_a_sound_registry_and_the_next_one_ends_what_was_begun(kills: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.soak.maintenance_kill", "--kills", str(kills)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["faults"] == [] and result["kills"] >= kills
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_say_what_was_done_and_what_would_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    ask(hub, rows(NEW_WORDS, 30))
+    place = ["--registry", str(hub.registry.layout.root)]
+    planned = CliRunner().invoke(app, ["maintain", "--dry-run", *place])
+    assert planned.exit_code == 0 and "rows are there to learn from" in planned.output and "a dry run: nothing was done" in planned.output
+    done = CliRunner().invoke(app, ["maintain", "greetings", "--json", *place])
+    assert done.exit_code == 0 and [(one["adapter"], one["step"]) for one in json.loads(done.stdout)["done"]] == [("greetings@1", "none")]
+    watched = CliRunner().invoke(app, ["watch", *place])
+    assert watched.exit_code == 0 and "nothing has changed for the worse" in watched.output
+    unknown = CliRunner().invoke(app, ["maintain", "nobody", *place])
+    assert unknown.exit_code == 2 and "nobody" in unknown.output
