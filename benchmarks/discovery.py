@@ -51,6 +51,7 @@ DOMAINS_LEAST = 8      # found of ten: the bar
 PURITY = 0.85          # share of a proposal's inputs that are of the hidden domain: the bar
 RECALL = 0.5           # share of its turned away inputs so far that the proposal must hold to be the domain, not a corner of it
 THIN = 4               # inputs of each intent of a domain that stands for odd inputs: --split tune has too few that are out of scope
+FEWER = 5              # one in so many inputs out of scope comes where it is asked who knows inputs already
 LEFT_OUT = 30          # training rows an intent that are the stream of --split tune
 OUTSIDE = "out of scope"
 NEW, KNOWN, WRONG = "a new skill", "teach it", "teach another"
@@ -261,14 +262,15 @@ def advised(inputs: Inputs, registry: Path, corners: Mapping[str, tuple[str, ...
     """Whether `advice` tells inputs that a registered adapter answers from those of a new task, by the heads of the registry that ships.
 
     The router of an adapter has no exemplar of a third of its intents, which its head knows ("missing"); or there is no such adapter
-    ("hidden"). Counted are proposals of which PURITY and more is that.
+    ("hidden"). Counted are proposals of which PURITY and more is that. All inputs at once, of those out of scope a fifth: beside all of them a
+    third of a domain is too little to be proposed.
     """
     found = {"missing": Counter[str](), "hidden": Counter[str]()}
-    reasons = []
+    reasons, few = [], (inputs.domains != OUTSIDE) | (np.arange(len(inputs.domains)) % FEWER == 0)
     with Hub.open(registry) as hub:
         for domain, intents in corners.items():
             for kind, hidden, own in (("missing", intents, np.isin(inputs.intents, intents)), ("hidden", (domain,), inputs.domains == domain)):
-                away = np.flatnonzero(inputs.rejected[hidden])[: config.rows_max]
+                away = np.flatnonzero(inputs.rejected[hidden] & few)[: config.rows_max]
                 clusters = discover(inputs.vectors[away], len(inputs.domains), RATE, config)
                 clustered = {int(away[row]) for cluster in clusters for row in cluster.rows}
                 others = [inputs.texts[row] for row in away if int(row) not in clustered]
