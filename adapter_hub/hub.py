@@ -47,7 +47,7 @@ from adapter_hub.errors import (
 from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples, targets_of
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
-from adapter_hub.registry.config import RegistryConfig, read_config
+from adapter_hub.registry.config import RegistryConfig, check_policy, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
@@ -184,14 +184,17 @@ class Hub:
         precision: str = "float32",
         slots_max: int | None = None,
         bytes_max: int | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
         `base_model` is a hub id or a folder; `encoder` too, or "hash" for one without a model; by default both are `DEFAULT_MODEL`.
         `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `precision`, `slots_max` and `bytes_max` are
-        this hub's, as in `open`: the registry is the same at each. Raises RegistryExists, ModelNotFound, InvalidInput.
+        this hub's, as in `open`: the registry is the same at each. `policy` is what hub.toml's [policy] is to say otherwise than by
+        default: {"keep": "text", "observe": "text"}. Raises RegistryExists, ModelNotFound, InvalidInput, InvalidConfig.
         """
         limits_of(slots_max=slots_max, bytes_max=bytes_max)    # before anything is written
+        check_policy(policy or {})
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
@@ -205,6 +208,7 @@ class Hub:
             encoder=router_encoder.id,
             encoder_fingerprint=router_encoder.fingerprint,
             max_tokens=base.max_tokens,
+            **(policy or {}),
         )
         registry = Registry.create(path, config=config, database=database)
         hub = cls(registry, device=device, precision=precision, slots_max=slots_max, bytes_max=bytes_max)

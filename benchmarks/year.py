@@ -21,7 +21,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +63,7 @@ class Year:
     events: list[str] = field(default_factory=list)
     promoted: dict[tuple[str, int], bool] = field(default_factory=dict)    # what became of an update, by task and month
     rolled_back: set[str] = field(default_factory=set)
-    truth: dict[str, str] = field(default_factory=dict)
+    truth: dict[str, str] = field(default_factory=dict)    # of each text that was asked
 
     # ---- the world --------------------------------------------------------------------------------------------------
 
@@ -103,13 +103,13 @@ class Year:
         self.events += [f"{number:02}: {one.ref} {one.step}: {one.reason}" for one in report.done if one.step is not Step.NONE]
         self.promoted |= {(one.ref.name, number): one.promoted for one in report.done if one.step is Step.UPDATE}
         self.rolled_back |= {one.ref.name for one in report.done if one.step is Step.ROLL_BACK}
+        self.truth |= {self.said(row, number): row["label"] for row in asked}
         if number >= COMES and NEWCOMER not in known:
-            self.name_newcomer(number, {self.said(row, number): row["label"] for row in asked})
+            self.name_newcomer(number)
         self.measured.append(self.measure(number))
 
-    def name_newcomer(self, month: int, truth: Mapping[str, str]) -> None:
+    def name_newcomer(self, month: int) -> None:
         """A person looks at what is proposed: what is mostly of the new domain becomes a skill, with the labels that they know."""
-        self.truth |= truth
         own = {one.id: [text for group in one.groups for text in group.texts] for one in self.hub.proposals()}
         own = {id: texts for id, texts in own.items() if self.share_of_newcomer(texts) > 0.5}
         labels = {text: self.truth[text] for texts in own.values() for text in texts if self.domain_of[self.truth[text]] == NEWCOMER}
