@@ -194,8 +194,9 @@ def followed(inputs: Inputs, hidden: tuple[str, ...], seed: int, every: int, con
     if thin:
         odd = rng.permutation(sorted({*inputs.domains.tolist()} - {*hidden, OUTSIDE}))[:thin].tolist()
         rejected = np.where(np.isin(inputs.domains, odd), inputs.own, rejected)
-        beyond = np.array([count >= THIN for count in counts_before(inputs.intents[order])])
-        order = order[~(beyond & np.isin(inputs.domains[order], odd))]
+        drawn_rows = rng.permutation(len(order))    # not the first of the stream: they come all along it
+        left = drawn_rows[[count >= THIN for count in counts_before(inputs.intents[drawn_rows])]]
+        order = order[~np.isin(order, left[np.isin(inputs.domains[left], odd)])]
     own = np.cumsum(inputs.domains[order] == hidden[0]) if hidden else np.zeros(len(order), int)
     end = int(np.searchsorted(own, INPUTS_MOST)) + 1 if hidden and own[-1] >= INPUTS_MOST else len(order)
     each: dict[str, dict[str, Any] | None] = dict.fromkeys(hidden)
