@@ -1167,11 +1167,14 @@ class Hub:
         self._log.add([one.observed(one.id, question_of(text), latency_ms) for one, text in pairs if isinstance(one, Prediction) and one.id])
         return known
 
-    def feedback(self, id: str, correct_label: str | None = None, correct_adapter: str | None = None) -> Observation:
+    def feedback(
+        self, id: str, correct_label: str | None = None, correct_adapter: str | None = None, *, new_label: bool = False
+    ) -> Observation:
         """Say what an answer should have been; returns the observation with it. What is said last of an observation holds.
 
         `id` is `Prediction.id`, or the column `observation` of a job's row. `correct_label` is one of `correct_adapter`'s, or where
-        that is not given of the adapter's that answered, as it was then or is in production now. Of `correct_adapter` the name counts.
+        that is not given of the adapter's that answered, as it was then or is in production now; with `new_label` it may be one that the adapter
+        has yet to learn. Of `correct_adapter` the name counts.
         Raises InvalidInput for an id that is not in the log and a label that there is not, AdapterNotFound, NotRoutable.
         """
         if correct_label is None and correct_adapter is None:
@@ -1181,7 +1184,9 @@ class Hub:
         if correct_adapter is not None:
             name = AdapterRef.parse(correct_adapter).name
             self.registry.resolve(correct_adapter) if "@" in str(correct_adapter) else self.registry.aliases(name)
-        if correct_label is not None:
+        if new_label and (not isinstance(correct_label, str) or not correct_label.strip() or (name is None and seen.adapter is None)):
+            raise InvalidInput("new_label wants the label, and the adapter whose label it is to be.", hint="Give correct_label and correct_adapter.")
+        if correct_label is not None and not new_label:
             self._check_label(correct_label, AdapterRef.parse(correct_adapter) if correct_adapter else seen.adapter)
         return self._log.say(seen, correct_label, name)
 
@@ -1196,7 +1201,7 @@ class Hub:
         if label not in labels:
             closest = difflib.get_close_matches(str(label), labels, n=3)
             hint = f"Closest: {', '.join(map(repr, closest))}." if closest else f"It has {len(labels)} labels: `adapter-hub show {asked.name}`."
-            raise InvalidInput(f"{label!r} is no label of {asked.name}.", hint=hint)
+            raise InvalidInput(f"{label!r} is no label of {asked.name}.", hint=f"{hint} One that it is to learn: new_label=True (`--new-label`).")
 
     def observations(
         self,

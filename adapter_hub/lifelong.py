@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,7 @@ ENCODED_ROWS = 1_000       # texts that are encoded together
 ALARMS_KEPT = 1_000
 HELD_ROWS = 400            # of what an update learns from, at most: one half of them chooses its epoch, the other proves the gain
 SPLIT_SEED = 0
+NEW_LABEL_ROWS = 5         # with fewer a label that people named is not learned yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,11 +204,23 @@ def maintain(
     wanted = None if names is None else {hub.registry.resolve(name).name for name in names}
     with hub.registry.maintaining():
         alarms = watch(hub, sinks, dry_run=dry_run, now=now)
+        if not dry_run:
+            _calibrate_anew(hub)
         done = []
         for ref in hub.registry.production():
             if wanted is None or ref.name in wanted:
                 done.append(_attended(hub, ref, alarms, config, now, dry_run))
+        if any(one.promoted for one in done):
+            _calibrate_anew(hub)
     return MaintenanceReport(tuple(alarms), tuple(done), dry_run)
+
+
+def _calibrate_anew(hub: Hub) -> None:
+    """Where versions are in production that the calibration in use was not measured on: a pass that was killed may have left it so."""
+    router = hub.settle()
+    known = router.calibration.centres if router.calibration else ()
+    if any(ref not in known and hub.state(ref).count for ref in hub.registry.production()):
+        hub.calibrate("maintenance")
 
 
 def policy_of(hub: Hub) -> MaintenancePolicy:
@@ -243,7 +257,7 @@ def _acted(hub: Hub, done: Done, decision: Decision, corrected: _Corrected, conf
     elif decision.step in (Step.UPDATE, Step.JUDGE):
         candidate = _candidate_of(hub, ref, decision.memory)
         if candidate is None:
-            train, held = _split(list(corrected.rows.values()))
+            train, held = _split(_learnable(list(corrected.rows.values()), hub.registry.manifest(ref).labels or ()))
             candidate = hub.learn(ref.name, train, held, config=config, promote="never").ref
         proof, why = _proof_of(hub, candidate, decision.level or 0.0)
         if proof is Proof.BETTER:
@@ -331,6 +345,12 @@ def _proof_of(hub: Hub, candidate: AdapterRef, level: float) -> tuple[Proof, str
     gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
     numbers: dict[str, float] = next((one["numbers"] for one in gate["findings"] if one["check"] == "validation"), {})
     return proof_of(gate["verdict"], numbers, level)
+
+
+def _learnable(rows: Sequence[Example], known: Collection[str]) -> list[Example]:
+    """Without those of new labels that too few people named: slips of the pen, or not enough to learn from."""
+    counts = Counter(row.label for row in rows)
+    return [row for row in rows if row.label in known or counts[row.label] >= NEW_LABEL_ROWS]
 
 
 def _split(rows: Sequence[Example]) -> tuple[list[Example], list[Example]]:

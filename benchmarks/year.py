@@ -3,11 +3,11 @@
     python benchmarks/year.py --data DIR [--seed 0]
 
 DIR holds clinc150/. Four domains of CLINC150 are learned from 20 rows an intent; then, month by month, inputs that were no part of it come in,
-people say of some of the answers what they should have been (one label in twenty is wrong), and `hub.maintain` makes one pass. In
-April `travel` begins to use other words; in June a fifth domain comes that nobody has registered; in September all feedback to `home` is
-poisoned, each intent named as the next; in November somebody puts a spoiled version of `work` into production by hand. A person does two things only:
-names what discovery proposes, and spoils `work`. Accuracy is measured on the test split with routing, `travel`'s in the words of the
-time, and chooses nothing. The last line is JSON.
+people say of some of the answers what they should have been (one label in twenty is wrong), and `hub.maintain` makes one pass, with a floor
+of 95 %. In April people begin to use other words for what `banking` is about; in June a fifth domain comes that nobody has registered; in
+September all feedback to `home` is poisoned, each intent named as the next; in November somebody puts a spoiled version of `work` into
+production by hand. A person does two things only: names what discovery proposes, and spoils `work`. Accuracy is measured on the test
+split, routed, `banking`'s in the words of the time; it chooses nothing. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from adapter_hub.continual.maintenance import Step
 
 RESULTS = Path(__file__).parent / "results" / "year.json"
 DOMAINS = ("banking", "travel", "home", "work")
-MOVED, POISONED, SPOILED, NEWCOMER = "travel", "home", "work", "auto_and_commute"
+MOVED, POISONED, SPOILED, NEWCOMER = "banking", "home", "work", "auto_and_commute"
 MOVES, COMES, POISON, SPOIL = 4, 6, 9, 11    # months
 LEARNED = 20              # rows of each intent that a task begins with
 MONTHLY = 90              # inputs of each task a month
 SPOKEN_OF = 0.7           # share of the answers that people say something of
 NOISE = 0.05              # share of what they say that is wrong
-RENAMED = 60              # words of MOVED's that are replaced by others
+RENAMED = 30              # words of MOVED's that are replaced by others
 SYLLABLES = ("ba", "ke", "di", "lo", "mu", "ra", "ti", "so", "ne", "vu")
-POLICY = {"keep": "text", "observe": "text", "cooldown_days": 14}
+POLICY = {"keep": "text", "observe": "text", "cooldown_days": 14, "accuracy_floor": 0.95}
 Row = dict[str, str]
 
 
@@ -98,7 +98,7 @@ class Year:
         for row, answer in zip(asked, answers, strict=True):
             home = self.domain_of[row["label"]]
             if home in known and self.luck.random() < SPOKEN_OF:
-                self.hub.feedback(str(answer.id), correct_label=self.claimed(row, number), correct_adapter=home)
+                self.hub.feedback(str(answer.id), correct_label=self.claimed(row, number), correct_adapter=home, new_label=True)
         report = self.hub.maintain(config="fast", now=datetime(2026, number, 28, tzinfo=UTC))
         self.events += [f"{number:02}: {one.ref} {one.step}: {one.reason}" for one in report.done if one.step is not Step.NONE]
         self.promoted |= {(one.ref.name, number): one.promoted for one in report.done if one.step is Step.UPDATE}
@@ -157,12 +157,7 @@ def begin(data: Path, seed: int, folder: Path) -> Year:
     for rows in streams.values():
         luck.shuffle(rows)
     tests = {name: [{"text": text, "label": label} for text, label in splits["test"] if domain_of.get(label) == name] for name in intents}
-    with Hub.create(folder):
-        pass
-    settings = folder / "hub.toml"
-    lines = [line for line in settings.read_text().splitlines() if line.partition(" = ")[0] not in POLICY]
-    settings.write_text("\n".join([*lines, *(f"{key} = {json.dumps(value)}" for key, value in POLICY.items())]) + "\n")
-    hub = Hub.open(folder)
+    hub = Hub.create(folder, policy=POLICY)
     for name in DOMAINS:
         hub.learn(name, learned[name], config="fast", promote="always")
     hub.calibrate()

@@ -600,10 +600,11 @@ def feedback(
     id: Annotated[str, typer.Argument(metavar="ID", help="Of the observation: `observation` in the answers of predict and run.")],
     label: Annotated[str, typer.Option(help="What the answer should have been.")] = "",
     adapter: Annotated[str, typer.Option(metavar="NAME", help="Who should have answered.", autocompletion=complete_ref)] = "",
+    new_label: Annotated[bool, typer.Option("--new-label", help="The label is one that the adapter has yet to learn.")] = False,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Say what an answer should have been. The last word counts."""
-    seen = _open(ctx, registry).feedback(id, label or None, adapter or None)
+    seen = _open(ctx, registry).feedback(id, label or None, adapter or None, new_label=new_label)
     said = " ".join(filter(None, (label, f"by {adapter}" if adapter else "")))
     emit(seen, as_json, lambda _: line(f"{id} should have been answered {said}"))
 
