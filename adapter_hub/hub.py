@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.continual.alerts import Sink
+    from adapter_hub.continual.discovery import DiscoveryConfig
     from adapter_hub.continual.drift import Alarm
     from adapter_hub.continual.learner import Current, Lesson
     from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
@@ -1312,7 +1313,7 @@ class Hub:
 
     # ---- new tasks among what was turned away -------------------------------------------------------------------
 
-    def proposals(self, *, decided: bool = False) -> list[Proposal]:
+    def proposals(self, *, decided: bool = False, config: DiscoveryConfig | None = None) -> list[Proposal]:
         """Tasks that nobody taught, as far as the log of rejected inputs tells: those that are open after a look, largest first.
 
         The newest 2,000 texts that the base model got are routed as they would be today; what is still turned away, more often than the
@@ -1321,7 +1322,7 @@ class Hub:
         Raises InvalidInput where the log keeps no texts, ReadOnlyRegistry.
         """
         if decided:
-            return self._proposals.decided()
+            return self._proposals().decided()
         if self.config.observe != "text":
             hint = 'Set observe = "text" and keep = "text" in hub.toml; what is logged from then on is looked through.'
             raise InvalidInput(f'the log of answers keeps no texts: hub.toml says observe = "{self.config.observe}".', hint=hint)
@@ -1334,7 +1335,7 @@ class Hub:
             if self._looked is None or self._looked.encoder is not encoder:
                 self._looked = Encoded(encoder)
             route = partial(router.route_features, max_false_reject=rate)
-            return self._proposals.look(self._looked, route, rate, self.names(), self._sureness)
+            return self._proposals(config).look(self._looked, route, rate, self.names(), self._sureness)
 
     def accept(
         self,
@@ -1355,7 +1356,7 @@ class Hub:
         Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
         """
         chosen = [ids] if isinstance(ids, str) else [*ids]
-        rows, known = self._proposals.rows(chosen), name or self._proposals.teach(chosen)
+        rows, known = self._proposals().rows(chosen), name or self._proposals().teach(chosen)
         if known is None:
             raise InvalidInput("these proposals have no name.", hint="Name the skill (`--name`); a registered adapter is taught them, or learns on.")
         check_name(known)
@@ -1373,22 +1374,21 @@ class Hub:
             ref = self.teach(known, [row.text for row in rows])
         else:
             return Accepted(tuple(chosen), known, rows=tuple(rows))
-        self._proposals.decide(chosen, State.ACCEPTED, reason, str(ref))
+        self._proposals().decide(chosen, State.ACCEPTED, reason, str(ref))
         return Accepted(tuple(chosen), known, ref, report)
 
     def dismiss(self, ids: str | Iterable[str], reason: str = "") -> None:
         """Note that these proposals, or groups of them, are no task: inputs like theirs are proposed no more, while the log has theirs."""
         from adapter_hub.continual.proposals import State
 
-        self._proposals.decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
+        self._proposals().decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
 
-    @property
-    def _proposals(self) -> Proposals:
+    def _proposals(self, config: DiscoveryConfig | None = None) -> Proposals:
         self._check_open()
         with _IMPORTING:
             from adapter_hub.continual.proposals import Proposals
 
-        return Proposals(self._log, self.registry.notes)
+        return Proposals(self._log, self.registry.notes, config)
 
     def _sureness(self, name: str, texts: Sequence[str]) -> Sequence[float]:
         """The probability that an adapter gives its likeliest label on each text; nothing where it is no classifier of one label."""

@@ -23,6 +23,7 @@ from pathlib import Path
 import faiss
 
 from adapter_hub import Hub, LearnReport, Prediction
+from adapter_hub.continual.discovery import DiscoveryConfig
 
 DOMAINS, NEW_LINE = ("orders", "billing", "account"), "solar"
 PAGE_SIMILARITY_MIN = 0.35    # cosine of question and page; below it a person answers rather than a page that is about something else
@@ -83,7 +84,8 @@ def run(hub: Hub, rows: dict[str, list[Row]]) -> dict[str, bool]:
     customers = [row for row in rows["learn"] if row["adapter"] == NEW_LINE]
     hub.predict(texts(customers))
     hub.flush_observations()
-    proposals = hub.proposals()
+    # 40 questions are few: looser groups than the default's, which is for hundreds of inputs that belong nowhere.
+    proposals = hub.proposals(config=DiscoveryConfig(group_distance=0.65))
     for proposal in proposals:
         print(f"   {proposal.id}: {proposal.size} questions, nearest to {proposal.nearest[0][0]}; {proposal.why}")
         for group in proposal.groups:

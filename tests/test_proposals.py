@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from adapter_hub.errors import InvalidInput, InvalidName
 from adapter_hub.hub import Hub
 from adapter_hub.testing import make_adapter, tiny_model
 from adapter_hub.training.config import TrainConfig
+from tests.soak.registry_kill import database_schema
 from tests.test_observations import ANIMALS, COLOURS, configure, read
 
 CITIES = "rome oslo paris london cairo tokyo lima quito delhi vienna lagos dublin accra bern".split()
@@ -39,8 +42,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(template: Path, tmp_path: Path) -> Iterator[Hub]:
-    import shutil
-
     shutil.copytree(template, tmp_path / "registry")
     with Hub.open(tmp_path / "registry") as opened:
         yield opened
@@ -197,3 +198,29 @@ def test_the_verbs_propose_export_learn_and_dismiss(hub: Hub, tmp_path: Path) ->
     assert [(row["state"], row["result"], row["reason"]) for row in json.loads(out)] == [("accepted", "music@1", "why not")]
     assert verb("accept", found["id"], "--label", "nonsense")[0] == 2 and verb("dismiss", found["id"])[0] == 2
     assert "nothing is proposed" in verb("proposals")[1]
+
+
+def test_a_team_shares_its_proposals_in_a_database(template: Path, tmp_path: Path) -> None:
+    server = os.environ.get("ADAPTER_HUB_TEST_POSTGRES")
+    if not server:
+        pytest.skip("ADAPTER_HUB_TEST_POSTGRES names no PostgreSQL server")
+    shutil.copytree(template, tmp_path / "registry", ignore=shutil.ignore_patterns("catalog.sqlite*", ".catalogue"))
+    with database_schema(server) as url, Hub.open(str(url), artifacts=tmp_path / "registry") as one:
+        one.predict([*KNOWN, *SONGS])
+        with Hub.open(str(url), artifacts=tmp_path / "registry") as other:
+            one.flush_observations()
+            [found], [same] = other.proposals(), one.proposals()
+            assert (found.id, texts_of(found)) == (same.id, texts_of(same)) == ("1", set(SONGS))
+            other.dismiss("1", "not ours")
+        assert one.proposals() == [] and [told.reason for told in one.proposals(decided=True)] == ["not ours"]
+
+
+def test_a_registry_without_adapters_finds_its_first_task(tmp_path: Path) -> None:
+    with Hub.create(tmp_path / "r", base_model=tiny_model(tmp_path / "bert", "bert"), encoder="hash"):
+        configure(tmp_path / "r", observe="text", keep="text")
+    with Hub.open(tmp_path / "r") as hub:
+        hub.predict([*SONGS, *ODD])
+        [found] = hub.proposals()
+        assert texts_of(found) == set(SONGS) and found.nearest == () and found.teach is None
+        done = hub.accept(found.id, "music", {text: "rock" if "rock" in text else "jazz" for text in SONGS}, config=FAST, promote="always")
+        assert str(done.ref) == "music@1" and hub.proposals() == []

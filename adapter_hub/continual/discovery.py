@@ -27,7 +27,7 @@ from adapter_hub.refs import check_name
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-GROUP_DISTANCE, LEVEL = 0.65, 0.01    # see DiscoveryConfig
+GROUP_DISTANCE, LEVEL = 0.6, 0.01    # see DiscoveryConfig
 NAME_WORDS = 2
 WORD = re.compile(r"[^\W\d_]{3,}")
 SMOOTHING = 1.0     # texts, added to counts of texts with a word
@@ -41,6 +41,8 @@ class DiscoveryConfig:
     join_distance: float = 0.85      # mean between kinds' centres, up to which they are one task
     group_rows_min: int = 5          # inputs of a kind
     rows_min: int = 20               # inputs of a task: with fewer there is nothing to learn from
+    group_share: float = 0.01        # inputs of a kind, as a share of the scattered ones, which are in no group: the more odd inputs there
+    rows_share: float = 0.1          # are, the more of them are alike by chance; and inputs of a task, as a share of the scattered ones
     stability_min: float = 0.6       # mean Jaccard index of a group with its likest in resamples: below it a group is dissolved easily
     resamples: int = 20
     resample_share: float = 0.8      # of the inputs, drawn without replacement
@@ -56,8 +58,9 @@ class DiscoveryConfig:
 
 
 _RANGES = {
-    "group_distance": (0, 2), "join_distance": (0, 2), "group_rows_min": (2, 1e6), "rows_min": (2, 1e6), "stability_min": (0, 1),
-    "resamples": (1, 1e4), "resample_share": (0.1, 1), "level": (0, 1), "rows_max": (2, 1e5), "seed": (0, 2**32 - 1),
+    "group_distance": (0, 2), "join_distance": (0, 2), "group_rows_min": (2, 1e6), "rows_min": (2, 1e6), "group_share": (0, 1),
+    "rows_share": (0, 100), "stability_min": (0, 1), "resamples": (1, 1e4), "resample_share": (0.1, 1), "level": (0, 1),
+    "rows_max": (2, 1e5), "seed": (0, 2**32 - 1),
 }  # fmt: skip
 
 
@@ -90,7 +93,8 @@ def discover(vectors: ArrayLike, routed: int, rate: float, config: DiscoveryConf
     """Clusters of the turned away inputs (n, d) of `routed`, largest first; the same whatever the order of the rows.
 
     There are none where `rate` explains that so many were turned away. Groups, and then their centres, are joined by average linkage;
-    a group is kept if resamples keep it (Hennig 2007, "Cluster-wise assessment of cluster stability": subsets, Jaccard index).
+    what is small beside the scattered inputs is left out, and so is a group that resamples do not keep (Hennig 2007, "Cluster-wise
+    assessment of cluster stability": subsets, Jaccard index).
     Raises InvalidInput for rows that are zero or not finite.
     """
     config = config or DiscoveryConfig()
@@ -100,13 +104,13 @@ def discover(vectors: ArrayLike, routed: int, rate: float, config: DiscoveryConf
     order = np.lexsort(units.T[::-1])    # sums of floats, and draws by row, must not depend on the order that inputs came in
     units = units[order]
     products = units @ units.T
-    groups = _groups(products, config)
+    groups, scattered = _groups(products, config)
     steadiness = _stability(products, groups, config)
     kept = [(group, steady) for group, steady in zip(groups, steadiness, strict=True) if steady >= config.stability_min]
     found = []
     for joined in _joined(units, [group for group, _ in kept], config.join_distance):
         size = sum(len(kept[g][0]) for g in joined)
-        if size < config.rows_min:
+        if size < max(config.rows_min, config.rows_share * scattered):
             continue
         sides = [(_by_typicality(products, kept[g][0]), kept[g][1]) for g in joined]
         sides.sort(key=lambda side: (-len(side[0]), side[0].tolist()))
@@ -146,10 +150,13 @@ def _linked(products: F64, distance: float) -> I64:
     return np.asarray(fcluster(linkage(squareform(distances, checks=False), "average"), distance, "distance"), np.int64)
 
 
-def _groups(products: F64, config: DiscoveryConfig) -> list[I64]:
+def _groups(products: F64, config: DiscoveryConfig) -> tuple[list[I64], int]:
+    """The rows of each group, and how many inputs are scattered."""
     numbers = _linked(products, config.group_distance)
     sizes = np.bincount(numbers)
-    return [np.flatnonzero(numbers == number) for number in np.flatnonzero(sizes >= config.group_rows_min)]
+    scattered = int(sizes[sizes < config.group_rows_min].sum())
+    least = max(config.group_rows_min, config.group_share * scattered)
+    return [np.flatnonzero(numbers == number) for number in np.flatnonzero(sizes >= least)], scattered
 
 
 def _joined(units: F64, groups: Sequence[I64], distance: float) -> list[list[int]]:

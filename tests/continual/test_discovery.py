@@ -73,6 +73,20 @@ def test_as_many_rejections_as_the_rate_explains_are_no_task_however_alike_they_
     assert np.mean([exceeds(int(count), 1_000, RATE) for count in rejected]) <= 0.015
 
 
+def test_the_more_inputs_are_scattered_the_larger_a_task_and_its_kinds_must_be() -> None:
+    """Of many odd inputs some are alike by chance: 36 inputs beside 600 of them are noise, beside 60 they are not."""
+    def around(count: int) -> F64:
+        rows = np.random.default_rng(3).standard_normal((count, 512))
+        wide = np.zeros((len(TRAVEL), 512))
+        wide[:, :DIM] = TRAVEL
+        rows[:, :DIM] = 0
+        return np.concatenate([wide, rows])
+
+    assert [one.rows for one in discover(around(60), 10_000, 0.001)] == [tuple(range(36))]
+    assert discover(around(600), 10_000, 0.001) == ()    # 36 are less than a tenth
+    assert [one.rows for one in discover(around(600), 10_000, 0.001, DiscoveryConfig(group_share=0, rows_share=0))] == [tuple(range(36))]
+
+
 def test_a_few_inputs_are_no_task_yet() -> None:
     assert discover(TRAVEL[:19], 100, RATE) == () and len(discover(TRAVEL[:24], 100, RATE)) == 1
 

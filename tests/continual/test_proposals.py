@@ -5,18 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from adapter_hub.continual.discovery import Cluster
-from adapter_hub.continual.proposals import OTHERS_MIN, SURE, Chosen, advice, labelled, numbered
+from adapter_hub.continual.proposals import OTHERS_MIN, SURE, Chosen, Encoded, advice, labelled, numbered
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.registry.observations import Feedback, Observation
 from adapter_hub.routing.decision import Reason
+from adapter_hub.routing.encoder import HashEncoder, Vectors
+from adapter_hub.routing.features import extract
 
 
 def ids(text: str) -> frozenset[str]:
     return frozenset(text)
+
+
+class Counting(HashEncoder):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        self.asked += texts
+        return super().encode(texts)
+
+
+def test_a_look_encodes_only_what_is_new_and_gives_the_rows_in_their_order() -> None:
+    encoder = Counting()
+    encoded = Encoded(encoder)
+    rows = [Observation(id, None, None, None, Reason.BELOW_THRESHOLD, None, None, f"text {id}") for id in "abcd"]
+    for chosen, asked in ((rows[:2], ["text a", "text b"]), ([rows[3], rows[1]], ["text d"]), ([], []), (rows[1:2], ["text b"])):
+        encoder.asked.clear()
+        found = encoded(chosen)
+        assert encoder.asked == asked
+        if chosen:
+            expected = extract(HashEncoder(), [row.text or "" for row in chosen])
+            np.testing.assert_array_equal(found.dense, expected.dense)
+            assert (found.lexical != expected.lexical).nnz == 0
 
 
 # ---- the same as before ---------------------------------------------------------------------------------------------
