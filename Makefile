@@ -80,6 +80,7 @@ bench: $(VENV)/.bench
 	@$(BIN)/python -W ignore benchmarks/routing_weights.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python benchmarks/routing_scale.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python benchmarks/drift.py --data "$(ADAPTER_HUB_DATA)"
+	@$(BIN)/python -W ignore benchmarks/discovery.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python -W ignore benchmarks/transfer.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python -W ignore benchmarks/continual.py --data "$(ADAPTER_HUB_DATA)"
 

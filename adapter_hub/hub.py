@@ -44,10 +44,10 @@ from adapter_hub.errors import (
     RegistryExists,
     WrongBase,
 )
-from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples
+from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples, targets_of
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
-from adapter_hub.registry.config import RegistryConfig, read_config
+from adapter_hub.registry.config import RegistryConfig, check_policy, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
@@ -65,9 +65,11 @@ if TYPE_CHECKING:
     from adapter_hub.adapters.weights import Adapter
     from adapter_hub.base_model import FrozenBase
     from adapter_hub.continual.alerts import Sink
+    from adapter_hub.continual.discovery import DiscoveryConfig
     from adapter_hub.continual.drift import Alarm
     from adapter_hub.continual.knowledge_map import KnowledgeMap, Limits
     from adapter_hub.continual.learner import Current, Lesson
+    from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
     from adapter_hub.continual.space import Space
     from adapter_hub.engine.engine import Engine, Output, Request
     from adapter_hub.engine.queue import RequestQueue
@@ -159,6 +161,8 @@ class Hub:
         self._engine: Engine | None = None
         self._queue: RequestQueue | None = None
         self._router: LiveRouter | None = None
+        self._looking = threading.Lock()       # a look takes seconds, in which others ask on
+        self._looked: Encoded | None = None    # the inputs of the last one
         self._candidates: dict[AdapterRef, Adapter] = {}    # that are asked before they are stored
         self._numbers = itertools.count(NUMBER_MAX + 1)
         self._label_names: dict[AdapterRef, tuple[str, ...]] = {}    # of versions, which do not change
@@ -183,14 +187,17 @@ class Hub:
         precision: str = "float32",
         slots_max: int | None = None,
         bytes_max: int | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make a registry folder for one base model and one encoder.
 
         `base_model` is a hub id or a folder; `encoder` too, or "hash" for one without a model; by default both are `DEFAULT_MODEL`.
         `database` is a PostgreSQL URL for the catalogue, which is in the folder otherwise. `precision`, `slots_max` and `bytes_max` are
-        this hub's, as in `open`: the registry is the same at each. Raises RegistryExists, ModelNotFound, InvalidInput.
+        this hub's, as in `open`: the registry is the same at each. `policy` is what hub.toml's [policy] is to say otherwise than by
+        default: {"keep": "text", "observe": "text"}. Raises RegistryExists, ModelNotFound, InvalidInput, InvalidConfig.
         """
         limits_of(slots_max=slots_max, bytes_max=bytes_max)    # before anything is written
+        check_policy(policy or {})
         if Layout(Path(path).expanduser()).config.exists():    # before the models are loaded, which takes a while
             raise RegistryExists(f"{path} is a registry already.", hint="Open it, or name another folder.")
         from adapter_hub.base_model import DEFAULT_MODEL, FrozenBase
@@ -204,6 +211,7 @@ class Hub:
             encoder=router_encoder.id,
             encoder_fingerprint=router_encoder.fingerprint,
             max_tokens=base.max_tokens,
+            **(policy or {}),
         )
         registry = Registry.create(path, config=config, database=database)
         hub = cls(registry, device=device, precision=precision, slots_max=slots_max, bytes_max=bytes_max)
@@ -731,7 +739,7 @@ class Hub:
         if version is None:
             return None
         manifest = self.registry.manifest(AdapterRef(name, version))
-        kept = (self._kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
+        kept = (self.kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
         return Current.of(manifest, self.registry.open_version(manifest.ref), *kept)
 
     def _with_memory(
@@ -755,7 +763,7 @@ class Hub:
 
         newer, parent = prepared.state, lesson.parent
         state = before.succeeded(self.encoder, newer) if before is not None and parent is not None else newer
-        kept, held_out, negatives = (self._kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
+        kept, held_out, negatives = (self.kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         if before is not None and len(kept) == before.count:
             kept = [kept[row] for row in before.rows_before(newer)]
         key = lesson.kind.task.key
@@ -1155,6 +1163,15 @@ class Hub:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
+    def answered(self, versions: Iterable[AdapterRef], rows: Sequence[Example], home: AdapterRef) -> list[bool]:
+        """Whether each row would reach `home` and get its label, were these versions in production; nothing of it is logged."""
+        calibration = self.settle().calibration
+        decisions = self._route(self._router_of(versions, calibration.id if calibration else None), [row.text for row in rows], 1, None)
+        reached = [number for number, decision in enumerate(decisions) if decision.adapter == home]
+        outputs = self.engine.predict(_requests([rows[number].text for number in reached], [home] * len(reached), True))
+        right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
+        return [number in right for number in range(len(rows))]
+
     # ---- the log of what was answered ---------------------------------------------------------------------------
 
     def _observed(self, texts: Sequence[str | Conversation], found: Sequence[_Found], started: float | None) -> list[_Found]:
@@ -1171,11 +1188,14 @@ class Hub:
         self._log.add([one.observed(one.id, question_of(text), latency_ms) for one, text in pairs if isinstance(one, Prediction) and one.id])
         return known
 
-    def feedback(self, id: str, correct_label: str | None = None, correct_adapter: str | None = None) -> Observation:
+    def feedback(
+        self, id: str, correct_label: str | None = None, correct_adapter: str | None = None, *, new_label: bool = False
+    ) -> Observation:
         """Say what an answer should have been; returns the observation with it. What is said last of an observation holds.
 
         `id` is `Prediction.id`, or the column `observation` of a job's row. `correct_label` is one of `correct_adapter`'s, or where
-        that is not given of the adapter's that answered, as it was then or is in production now. Of `correct_adapter` the name counts.
+        that is not given of the adapter's that answered, as it was then or is in production now; with `new_label` it may be one that the adapter
+        has yet to learn. Of `correct_adapter` the name counts.
         Raises InvalidInput for an id that is not in the log and a label that there is not, AdapterNotFound, NotRoutable.
         """
         if correct_label is None and correct_adapter is None:
@@ -1185,7 +1205,9 @@ class Hub:
         if correct_adapter is not None:
             name = AdapterRef.parse(correct_adapter).name
             self.registry.resolve(correct_adapter) if "@" in str(correct_adapter) else self.registry.aliases(name)
-        if correct_label is not None:
+        if new_label and (not isinstance(correct_label, str) or not correct_label.strip() or (name is None and seen.adapter is None)):
+            raise InvalidInput("new_label wants the label, and the adapter whose label it is to be.", hint="Give correct_label and correct_adapter.")
+        if correct_label is not None and not new_label:
             self._check_label(correct_label, AdapterRef.parse(correct_adapter) if correct_adapter else seen.adapter)
         return self._log.say(seen, correct_label, name)
 
@@ -1200,7 +1222,7 @@ class Hub:
         if label not in labels:
             closest = difflib.get_close_matches(str(label), labels, n=3)
             hint = f"Closest: {', '.join(map(repr, closest))}." if closest else f"It has {len(labels)} labels: `adapter-hub show {asked.name}`."
-            raise InvalidInput(f"{label!r} is no label of {asked.name}.", hint=hint)
+            raise InvalidInput(f"{label!r} is no label of {asked.name}.", hint=f"{hint} One that it is to learn: new_label=True (`--new-label`).")
 
     def observations(
         self,
@@ -1224,9 +1246,15 @@ class Hub:
         """Erase what was logged, all of it or what is chosen as in `observations`, with the feedback to it; returns how many rows that was.
 
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
-        later what it answered before. Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
+        later what it answered before. The drift detectors, which hold vectors, begin anew.
+        Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
         """
-        return self._log.forget(**self._chosen_observations(before, adapter))
+        from adapter_hub.lifelong import forget
+
+        gone = self._log.forget(**self._chosen_observations(before, adapter))
+        self._looked = None    # their vectors
+        forget(self)
+        return gone
 
     def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
         self._check_open()
@@ -1281,7 +1309,8 @@ class Hub:
     ) -> MaintenanceReport:
         """One pass over the adapters in production, or of these names: `watch`, evaluate, then update or go back where people's feedback asks for it.
 
-        Each version is measured on the evaluation set that is kept with it, when it is new, the router changed or an alarm came. What is
+        Each version is measured on the evaluation set that is kept with it, when it is new, the router changed or an alarm came. An input that
+        belongs to an adapter, as people say, and did not reach it was not answered right. What is
         done follows from the feedback to its answers (`continual.maintenance` has the rules, hub.toml the floor, cool-down, rows and level):
         it learns from the rows that people corrected, with the text that the log keeps (`observe = "text"`), and the new version goes
         live where the gate promotes it and it is better on new rows; or production goes back to the version before, where that one
@@ -1306,6 +1335,92 @@ class Hub:
         from adapter_hub.merging import merge
 
         return merge(self, names, into, config=config, reason=reason)
+
+    # ---- new tasks among what was turned away -------------------------------------------------------------------
+
+    def proposals(self, *, decided: bool = False, config: DiscoveryConfig | None = None) -> list[Proposal]:
+        """Tasks that nobody taught, as far as the log of rejected inputs tells: those that are open after a look, largest first.
+
+        The newest 2,000 texts that the base model got are routed as they would be today; what is still turned away, more often than the
+        false reject rate explains, is clustered (see `continual.discovery`). `accept` and `dismiss` take the ids, also of a proposal's groups,
+        each likely one label. `decided` gives those that were accepted or dismissed instead, without a look.
+        Raises InvalidInput where the log keeps no texts, ReadOnlyRegistry.
+        """
+        if decided:
+            return self._proposals().decided()
+        if self.config.observe != "text":
+            hint = 'Set observe = "text" and keep = "text" in hub.toml; what is logged from then on is looked through.'
+            raise InvalidInput(f'the log of answers keeps no texts: hub.toml says observe = "{self.config.observe}".', hint=hint)
+        with _IMPORTING:
+            from adapter_hub.continual.proposals import Encoded
+
+        router, rate = self._live.snapshot(), self._rate(None)
+        encoder = self._encoder_of(router)
+        with self._looking:
+            if self._looked is None or self._looked.encoder is not encoder:
+                self._looked = Encoded(encoder)
+            route = partial(router.route_features, max_false_reject=rate)
+            return self._proposals(config).look(self._looked, route, rate, self.names(), self._sureness)
+
+    def accept(
+        self,
+        ids: str | Iterable[str],
+        name: str | None = None,
+        labels: Mapping[str, str | None] | None = None,
+        *,
+        train: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
+        reason: str = "",
+        **learning: Any,
+    ) -> Accepted:
+        """Make open proposals, or groups of them ("3", "3.2"), one skill: learn it, teach it to an adapter, or give the rows to be labelled.
+
+        With `labels`, by observation, text, group or proposal, the most particular first, or with `train`, rows as `learn` takes them, it is
+        `learn(name, rows, **learning)`; those without a label are left out. With neither, a name that is registered (by default the adapter
+        that the proposal is to be taught to) is taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is
+        decided then.
+        Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
+        """
+        chosen = [ids] if isinstance(ids, str) else [*ids]
+        rows, known = self._proposals().rows(chosen), name or self._proposals().teach(chosen)
+        if known is None:
+            raise InvalidInput("these proposals have no name.", hint="Name the skill (`--name`); a registered adapter is taught them, or learns on.")
+        check_name(known)
+        with _IMPORTING:
+            from adapter_hub.continual.proposals import Accepted, State, labelled
+
+        if not rows and train is None:
+            raise InvalidInput("the log has nothing left of these inputs.", hint="Look again: `adapter-hub proposals`.")
+        report = None
+        if labels is not None or train is not None:
+            given = labelled(rows, labels or {}) if train is None else [row for row in rows_of(train) if row.label or targets_of(row)]
+            report = self.learn(known, given, **learning)
+            ref = report.ref
+        elif known in self:
+            ref = self.teach(known, [row.text for row in rows])
+        else:
+            return Accepted(tuple(chosen), known, rows=tuple(rows))
+        self._proposals().decide(chosen, State.ACCEPTED, reason, str(ref))
+        return Accepted(tuple(chosen), known, ref, report)
+
+    def dismiss(self, ids: str | Iterable[str], reason: str = "") -> None:
+        """Note that these proposals, or groups of them, are no task: inputs like theirs are proposed no more, while the log has theirs."""
+        from adapter_hub.continual.proposals import State
+
+        self._proposals().decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
+
+    def _proposals(self, config: DiscoveryConfig | None = None) -> Proposals:
+        self._check_open()
+        with _IMPORTING:
+            from adapter_hub.continual.proposals import Proposals
+
+        return Proposals(self._log, self.registry.notes, config)
+
+    def _sureness(self, name: str, texts: Sequence[str]) -> Sequence[float]:
+        """The probability that an adapter gives its likeliest label on each text; nothing where it is no classifier of one label."""
+        manifest = self.registry.manifest(name)
+        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE) or not manifest.labels or not texts:
+            return ()
+        return [max(one.scores.values()) for one in self._predict(texts, adapters=str(manifest.ref))]
 
     # ---- ask about it -------------------------------------------------------------------------------------------
 
@@ -1351,11 +1466,12 @@ class Hub:
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         states = {ref: self._live.state(ref) for ref in refs}
-        texts = {ref: [row.text for row in kept] for ref in refs if (kept := self._kept(ref, EXEMPLARS_FILE))}
+        texts = {ref: [row.text for row in kept] for ref in refs if (kept := self.kept(ref, EXEMPLARS_FILE))}
         texts |= {ref: [self.registry.manifest(ref).description] for ref in refs if states[ref].from_description}    # it is the first
         return explain(decision, features, states, texts, rate)
 
-    def _kept(self, ref: AdapterRef, file: str) -> list[Example]:
+    def kept(self, ref: AdapterRef, file: str) -> list[Example]:
+        """The rows of one of a version's text files (`registry.layout`); none where it has no such file."""
         return read_examples(self.registry.open_version(ref) / file) if file in self.registry.manifest(ref).files else []
 
     def state(self, ref: str | AdapterRef) -> RoutingState:
@@ -1432,7 +1548,7 @@ class Hub:
             refs = list(dict.fromkeys(self.registry.production() if wanted is None else map(self.registry.resolve, wanted)))
             manifests = (self.registry.manifest(ref) for ref in refs)
             check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
-            groups = ((ref, measuring(self._kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
+            groups = ((ref, measuring(self.kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
         else:
             rows = rows_of(data) if wanted is None else self._rows_of(wanted, rows_of(data))
             named = [row.extra.get("adapter") for row in rows]
@@ -1485,7 +1601,7 @@ class Hub:
             )
             for i, row in enumerate(rows)
         ]
-        examples = {row.text for row in self._kept(home, EXEMPLARS_FILE)} if home else set()
+        examples = {row.text for row in self.kept(home, EXEMPLARS_FILE)} if home else set()
         return part_of(answered, home, task, known=sum(text in examples for text in texts))
 
     def _rows_of(self, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:

@@ -7,17 +7,29 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from adapter_hub.continual.alerts import Alerts, Sink, to_log
 from adapter_hub.continual.drift import Alarm, DriftMonitor, Kind
-from adapter_hub.continual.maintenance import Decision, Health, MaintenancePolicy, Memory, Proof, Step, decide, judged, proof_of
+from adapter_hub.continual.maintenance import (
+    RECENT,
+    Decision,
+    Health,
+    MaintenancePolicy,
+    Memory,
+    Proof,
+    Step,
+    decide,
+    judged,
+    proof_of,
+)
 from adapter_hub.errors import HubError, InvalidInput
-from adapter_hub.examples import Example
-from adapter_hub.refs import AdapterRef
+from adapter_hub.examples import Example, measuring
+from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry.events import EventKind
 from adapter_hub.registry.layout import EVALUATION_FILE, GATE_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX
@@ -38,6 +50,7 @@ ENCODED_ROWS = 1_000       # texts that are encoded together
 ALARMS_KEPT = 1_000
 HELD_ROWS = 400            # of what an update learns from, at most: one half of them chooses its epoch, the other proves the gain
 SPLIT_SEED = 0
+NEW_LABEL_ROWS = 5         # with fewer a label that people named is not learned yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +125,13 @@ def watch(hub: Hub, sinks: Iterable[Sink] = (), *, dry_run: bool = False, now: d
     return told
 
 
+def forget(hub: Hub) -> None:
+    """Let the detectors begin anew from here: their state holds vectors of what was asked."""
+    with hub.registry.maintaining():
+        if kept := hub.registry.notes.read(DRIFT).get(STATE):
+            hub.registry.notes.write(DRIFT, {STATE: kept | {"monitor": DriftMonitor().to_json()}})
+
+
 def _since(hub: Hub, seen: str) -> list[Observation]:
     """What was logged behind an id, oldest first, but for the last moments, which other processes may still write to."""
     until = first_id(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
@@ -163,7 +183,7 @@ def _right(row: Observation) -> bool | None:
 class _Corrected:
     """What people said of one adapter's inputs, behind what was set aside."""
 
-    answers: tuple[Observation, ...]    # that the version in production gave
+    answers: tuple[tuple[Observation, bool], ...]    # since the version is in production, and whether that gave the right one
     rows: dict[str, Example]            # by text: to learn from
     until: tuple[str, str]              # the last of both
 
@@ -184,11 +204,23 @@ def maintain(
     wanted = None if names is None else {hub.registry.resolve(name).name for name in names}
     with hub.registry.maintaining():
         alarms = watch(hub, sinks, dry_run=dry_run, now=now)
+        if not dry_run:
+            _calibrate_anew(hub)
         done = []
         for ref in hub.registry.production():
             if wanted is None or ref.name in wanted:
                 done.append(_attended(hub, ref, alarms, config, now, dry_run))
+        if any(one.promoted for one in done):
+            _calibrate_anew(hub)
     return MaintenanceReport(tuple(alarms), tuple(done), dry_run)
+
+
+def _calibrate_anew(hub: Hub) -> None:
+    """Where versions are in production that the calibration in use was not measured on: a pass that was killed may have left it so."""
+    router = hub.settle()
+    known = router.calibration.centres if router.calibration else ()
+    if any(ref not in known and hub.state(ref).count for ref in hub.registry.production()):
+        hub.calibrate("maintenance")
 
 
 def policy_of(hub: Hub) -> MaintenancePolicy:
@@ -225,9 +257,10 @@ def _acted(hub: Hub, done: Done, decision: Decision, corrected: _Corrected, conf
     elif decision.step in (Step.UPDATE, Step.JUDGE):
         candidate = _candidate_of(hub, ref, decision.memory)
         if candidate is None:
-            train, held = _split(list(corrected.rows.values()))
+            train, held = _split(_learnable(list(corrected.rows.values()), hub.registry.manifest(ref).labels or ()))
             candidate = hub.learn(ref.name, train, held, config=config, promote="never").ref
-        proof, why = _proof_of(hub, candidate, decision.level or 0.0)
+        routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
+        proof, why = _proof_of(hub, ref, candidate, decision.level or 0.0, routed)
         if proof is Proof.BETTER:
             hub.promote(candidate, reason=f"maintenance: {why}")
         said = f"{done.reason}; {candidate} {'goes live' if proof is Proof.BETTER else 'is held'}: {why}"
@@ -244,23 +277,26 @@ def _remember(hub: Hub, name: str, memory: Memory) -> None:
 
 
 def _evaluated(hub: Hub, ref: AdapterRef, again: bool, dry_run: bool) -> tuple[float | None, dict[str, JSON] | None]:
-    """The share that it answers right on its own set, named, and the figures if they are new: they change with the router, or are asked for."""
+    """The share of its own set that is answered right, routed, and the figures if they are new: they change with the router, or are asked for."""
     if EVALUATION_FILE not in hub.registry.manifest(ref).files:
         return None, None
     router = hub.settle().digest
     past = (event.detail for event in reversed(hub.registry.history(ref.name)) if event.kind is EventKind.MAINTAINED)
     last: Mapping[str, JSON] = next((detail for detail in past if detail.get("step") == "evaluate"), {})
     if not again and last.get("adapter") == str(ref) and last.get("router") == router:
-        return last["figures"].get("oracle", {}).get("accuracy"), None
-    figures = hub.evaluate(names=[ref.name])["adapters"][str(ref)]
+        return last["figures"].get("routed", {}).get("accuracy"), None
+    figures = hub.evaluate(names=[ref.name], max_false_reject=None)["adapters"][str(ref)]
     shown = ", ".join(f"{way} {figures[way]['accuracy']:.4f}" for way in ("oracle", "routed") if "accuracy" in figures.get(way, {}))
     if not dry_run:
         hub.registry.remark(ref, f"evaluate: {shown or 'measured'}", {"step": "evaluate", "adapter": str(ref), "router": router, "figures": figures})
-    return figures.get("oracle", {}).get("accuracy"), figures
+    return figures.get("routed", {}).get("accuracy"), figures
 
 
 def _corrected_of(hub: Hub, ref: AdapterRef, memory: Memory) -> _Corrected:
-    answers: list[Observation] = []
+    """Inputs that are its own, as people say or because it answered them; one that did not reach it was not answered right."""
+    moves = [event for event in hub.registry.history(ref.name) if event.alias == PRODUCTION]
+    since = first_id(moves[-1].at) if moves else ""
+    answers: list[tuple[Observation, bool]] = []
     rows: dict[str, Example] = {}
     until = memory.set_aside
     for row in hub.log.corrected(memory.set_aside):
@@ -272,29 +308,28 @@ def _corrected_of(hub: Hub, ref: AdapterRef, memory: Memory) -> _Corrected:
         if row.text:
             rows.pop(row.text, None)
             rows[row.text] = Example(row.text, said.correct_label)    # the last word counts
-        if row.adapter == ref:
-            answers.append(row)
+        if row.id >= since and (row.adapter == ref or row.reason != Reason.NAMED):
+            answers.append((row, row.adapter == ref and row.label == said.correct_label))
     return _Corrected(tuple(answers), rows, until)
 
 
 def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, expected: float | None) -> Health:
     from adapter_hub.engine.engine import Request
 
-    answers = [(row, bool(_right(row))) for row in corrected.answers]
-    since = [right for row, right in answers if row.id > memory.alarmed_at]
-    previous = hub.registry.rollback_target(ref.name)
-    texts = [(row, right) for row, right in answers if row.text]
-    compared = (0, 0, 0)
-    if previous is not None and texts and len(answers) > memory.looked_at:
-        found = hub.engine.predict([Request(row.text or "", previous) for row, _ in texts])    # past the log: nobody asked
-        theirs = [row.feedback is not None and other.label == row.feedback.correct_label for (row, _), other in zip(texts, found, strict=True)]
-        pairs = list(zip((right for _, right in texts), theirs, strict=True))
+    recent = [right for _, right in corrected.answers[-RECENT:]]
+    since = [right for row, right in corrected.answers if row.id > memory.alarmed_at]
+    own = [(row, right) for row, right in corrected.answers if row.adapter == ref and row.text and row.feedback]
+    previous, compared = hub.registry.rollback_target(ref.name), (0, 0, 0)
+    if previous is not None and own and len(corrected.answers) > memory.looked_at:
+        found = hub.engine.predict([Request(row.text or "", previous) for row, _ in own])    # past the log: nobody asked
+        theirs = [row.feedback is not None and other.label == row.feedback.correct_label for (row, _), other in zip(own, found, strict=True)]
+        pairs = list(zip((right for _, right in own), theirs, strict=True))
         compared = (len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
-    right = sum(right for _, right in answers)
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, right, len(answers), sum(since), len(since), len(corrected.rows), expected, previous, compared, _candidate_of(hub, ref, memory)
-    )
+        ref, newest, len(corrected.answers), sum(recent), len(recent), sum(since), len(since), len(corrected.rows), expected, previous, compared,
+        _candidate_of(hub, ref, memory),
+    )  # fmt: skip
 
 
 def _candidate_of(hub: Hub, ref: AdapterRef, memory: Memory) -> AdapterRef | None:
@@ -306,11 +341,27 @@ def _candidate_of(hub: Hub, ref: AdapterRef, memory: Memory) -> AdapterRef | Non
     return next((manifest.ref for manifest in made if manifest.parent == str(ref) and GATE_FILE in manifest.files), None)
 
 
-def _proof_of(hub: Hub, candidate: AdapterRef, level: float) -> tuple[Proof, str]:
-    """From the gate's report that was stored with it."""
+def _proof_of(hub: Hub, ref: AdapterRef, candidate: AdapterRef, level: float, routed: bool) -> tuple[Proof, str]:
+    """From the gate's report that was stored with the candidate; where inputs are routed, from whole answers to rows that it did not learn."""
     gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
-    numbers: dict[str, float] = next((one["numbers"] for one in gate["findings"] if one["check"] == "validation"), {})
-    return proof_of(gate["verdict"], numbers, level)
+    named: dict[str, float] = next((one["numbers"] for one in gate["findings"] if one["check"] == "validation"), {})
+    return proof_of(gate["verdict"], _routed(hub, ref, candidate) if routed else named, level)
+
+
+def _routed(hub: Hub, ref: AdapterRef, candidate: AdapterRef) -> dict[str, float]:
+    """Which of the two versions answers the candidate's new evaluation rows right, with the router that there is or would be."""
+    known = {row.text for row in hub.kept(ref, EVALUATION_FILE)}
+    rows = [row for row in measuring(hub.kept(candidate, EVALUATION_FILE)) if row.text not in known and row.label is not None]
+    others = [one for one in hub.registry.production() if one.name != ref.name]
+    right = {version: hub.answered([*others, version], rows, version) for version in (ref, candidate)}
+    pairs = list(zip(right[candidate], right[ref], strict=True))
+    return {"rows": len(pairs), "gained": sum(a and not b for a, b in pairs), "lost": sum(b and not a for a, b in pairs), "probed": 0.0}
+
+
+def _learnable(rows: Sequence[Example], known: Collection[str]) -> list[Example]:
+    """Without those of new labels that too few people named: slips of the pen, or not enough to learn from."""
+    counts = Counter(row.label for row in rows)
+    return [row for row in rows if row.label in known or counts[row.label] >= NEW_LABEL_ROWS]
 
 
 def _split(rows: Sequence[Example]) -> tuple[list[Example], list[Example]]:

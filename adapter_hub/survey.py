@@ -30,6 +30,7 @@ from adapter_hub.continual.knowledge_map import (
     weight_cosine,
 )
 from adapter_hub.continual.maintenance import Memory
+from adapter_hub.continual.proposals import KIND
 from adapter_hub.continual.report import Facts, Judged, page
 from adapter_hub.continual.space import Space, space_of
 from adapter_hub.errors import HubError
@@ -51,7 +52,6 @@ LOADED_MAX = 128             # adapters whose weights are held at once
 TRAFFIC_ROWS = 400           # of the newest, that the picture of the space shows
 POINTS_MAX = 4_000           # exemplars and evaluation inputs that it shows
 GENERATIONS_MAX = 1_000      # of one lineage
-PROPOSALS = "proposals"      # kind of notes
 
 
 # ---- the map --------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def report(hub: Hub) -> str:
         calibration=calibration.to_json() if calibration else None,
         alarms=tuple(registry.notes.read(ALARMS).values()),
         open_alarms={name: alarm for name, alarm in alarms.items() if alarm},
-        proposals=registry.notes.read(PROPOSALS),
+        proposals=registry.notes.read(KIND),
     )
     return page(facts)
 

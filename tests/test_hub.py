@@ -30,6 +30,7 @@ from adapter_hub.errors import (
     DataRemains,
     DoesNotFit,
     HubError,
+    InvalidConfig,
     InvalidInput,
     LabelsRequired,
     ModelChanged,
@@ -82,6 +83,18 @@ def template(tmp_path_factory: pytest.TempPathFactory, bert: Path) -> Path:
 def filled(template: Path, tmp_path: Path) -> Hub:
     shutil.copytree(template, tmp_path, dirs_exist_ok=True)
     return Hub.open(tmp_path / "registry")
+
+
+def test_a_registry_is_made_with_its_policy_and_a_wrong_one_is_told_before_anything_is_written(tmp_path: Path, bert: Path) -> None:
+    """Previously a program edited hub.toml as text, and opened the registry again."""
+    policy = {"keep": "text", "observe": "text"}
+    Hub.create(tmp_path / "registry", base_model=bert, encoder="hash", policy=policy).close()
+    with Hub.open(tmp_path / "registry") as hub:
+        assert (hub.config.keep, hub.config.observe, hub.config.max_false_reject) == ("text", "text", 0.05)
+    for wrong, fact in (({"kepe": "text"}, "Did you mean policy.keep?"), ({"observe": "text"}, "Set observe to"), ({"keep": 3}, "is not")):
+        with pytest.raises(InvalidConfig, match=fact):
+            Hub.create(tmp_path / "other", policy=wrong)
+    assert not (tmp_path / "other").exists()
 
 
 def test_each_input_reaches_the_adapter_whose_examples_it_is_like(filled: Hub) -> None:

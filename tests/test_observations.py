@@ -202,6 +202,18 @@ def test_feedback_is_joined_and_the_last_word_counts(opened: Callable[..., Hub])
     assert said == [("dog", "animals"), (None, "colours"), ("blue", None)]
 
 
+def test_a_label_that_is_yet_to_be_learned_is_taken_where_that_is_said(opened: Callable[..., Hub]) -> None:
+    hub = opened(observe="text")
+    [answer] = hub.predict(["paint the gate green"], adapters="colours")
+    with pytest.raises(InvalidInput, match=r"'green' is no label of colours\..*new_label=True"):
+        hub.feedback(answer.id, "green")
+    assert hub.feedback(answer.id, "green", new_label=True).feedback.correct_label == "green"
+    [abstained] = hub.predict(["zzz"], adapters=[None])
+    with pytest.raises(InvalidInput, match="the adapter whose label it is to be"):
+        hub.feedback(abstained.id, "green", new_label=True)
+
+
+
 def test_what_is_said_wrongly_is_told_and_nothing_is_kept(opened: Callable[..., Hub]) -> None:
     hub = opened(observe="decisions")
     answered, _, abstained = (p.id or "" for p in hub.predict(TEXTS, max_false_reject=0.2))

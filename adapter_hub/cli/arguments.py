@@ -59,6 +59,7 @@ Rate = Annotated[
     float | None,
     typer.Option("--max-false-reject", metavar="RATE", callback=_share, help="Share of belonging inputs that may be turned away, 0-1."),
 ]
+Proposed = Annotated[list[str], typer.Argument(metavar="ID", help="Of a proposal, or of a group of it: 3.2.")]
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Inputs; without any, --file or one a line on stdin.")]
 File = Annotated[str, typer.Option("--file", help="JSONL, CSV or Parquet with `text` or `messages`, or .txt with one input a line; - is stdin.")]
 Truncate = Annotated[bool, typer.Option("--truncate/--no-truncate", help="Cut an input that is too long, or refuse it.")]

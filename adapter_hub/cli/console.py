@@ -284,14 +284,17 @@ def alarmed(documents: Sequence[Mapping[str, JSON]]) -> None:
     """What the detectors said, in the order it happened."""
     if not documents:
         line("nothing has changed for the worse")
-    rows([{key: document[key] for key in ("kind", "adapter", "signal", "detector", "at", "reason")} for document in documents])
+    for document in documents:
+        line(f"{document['kind']}  {document['adapter']}: {document['reason']} ({document['detector']})")
 
 
 def attended(document: Mapping[str, JSON]) -> None:
     """What a pass did, adapter by adapter."""
     if document["alarms"]:
         alarmed(document["alarms"])
-    rows([{key: one[key] for key in ("adapter", "step", "result", "promoted", "reason")} for one in document["done"]])
+    for one in document["done"]:
+        made = f" {one['result']} ({'live' if one['promoted'] else 'held'})" if one["result"] else ""
+        line(f"{one['adapter']}  {one['step']}{made}: {one['reason']}")
     if document["dry_run"]:
         line("a dry run: nothing was done")
 
@@ -313,6 +316,38 @@ def merged(document: Mapping[str, JSON]) -> None:
     """What a merge made, and how it compares with each that it was made from."""
     facts({key: document[key] for key in ("ref", "promoted", "withdrawn", "reason")})
     rows([{"on the set of": ref, **counts} for ref, counts in document["compared"].items()])
+
+
+def proposed(documents: Sequence[Mapping[str, JSON]]) -> None:
+    """Each proposal in words, then a group a line."""
+    for document in documents:
+        near = ", ".join(f"{one['adapter']} {100 * one['share']:.0f} %" for one in document["nearest"])
+        size = f"{document['size']} inputs in {len(document['groups'])} groups"
+        line(f"{document['id']}  {document['suggested']}: {size}; nearest {near or 'no adapter'}")
+        line(f"  cohesion {document['cohesion']:.2f}, stability {document['stability']:.2f}, since {document['at']}")
+        if document["state"] == "open":
+            line(f"  {'teach ' + document['teach'] if document['teach'] else 'a new skill'}: {document['why']}")
+        else:
+            result = f" as {document['result']}" if document["result"] else ""
+            line(f"  {document['state']}{result} on {document['decided_at']}{': ' + document['reason'] if document['reason'] else ''}")
+        groups = document["groups"]
+        rows([{"group": one["id"], "size": one["size"], "like": one["suggested"], "examples": " | ".join(one["examples"][:2])} for one in groups])
+    if not documents:
+        line("nothing is proposed: what was turned away is too little, too scattered, or explained by the false reject rate.")
+
+
+def accepted(document: Mapping[str, JSON], output: str) -> None:
+    """What was learned or taught; or where the rows are that somebody should label."""
+    if "learned" in document:
+        learned(document["learned"])
+    elif document["ref"]:
+        line(f"{document['ref']} was taught them.")
+    elif output:
+        again = f"adapter-hub accept {' '.join(document['ids'])} --name {document['name']} --train {output}"
+        line(f"{len(document['rows'])} rows are in {output}. Fill in their labels, then `{again}`.")
+    else:
+        rows(document["rows"])
+        line("Label them: --label ID=LABEL for groups, or --output FILE and then --train FILE.")
 
 
 def _answering(document: Mapping[str, JSON]) -> JSON:

@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 some rows failed, damage was found, or nothing was promote
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -23,6 +24,7 @@ from adapter_hub.cli.arguments import (
     File,
     Generation,
     Name,
+    Proposed,
     Rate,
     Reason,
     Ref,
@@ -37,6 +39,7 @@ from adapter_hub.cli.arguments import (
     shown_url,
 )
 from adapter_hub.cli.console import (
+    accepted,
     alarmed,
     attended,
     calibrated,
@@ -54,6 +57,7 @@ from adapter_hub.cli.console import (
     piece,
     predictions,
     progress_bar,
+    proposed,
     reembedded,
     verified,
     versions,
@@ -72,6 +76,7 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
 # torch's threads sleep while they wait: on shared cores, spinning takes them from the very thread that is waited for.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 OBSERVATIONS_SHOWN = 100
+NOTHING_LOGGED = 'nothing was logged: hub.toml says observe = "off".'
 SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 
 
@@ -586,7 +591,7 @@ def observations(
         return
     found = list(hub.observations(since or None, adapter or None, limit or OBSERVATIONS_SHOWN, before=before or None))
     observing = hub.config.observe != "off"
-    emit(found, as_json, observed if found or observing else lambda _: line('nothing was logged: hub.toml says observe = "off".'))
+    emit(found, as_json, observed if found or observing else lambda _: line(NOTHING_LOGGED))
 
 
 @_verb("feedback", "adapter-hub feedback 1a21d02c0c6000007f74e135 --label card_lost")
@@ -595,10 +600,11 @@ def feedback(
     id: Annotated[str, typer.Argument(metavar="ID", help="Of the observation: `observation` in the answers of predict and run.")],
     label: Annotated[str, typer.Option(help="What the answer should have been.")] = "",
     adapter: Annotated[str, typer.Option(metavar="NAME", help="Who should have answered.", autocompletion=complete_ref)] = "",
+    new_label: Annotated[bool, typer.Option("--new-label", help="The label is one that the adapter has yet to learn.")] = False,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Say what an answer should have been. The last word counts."""
-    seen = _open(ctx, registry).feedback(id, label or None, adapter or None)
+    seen = _open(ctx, registry).feedback(id, label or None, adapter or None, new_label=new_label)
     said = " ".join(filter(None, (label, f"by {adapter}" if adapter else "")))
     emit(seen, as_json, lambda _: line(f"{id} should have been answered {said}"))
 
@@ -614,7 +620,9 @@ def watch(
     ctx: typer.Context, webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False
 ) -> None:
     """Look through what was logged since the last look, and tell where traffic changed for the worse."""
-    emit(_open(ctx, registry).watch(_sinks(webhook, alert_command)), as_json, alarmed)
+    hub = _open(ctx, registry)
+    found = hub.watch(_sinks(webhook, alert_command))
+    emit(found, as_json, alarmed if found or hub.config.observe != "off" else lambda _: line(NOTHING_LOGGED))
 
 
 @_verb("maintain", "adapter-hub maintain --dry-run")
@@ -630,8 +638,11 @@ def maintain(
     An adapter below accuracy_floor in hub.toml, or worse since an alarm, learns from the rows that people corrected. The new version goes
     live where the gate promotes it and it is better on new rows. Exit code 1 where an adapter could not be maintained.
     """
-    report = _open(ctx, registry).maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
+    hub = _open(ctx, registry)
+    report = hub.maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
     emit(report, as_json, attended)
+    if not as_json and hub.config.observe == "off":
+        line(NOTHING_LOGGED)
     if report.failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -640,6 +651,63 @@ def _sinks(url: str, arguments: str) -> list[Sink]:
     from adapter_hub.continual import alerts
 
     return [*([alerts.webhook(url)] if url else []), *([alerts.command(shlex.split(arguments))] if arguments else [])]
+
+
+@_verb("proposals", "adapter-hub proposals")
+def proposals(
+    ctx: typer.Context,
+    decided: Annotated[bool, typer.Option("--decided", help="Those that were accepted or dismissed, and why.")] = False,
+    registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Look for new tasks among the logged inputs that no adapter took, and show what is proposed.
+
+    Needs the texts: observe = "text" in hub.toml. `accept` makes a proposal a skill, `dismiss` ends it.
+    """
+    emit(_open(ctx, registry).proposals(decided=decided), as_json, proposed)
+
+
+@_verb("accept", "adapter-hub accept 3 --name travel --label 3.1=book_flight --label 3.2=visa")
+def accept(
+    ctx: typer.Context,
+    ids: Proposed,
+    name: Annotated[str, typer.Option(metavar="NAME", help="The skill's; by default the adapter that the proposal is to be taught to.")] = "",
+    label: Annotated[list[str] | None, typer.Option(metavar="ID=LABEL", help="Of a group, a proposal or an observation. May be repeated.")] = None,
+    train: Annotated[str, typer.Option(metavar="FILE", help="Labelled rows to learn it from: JSONL, CSV or Parquet.")] = "",
+    output: Annotated[str, typer.Option(metavar="FILE", help="Where the rows go that are to be labelled: JSONL.")] = "",
+    config: Annotated[str, typer.Option(help="As of `learn`: fast, balanced or thorough, or settings.")] = "",
+    promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: unless the gate sees harm in it.")] = "auto",
+    reason: Reason = "", registry: Registry = "registry", as_json: AsJson = False,
+) -> None:
+    """Make proposals, or groups of them (3.2), a skill.
+
+    With labels it is learned. With the name of a registered adapter alone, that one's router is taught the texts. A new name without labels
+    writes the rows to be labelled to --output; `accept` with --train learns from them then. Exit code 1 where it is not promoted.
+    """
+    given = _labels_of(label or [])
+    if output and (given or train):
+        raise InvalidInput("--output is for rows that are to be labelled.", hint="Leave it out, or --label and --train.")
+    learning: dict[str, Any] = {"config": _train_config(config), "promote": promote} if given or train else {}
+    done = _open(ctx, registry).accept(ids, name or None, given or None, train=train or None, reason=reason, **learning)
+    if done.rows and output:
+        Path(output).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done.to_json()["rows"]), encoding="utf-8")
+    emit(done, as_json, lambda document: accepted(document, output))
+    if done.report and not done.report.promoted and promote != "never":
+        raise typer.Exit(SOME_FAILED)
+
+
+def _labels_of(pairs: Sequence[str]) -> dict[str, str]:
+    """Raises InvalidInput."""
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    if bad := [pair for pair in pairs if not all(pair.partition("=")[::2])]:
+        raise InvalidInput(f"--label {bad[0]!r} is not ID=LABEL.", hint="For example --label 3.1=book_flight.")
+    return found
+
+
+@_verb("dismiss", "adapter-hub dismiss 3 --reason 'small talk, no task of ours'")
+def dismiss(ctx: typer.Context, ids: Proposed, reason: Reason = "", registry: Registry = "registry", as_json: AsJson = False) -> None:
+    """End proposals, or groups of them: inputs like theirs are proposed no more."""
+    _open(ctx, registry).dismiss(ids, reason)
+    emit({"dismissed": ids, "reason": reason}, as_json, lambda _: line(f"dismissed: {', '.join(ids)}"))
 
 
 # ---- verbs: keep it sound -------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from scipy.stats import binom
 from adapter_hub.continual.gate import is_worse
 from adapter_hub.refs import AdapterRef
 
+RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
 
 
@@ -91,14 +92,15 @@ class Health:
 
     ref: AdapterRef
     newest: int                                     # number of the newest version of the name
-    right: int = 0                                  # of `answers`, as people said
-    answers: int = 0                                # of this version that people spoke of, behind what was set aside
+    spoken: int = 0                                 # its inputs that people spoke of, since it is in production and behind what is set aside
+    right: int = 0                                  # of `answers`: those that it gave, and that people say are right
+    answers: int = 0                                # the latest of those, at most RECENT: old ones hide what is new
     right_since: int = 0                            # the same of those since the open alarm
     answers_since: int = 0
     rows: int = 0                                   # corrected rows with text that an update would learn from
-    expected: float | None = None                   # share of its evaluation set that it answers right, named, 0-1; None: no set is kept
+    expected: float | None = None                   # share of its evaluation set that is answered right, routed, 0-1; None: no set is kept
     previous: AdapterRef | None = None              # what a rollback would go to
-    compared: tuple[int, int, int] = (0, 0, 0)      # of the answers' rows: all, those that this version alone has right, the previous alone
+    compared: tuple[int, int, int] = (0, 0, 0)      # of the inputs that it answered: all, those that it alone has right, the previous alone
     candidate: AdapterRef | None = None             # of an update that was cut off
 
 
@@ -119,10 +121,10 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
     if memory.update is not None:
         return Decision(Step.UPDATE, "a pass was cut off while it learned", memory, policy.level_of(max(1, memory.tests)))
     level: float | None = None
-    if not memory.harm and health.answers <= memory.looked_at:
+    if not memory.harm and health.spoken <= memory.looked_at:
         return Decision(Step.NONE, _well(health, memory), memory)
     if not memory.harm:
-        memory = replace(memory, tests=memory.tests + 1, looked_at=health.answers)
+        memory = replace(memory, tests=memory.tests + 1, looked_at=health.spoken)
         level = policy.level_of(memory.tests)
         rows, gained, lost = health.compared
         if health.previous is not None and is_worse(rows, gained, lost, level):

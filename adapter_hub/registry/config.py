@@ -125,6 +125,12 @@ def read_config(path: Path) -> RegistryConfig:
     return RegistryConfig(**values)
 
 
+def check_policy(policy: Mapping[str, object]) -> None:
+    """Raises InvalidConfig where a [policy] table may not say this: a key that does not exist, a value out of range."""
+    _refuse_unknown(policy, set(POLICY), "policy.")
+    RegistryConfig("-", "-", 1, **policy)    # type: ignore[arg-type]
+
+
 def _refuse_unknown(table: Mapping[str, object], known: set[str], prefix: str) -> None:
     for key in table:
         if key not in known:

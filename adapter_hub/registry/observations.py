@@ -35,6 +35,7 @@ QUEUE_ROWS_MAX = 20_000    # that wait to be written; what comes on top is dropp
 BATCH_ROWS = 1_000         # written together; the thread is woken for so many
 WAIT_S = 1.0               # at most so long a row waits: what a crash may lose
 PAGE_ROWS = 1_000          # read at once
+IDS = 500                  # asked for at once: databases bound the parameters of a query
 TEXT_CHARS_MAX = 10_000    # of a text that is kept; the rows are bounded, so is each of them
 CHUNKS = 20                # of a full log one in so many of its rows goes at once: to look for the oldest each time would cost more
 
@@ -254,6 +255,16 @@ class ObservationLog:
             hint = "It was not logged, has gone since, or another process has yet to write it: ask again in some seconds."
             raise InvalidInput(f"there is no observation {str(id)[:60]!r}.", hint=hint)
         return _observation(row)
+
+    def find_all(self, ids: Sequence[str]) -> dict[str, Observation]:
+        """Those of them that are in the log, by id."""
+        self.flush()
+        found: dict[str, Observation] = {}
+        for start in range(0, len(ids), IDS):
+            with self._catalog.reading() as connection:
+                rows = connection.execute(_SELECTED.where(schema.observations.c.id.in_(ids[start : start + IDS]))).mappings()
+                found |= {row["id"]: _observation(row) for row in rows}
+        return found
 
     def read(
         self, *, since: str | None = None, before: str | None = None, name: str | None = None, version: int | None = None, rows_max: int | None = None

@@ -242,7 +242,8 @@ class LiveRouter:
         """
         with self._calibrating:
             with self._lock:
-                if self.latest() is not None:
+                if (latest := self.latest()) is not None:
+                    self._warned = latest.id    # what it would be warned of is being done
                     self._follow()    # so that what the new record moves can be said
                 before, forgets = self._router, self._forgets
             standing = self._registry.snapshot()

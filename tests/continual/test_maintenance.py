@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from adapter_hub.cli import app
 from adapter_hub.continual.maintenance import Decision, Health, MaintenancePolicy, Memory, Proof, Step, decide, judged, proof_of
 from adapter_hub.errors import InvalidInput, RegistryError
 from adapter_hub.hub import Hub
@@ -25,11 +28,12 @@ POLICY = MaintenancePolicy()
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 REF = AdapterRef("banking", 2)
 ALARM = {"reason": "it fell"}
+soak = [pytest.mark.soak, pytest.mark.skipif("ADAPTER_HUB_SOAK" not in os.environ, reason="only under `make soak`")]
 CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
 
 
 def found(right: int, answers: int, rows: int = 100, **more: object) -> Health:
-    return Health(REF, 2, right, answers, right_since=right, answers_since=answers, rows=rows, **more)
+    return Health(REF, 2, answers, right, answers, right_since=right, answers_since=answers, rows=rows, **more)
 
 
 def decided(health: Health, memory: Memory | None = None, now: datetime = NOW) -> Decision:
@@ -222,6 +226,17 @@ def test_an_alarm_is_noted_told_and_open_until_answers_say_what_it_was(hub: Hub,
     assert hub.registry.notes.read("maintenance")["kinds"]["alarm"]["adapter"] == "kinds" and hub.registry.notes.read("alarm")
 
 
+def test_what_is_forgotten_in_the_log_is_forgotten_by_the_detectors(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    hub.predict([row["text"] for row in rows(WORDS, 5)])
+    hub.watch()
+    before = hub.registry.notes.read("drift")["state"]
+    assert json.loads(before["monitor"])["embeddings"]["count"] == 30
+    assert hub.forget_observations() == 30
+    after = hub.registry.notes.read("drift")["state"]
+    assert json.loads(after["monitor"])["embeddings"]["count"] == 0 and after["seen"] == before["seen"]
+
+
 def test_two_passes_do_not_run_at_once(hub: Hub) -> None:
     program = f"from adapter_hub import Hub\nHub.open({str(hub.registry.layout.root)!r}).maintain()"
     with hub.registry.maintaining():
@@ -235,3 +250,29 @@ def test_two_passes_do_not_run_at_once(hub: Hub) -> None:
 def test_a_time_without_a_zone_is_refused(hub: Hub) -> None:
     with pytest.raises(InvalidInput, match="no time zone"):
         hub.maintain(now=datetime(2026, 1, 1))
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=soak)])
+def test_a_pass_that_is_killed_leaves_a_sound_registry_and_the_next_one_ends_what_was_begun(kills: int) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.soak.maintenance_kill", "--kills", str(kills)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3_000:] + done.stderr[-3_000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["faults"] == [] and result["kills"] >= kills
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_say_what_was_done_and_what_would_be(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.lifelong.SETTLED_S", -1.0)
+    ask(hub, rows(NEW_WORDS, 30))
+    place = ["--registry", str(hub.registry.layout.root)]
+    planned = CliRunner().invoke(app, ["maintain", "--dry-run", *place])
+    assert planned.exit_code == 0 and "rows are there to learn from" in planned.output and "a dry run: nothing was done" in planned.output
+    done = CliRunner().invoke(app, ["maintain", "greetings", "--json", *place])
+    assert done.exit_code == 0 and [(one["adapter"], one["step"]) for one in json.loads(done.stdout)["done"]] == [("greetings@1", "none")]
+    watched = CliRunner().invoke(app, ["watch", *place])
+    assert watched.exit_code == 0 and "nothing has changed for the worse" in watched.output
+    unknown = CliRunner().invoke(app, ["maintain", "nobody", *place])
+    assert unknown.exit_code == 2 and "nobody" in unknown.output

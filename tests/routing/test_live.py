@@ -713,6 +713,16 @@ def test_a_calibration_that_knows_few_of_the_adapters_is_said_once(place: Place,
     assert caplog.text.count("calibration 1 knows 2 of the 5 adapters in production") == 1 and caplog.text.count(" knows ") == 1
 
 
+def test_who_calibrates_is_not_told_to(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """Previously `calibrate` warned of the record that it was about to replace."""
+    live = place.live()
+    live.snapshot()
+    for i in range(4):
+        add(place.writer, f"more{i}", STATES[i])
+    live.calibrate("anew")
+    assert " knows " not in caplog.text
+
+
 # ---- read-only ----------------------------------------------------------------------------------------------------------
 
 
