@@ -1163,11 +1163,14 @@ class Hub:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
-    def answered(self, versions: Iterable[AdapterRef], rows: Sequence[Example], home: AdapterRef) -> list[bool]:
-        """Whether each row would reach `home` and get its label, were these versions in production; nothing of it is logged."""
-        calibration = self.settle().calibration
-        decisions = self._route(self._router_of(versions, calibration.id if calibration else None), [row.text for row in rows], 1, None)
-        reached = [number for number, decision in enumerate(decisions) if decision.adapter == home]
+    def answered(self, rows: Sequence[Example], home: AdapterRef, versions: Iterable[AdapterRef] | None = None) -> list[bool]:
+        """Whether `home` gives each row its label, and were `versions` in production, the row would reach it; nothing of it is logged."""
+        reached: Sequence[int] = range(len(rows))
+        if versions is not None:
+            calibration = self.settle().calibration
+            router = self._router_of(versions, calibration.id if calibration else None)
+            decisions = self._route(router, [row.text for row in rows], 1, None)
+            reached = [number for number, decision in enumerate(decisions) if decision.adapter == home]
         outputs = self.engine.predict(_requests([rows[number].text for number in reached], [home] * len(reached), True))
         right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
         return [number in right for number in range(len(rows))]

@@ -31,7 +31,7 @@ from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.examples import Example, measuring
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry.events import EventKind
-from adapter_hub.registry.layout import EVALUATION_FILE, GATE_FILE
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX
 from adapter_hub.registry.observations import Observation, first_id
 from adapter_hub.routing.decision import Reason
@@ -48,7 +48,7 @@ STATE = "state"            # key of the note DRIFT
 SETTLED_S = 5.0            # by then other processes have written what they logged
 ENCODED_ROWS = 1_000       # texts that are encoded together
 ALARMS_KEPT = 1_000
-HELD_ROWS = 400            # of what an update learns from, at most: one half of them chooses its epoch, the other proves the gain
+HELD_SHARE, HELD_ROWS = 0.4, 200    # of the corrected rows, and at most: they prove the gain of an update and have no part in making it
 SPLIT_SEED = 0
 NEW_LABEL_ROWS = 5         # with fewer a label that people named is not learned yet
 
@@ -258,7 +258,7 @@ def _acted(hub: Hub, done: Done, decision: Decision, corrected: _Corrected, conf
         candidate = _candidate_of(hub, ref, decision.memory)
         if candidate is None:
             train, held = _split(_learnable(list(corrected.rows.values()), hub.registry.manifest(ref).labels or ()))
-            candidate = hub.learn(ref.name, train, held, config=config, promote="never").ref
+            candidate = hub.learn(ref.name, train, config=config, promote="never", evaluation=held).ref
         routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
         proof, why = _proof_of(hub, ref, candidate, decision.level or 0.0, routed)
         if proof is Proof.BETTER:
@@ -342,20 +342,17 @@ def _candidate_of(hub: Hub, ref: AdapterRef, memory: Memory) -> AdapterRef | Non
 
 
 def _proof_of(hub: Hub, ref: AdapterRef, candidate: AdapterRef, level: float, routed: bool) -> tuple[Proof, str]:
-    """From the gate's report that was stored with the candidate; where inputs are routed, from whole answers to rows that it did not learn."""
+    """By the gate's verdict, which was stored with the candidate, and by the answers to rows that had no part in making either version.
+
+    Where inputs are routed, an answer is right that reaches the adapter and has the label, with the router that there is or would be.
+    """
     gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
-    named: dict[str, float] = next((one["numbers"] for one in gate["findings"] if one["check"] == "validation"), {})
-    return proof_of(gate["verdict"], _routed(hub, ref, candidate) if routed else named, level)
-
-
-def _routed(hub: Hub, ref: AdapterRef, candidate: AdapterRef) -> dict[str, float]:
-    """Which of the two versions answers the candidate's new evaluation rows right, with the router that there is or would be."""
-    known = {row.text for row in hub.kept(ref, EVALUATION_FILE)}
+    known = {row.text for row in (*hub.kept(ref, EVALUATION_FILE), *hub.kept(ref, EXEMPLARS_FILE))}
     rows = [row for row in measuring(hub.kept(candidate, EVALUATION_FILE)) if row.text not in known and row.label is not None]
     others = [one for one in hub.registry.production() if one.name != ref.name]
-    right = {version: hub.answered([*others, version], rows, version) for version in (ref, candidate)}
-    pairs = list(zip(right[candidate], right[ref], strict=True))
-    return {"rows": len(pairs), "gained": sum(a and not b for a, b in pairs), "lost": sum(b and not a for a, b in pairs), "probed": 0.0}
+    theirs, mine = (hub.answered(rows, version, [*others, version] if routed else None) for version in (ref, candidate))
+    pairs = list(zip(mine, theirs, strict=True))
+    return proof_of(gate["verdict"], len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs), level)
 
 
 def _learnable(rows: Sequence[Example], known: Collection[str]) -> list[Example]:
@@ -365,8 +362,8 @@ def _learnable(rows: Sequence[Example], known: Collection[str]) -> list[Example]
 
 
 def _split(rows: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What is learned, and what chooses the epoch and proves the gain: a half each, of each label its share."""
+    """What is learned, and what proves the gain; of each label its share."""
     from adapter_hub.training.data import hold_out
 
-    rest, held = hold_out(rows, min(0.5, HELD_ROWS / len(rows)), SPLIT_SEED)
+    rest, held = hold_out(rows, min(HELD_SHARE, HELD_ROWS / len(rows)), SPLIT_SEED)
     return list(rest), list(held)

@@ -186,7 +186,7 @@ def _validation(evidence: Evidence, policy: GatePolicy) -> Finding:
         return _scored(evidence, policy)
     rows, gained, lost = evidence.validation.counts
     right, commonest = sum(evidence.validation.candidate_right), evidence.commonest_right
-    numbers = _numbers(rows, gained, lost) | {"right": right, "reference_right": right - gained + lost, "probed": float(evidence.probed)}
+    numbers = _numbers(rows, gained, lost) | {"right": right, "reference_right": right - gained + lost}
     if commonest is not None:
         numbers["commonest_right"] = commonest
     accuracy = f"validation accuracy {_share(right, rows)}"

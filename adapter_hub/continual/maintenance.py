@@ -12,8 +12,8 @@
 *Below* and *better* are told by tests of what people said, an exact binomial and the gate's paired bootstrap. Each pass that finds new answers
 tests anew, and of many tests some find harm by chance: the n-th one of a version gets 6/(π²n²) of `level`. However many passes come, all
 of them have at most `level` together (alpha spending, Lan and DeMets 1983).
-A candidate goes live where the gate promotes it *and* it is better than the version in production on rows that neither was trained on; that
-is a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
+A candidate goes live where the gate promotes it *and* it answers more of the rows right that had no part in making either version; that is
+a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
 later. Where only the proof is missing, the next update waits for twice as many rows.
 """
 
@@ -161,14 +161,11 @@ class Proof(StrEnum):
     AGAINST = "against"    # the gate sees harm
 
 
-def proof_of(verdict: str, numbers: Mapping[str, float], level: float) -> tuple[Proof, str]:
-    """Whether a candidate goes live, and why: the gate's verdict, and its counts on the rows that neither version was trained on."""
-    rows, gained, lost = (int(numbers.get(name, 0)) for name in ("rows", "gained", "lost"))
+def proof_of(verdict: str, rows: int, gained: int, lost: int, level: float) -> tuple[Proof, str]:
+    """Whether a candidate goes live, and why: the gate's verdict, and counts of rows that had no part in making either version."""
     if verdict != "promote":
         return Proof.AGAINST, f"the gate says {verdict}"
-    if numbers.get("probed", 1.0):
-        return Proof.MISSING, "no new row was left to compare it with the version in production"
-    said = f"of {rows} new rows it has {gained} right that the version in production has wrong, and {lost} the other way round"
+    said = f"of {rows} new rows {gained} are answered right that are not now, and {lost} the other way round"
     return (Proof.BETTER, said) if is_worse(rows, lost, gained, level) else (Proof.MISSING, f"{said}: no proof")
 
 

@@ -103,11 +103,9 @@ def test_a_new_version_is_looked_at_with_fresh_eyes_and_what_was_set_aside_stays
 
 
 def test_a_candidate_goes_live_on_proof_alone() -> None:
-    better = {"rows": 40, "gained": 12, "lost": 1, "probed": 0.0}
-    assert proof_of("promote", better, 0.01)[0] is Proof.BETTER
-    assert proof_of("hold", better, 0.01)[0] is proof_of("reject", better, 0.01)[0] is Proof.AGAINST
-    assert proof_of("promote", better | {"lost": 11}, 0.01)[0] is Proof.MISSING
-    assert proof_of("promote", better | {"probed": 1.0}, 0.01)[0] is Proof.MISSING    # compared with something else than the version in production
+    assert proof_of("promote", 40, 12, 1, 0.01)[0] is Proof.BETTER
+    assert proof_of("hold", 40, 12, 1, 0.01)[0] is proof_of("reject", 40, 12, 1, 0.01)[0] is Proof.AGAINST
+    assert proof_of("promote", 40, 12, 11, 0.01)[0] is proof_of("promote", 0, 0, 0, 0.01)[0] is Proof.MISSING
 
 
 def test_rows_are_set_aside_where_they_were_learned_or_did_harm_and_without_proof_more_are_awaited() -> None:
