@@ -1210,9 +1210,18 @@ class Hub:
             self.registry.resolve(correct_adapter) if "@" in str(correct_adapter) else self.registry.aliases(name)
         if new_label and (not isinstance(correct_label, str) or not correct_label.strip() or (name is None and seen.adapter is None)):
             raise InvalidInput("new_label wants the label, and the adapter whose label it is to be.", hint="Give correct_label and correct_adapter.")
+        if correct_label is not None and name is not None:
+            self._check_one_label(name)
         if correct_label is not None and not new_label:
             self._check_label(correct_label, AdapterRef.parse(correct_adapter) if correct_adapter else seen.adapter)
         return self._log.say(seen, correct_label, name)
+
+    def _check_one_label(self, name: str) -> None:
+        """Raises InvalidInput where what is in production under this name gives no single label."""
+        with suppress(NotRoutable):    # nothing in production
+            manifest = self.registry.manifest(AdapterRef(name, alias=PRODUCTION))
+            if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE):
+                raise InvalidInput(f"{name} gives no single label: a correct one cannot be noted.", hint="Give correct_adapter alone (`--adapter`).")
 
     def _check_label(self, label: str, asked: AdapterRef | None) -> None:
         """Raises InvalidInput where neither this version of an adapter nor the one in production gives such a label."""
@@ -1249,15 +1258,17 @@ class Hub:
         """Erase what was logged, all of it or what is chosen as in `observations`, with the feedback to it; returns how many rows that was.
 
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
-        later what it answered before. The drift detectors, which hold vectors, begin anew.
-        Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError.
+        later what it answered before. The drift detectors, which hold vectors, begin anew. What a version learned from the log stays its
+        own: `purge` erases that.
+        Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError, also while another process maintains the registry.
         """
         from adapter_hub.lifelong import forget
 
-        gone = self._log.forget(**self._chosen_observations(before, adapter))
-        self._looked = None    # their vectors
-        forget(self)
-        return gone
+        chosen = self._chosen_observations(before, adapter)
+        with self.registry.maintaining():    # a pass holds what it has read
+            forget(self)    # first: the log's own erasure clears the pages of both
+            self._looked = None    # their vectors
+            return self._log.forget(**chosen)
 
     def _chosen_observations(self, before: str | datetime | None, adapter: str | AdapterRef | None) -> dict[str, Any]:
         self._check_open()
@@ -1299,7 +1310,7 @@ class Hub:
         from adapter_hub.lifelong import watch
 
         with self.registry.maintaining():
-            return watch(self, sinks)
+            return watch(self, sinks)[0]
 
     def maintain(
         self,

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.continual.alerts import Alerts, Sink, to_log
-from adapter_hub.continual.drift import Alarm, DriftMonitor, Kind
+from adapter_hub.continual.drift import OVERALL, Alarm, DriftMonitor, Kind
 from adapter_hub.continual.maintenance import (
+    NEVER,
     RECENT,
-    Decision,
     Health,
     MaintenancePolicy,
     Memory,
+    Pending,
     Proof,
     Step,
     decide,
@@ -34,7 +35,9 @@ from adapter_hub.registry.events import EventKind
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX
 from adapter_hub.registry.observations import Observation, first_id
+from adapter_hub.registry.schema import VersionState
 from adapter_hub.routing.decision import Reason
+from adapter_hub.training.data import hold_out
 
 if TYPE_CHECKING:
     from adapter_hub.hub import Hub
@@ -50,7 +53,6 @@ ENCODED_ROWS = 1_000       # texts that are encoded together
 ALARMS_KEPT = 1_000
 HELD_SHARE, HELD_ROWS = 0.4, 200    # of the corrected rows, and at most: they prove the gain of an update and have no part in making it
 SPLIT_SEED = 0
-NEW_LABEL_ROWS = 5         # with fewer a label that people named is not learned yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,15 @@ class MaintenanceReport:
 # ---- watch ----------------------------------------------------------------------------------------------------------
 
 
-def watch(hub: Hub, sinks: Iterable[Sink] = (), *, dry_run: bool = False, now: datetime | None = None) -> list[Alarm]:
-    """See `Hub.watch`; the caller holds the registry's maintenance lock."""
+def watch(
+    hub: Hub, sinks: Iterable[Sink] = (), *, dry_run: bool = False, now: datetime | None = None
+) -> tuple[list[Alarm], dict[str, Memory]]:
+    """See `Hub.watch`: the alarms, and the memories that they opened one in. The caller holds the registry's maintenance lock."""
     now = now or datetime.now(UTC)
     notes = hub.registry.notes
     kept = notes.read(DRIFT).get(STATE) or {}
+    if kept and kept["encoder"] != hub.encoder.fingerprint:    # vectors of another encoder compare with nothing
+        kept |= {"monitor": DriftMonitor().to_json()}
     monitor = DriftMonitor.from_json(kept["monitor"]) if kept else DriftMonitor()
     alerts = Alerts((to_log, *sinks))
     if kept:
@@ -103,33 +109,35 @@ def watch(hub: Hub, sinks: Iterable[Sink] = (), *, dry_run: bool = False, now: d
         if kept["production"].get(name) != production.get(name):
             monitor.reset(name)
     seen, said = kept.get("seen", ""), tuple(kept.get("said", ("", "")))
-    alarms: list[tuple[Alarm, str]] = []
+    alarms: list[Alarm] = []
     for row, vector in _encoded(hub, _since(hub, seen)):
         turned_away = row.adapter is None and row.reason == Reason.BELOW_THRESHOLD
         whose = row.adapter.name if row.adapter else row.candidate if turned_away else None
         routed = row.score is not None
-        found = monitor.observe(whose, score=row.score, abstained=turned_away if routed else None, embedding=vector)
-        alarms += [(alarm, seen) for alarm in found]
+        alarms += monitor.observe(whose, score=row.score, abstained=turned_away if routed else None, embedding=vector)
         seen = row.id
+    moment = said    # of the feedback before the first alarm
     for row in hub.log.corrected(said):
-        if row.adapter is not None and (right := _right(row)) is not None:
-            alarms += [(alarm, row.id) for alarm in monitor.observe(row.adapter.name, error=not right)]
+        # What was said late of a version that is no more in production says nothing of the one that is.
+        if row.adapter is not None and production.get(row.adapter.name) == row.adapter.version and (right := _right(row)) is not None:
+            alarms += monitor.observe(row.adapter.name, error=not right)
         said = (row.feedback.at, row.id) if row.feedback else said
+        moment = moment if alarms else said
+    opened = _opened(hub, alarms, moment)
     if dry_run:
-        return [alarm for alarm, _ in alarms]
-    told = [alarm for alarm, _ in alarms]
-    _keep(hub, alarms, now)
-    alerts.send(told, now_s=now.timestamp())
-    state = {"monitor": monitor.to_json(), "alerts": alerts.to_json(), "seen": seen, "said": list(said), "production": production}
-    notes.write(DRIFT, {STATE: state})
-    return told
+        return alarms, opened
+    notes.write(MAINTENANCE, {name: memory.to_json() for name, memory in opened.items()})    # before the detectors are: a killed pass tells twice
+    _note(hub, alarms, now)
+    alerts.send(alarms, now_s=now.timestamp())
+    state = {"monitor": monitor.to_json(), "alerts": alerts.to_json(), "seen": seen, "said": list(said)}
+    notes.write(DRIFT, {STATE: state | {"production": production, "encoder": hub.encoder.fingerprint}})
+    return alarms, opened
 
 
 def forget(hub: Hub) -> None:
-    """Let the detectors begin anew from here: their state holds vectors of what was asked."""
-    with hub.registry.maintaining():
-        if kept := hub.registry.notes.read(DRIFT).get(STATE):
-            hub.registry.notes.write(DRIFT, {STATE: kept | {"monitor": DriftMonitor().to_json()}})
+    """Let the detectors begin anew from here: their state holds vectors of what was asked. The caller holds the maintenance lock."""
+    if kept := hub.registry.notes.read(DRIFT).get(STATE):
+        hub.registry.notes.write(DRIFT, {STATE: kept | {"monitor": DriftMonitor().to_json()}})
 
 
 def _since(hub: Hub, seen: str) -> list[Observation]:
@@ -148,22 +156,26 @@ def _encoded(hub: Hub, rows: Sequence[Observation]) -> Iterator[tuple[Observatio
             yield row, next(vectors) if row.text and row.score is not None else None
 
 
-def _keep(hub: Hub, alarms: Sequence[tuple[Alarm, str]], now: datetime) -> None:
-    """Alarms outlive a pass that is killed before it acted on them: the adapter's memory has the first, and all of them are noted."""
-    notes = hub.registry.notes
-    memories = {name: Memory.from_json(found) for name, found in notes.read(MAINTENANCE).items()}
-    opened = {}
+def _opened(hub: Hub, alarms: Sequence[Alarm], moment: tuple[str, str]) -> dict[str, Memory]:
+    """The memories of the adapters of which these alarms are the first: open until answers say what it was."""
+    found = {}
     for ref in hub.registry.production():
-        own = [(alarm, seen) for alarm, seen in alarms if alarm.adapter == ref.name and alarm.kind is Kind.ALARM]
-        memory = memories.get(ref.name, Memory()).of(ref.version or 0)
+        own = [alarm for alarm in alarms if alarm.adapter == ref.name and alarm.kind is Kind.ALARM]
+        memory = _memory_of(hub, ref)
         if own and memory.alarm is None:
-            alarm, seen = own[0]
-            opened[ref.name] = replace(memory, alarm=alarm.to_json(), alarmed_at=seen).to_json()
-    notes.write(MAINTENANCE, opened)
-    at = now.isoformat(timespec="milliseconds")
+            found[ref.name] = replace(memory, alarm=own[0].to_json(), alarmed_at=moment)
+    return found
+
+
+def _memory_of(hub: Hub, ref: AdapterRef) -> Memory:
+    return Memory.from_json(hub.registry.notes.read(MAINTENANCE).get(ref.name)).of(ref.version or 0)
+
+
+def _note(hub: Hub, alarms: Sequence[Alarm], now: datetime) -> None:
+    notes, at = hub.registry.notes, now.isoformat(timespec="milliseconds")
     if alarms:
         gone = dict.fromkeys(list(notes.read(ALARMS))[:-ALARMS_KEPT])
-        notes.write(ALARMS, gone | {f"{at} {number:04}": alarm.to_json() | {"noted_at": at} for number, (alarm, _) in enumerate(alarms)})
+        notes.write(ALARMS, gone | {f"{at} {number:04}": alarm.to_json() | {"noted_at": at} for number, alarm in enumerate(alarms)})
 
 
 def _right(row: Observation) -> bool | None:
@@ -183,9 +195,13 @@ def _right(row: Observation) -> bool | None:
 class _Corrected:
     """What people said of one adapter's inputs, behind what was set aside."""
 
-    answers: tuple[tuple[Observation, bool], ...]    # since the version is in production, and whether that gave the right one
-    rows: dict[str, Example]            # by text: to learn from
-    until: tuple[str, str]              # the last of both
+    answers: tuple[tuple[Observation, bool], ...]    # since the version is in production, and whether that gave the right one; one a text
+    rows: tuple[Example, ...]                        # to learn from, one a text
+    until: tuple[str, str]                           # the last of the feedback
+
+    @property
+    def latest(self) -> tuple[str, str]:
+        return max((_said(row) for row, _ in self.answers), default=NEVER)
 
 
 def maintain(
@@ -203,23 +219,26 @@ def maintain(
         raise InvalidInput(f"now={now!r} has no time zone.", hint="datetime.now(timezone.utc)")
     wanted = None if names is None else {hub.registry.resolve(name).name for name in names}
     with hub.registry.maintaining():
-        alarms = watch(hub, sinks, dry_run=dry_run, now=now)
+        alarms, opened = watch(hub, sinks, dry_run=dry_run, now=now)
         if not dry_run:
             _calibrate_anew(hub)
+        spoken = list(hub.log.corrected())    # read once for all adapters
         done = []
         for ref in hub.registry.production():
             if wanted is None or ref.name in wanted:
-                done.append(_attended(hub, ref, alarms, config, now, dry_run))
+                memory = opened.get(ref.name) or _memory_of(hub, ref)
+                alarmed = any(one.adapter in (OVERALL, ref.name) and one.kind is Kind.ALARM for one in alarms)
+                done.append(_attended(hub, ref, memory, alarmed, spoken, config, now, dry_run))
         if any(one.promoted for one in done):
             _calibrate_anew(hub)
     return MaintenanceReport(tuple(alarms), tuple(done), dry_run)
 
 
 def _calibrate_anew(hub: Hub) -> None:
-    """Where versions are in production that the calibration in use was not measured on: a pass that was killed may have left it so."""
+    """Where versions are routed that the calibration in use was not measured on: a pass that was killed may have left it so."""
     router = hub.settle()
     known = router.calibration.centres if router.calibration else ()
-    if any(ref not in known and hub.state(ref).count for ref in hub.registry.production()):
+    if any(ref not in known and hub.state(ref).count for ref in router.refs):
         hub.calibrate("maintenance")
 
 
@@ -231,45 +250,98 @@ def policy_of(hub: Hub) -> MaintenancePolicy:
 
 
 def _attended(
-    hub: Hub, ref: AdapterRef, alarms: Sequence[Alarm], config: TrainConfig | str | None, now: datetime, dry_run: bool
-) -> Done:
+    hub: Hub, ref: AdapterRef, memory: Memory, alarmed: bool, spoken: Sequence[Observation], config: TrainConfig | str | None, now: datetime,
+    dry_run: bool,
+) -> Done:    # fmt: skip
     """What was done about one adapter. A fault of one is told, and the pass goes on with the others."""
     try:
-        memory = Memory.from_json(hub.registry.notes.read(MAINTENANCE).get(ref.name)).of(ref.version or 0)
-        measured, evaluation = _evaluated(hub, ref, any(one.adapter in ("*", ref.name) for one in alarms), dry_run)
-        corrected = _corrected_of(hub, ref, memory)
+        measured, evaluation = _evaluated(hub, ref, alarmed, dry_run)
+        corrected = _corrected_of(hub, ref, memory, spoken)
         decision = decide(_health(hub, ref, memory, corrected, measured), memory, policy_of(hub), now)
         done = Done(ref, decision.step, decision.reason, evaluation=evaluation)
         if dry_run:
             return done
         _remember(hub, ref.name, decision.memory)
-        return _acted(hub, done, decision, corrected, config)
+        return _acted(hub, done, decision.memory, spoken, config)
     except HubError as error:
         log.error("%s could not be maintained: %s", ref, error)
+        if not dry_run and (memory := _memory_of(hub, ref)).pending is not None:
+            _remember(hub, ref.name, replace(memory, pending=None))    # what was found stays: it is tried again after the cool-down
         return Done(ref, Step.FAILED, str(error))
 
 
-def _acted(hub: Hub, done: Done, decision: Decision, corrected: _Corrected, config: TrainConfig | str | None) -> Done:
-    ref = done.ref
-    if decision.step is Step.ROLL_BACK:
-        back = hub.rollback(ref.name, reason=f"maintenance: {decision.reason}")
-        done = replace(done, result=back, promoted=True)
-    elif decision.step in (Step.UPDATE, Step.JUDGE):
-        candidate = _candidate_of(hub, ref, decision.memory)
-        if candidate is None:
-            train, held = _split(_learnable(list(corrected.rows.values()), hub.registry.manifest(ref).labels or ()))
-            candidate = hub.learn(ref.name, train, config=config, promote="never", evaluation=held).ref
-        routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
-        proof, why = _proof_of(hub, ref, candidate, decision.level or 0.0, routed)
-        if proof is Proof.BETTER:
-            hub.promote(candidate, reason=f"maintenance: {why}")
-        said = f"{done.reason}; {candidate} {'goes live' if proof is Proof.BETTER else 'is held'}: {why}"
-        done = replace(done, result=candidate, promoted=proof is Proof.BETTER, reason=said)
-        _remember(hub, ref.name, judged(decision.memory, proof, len(corrected.rows), corrected.until))
-    if decision.step not in (Step.NONE, Step.WAIT):
-        detail = {"step": str(done.step), "result": str(done.result), "promoted": done.promoted}
-        hub.registry.remark(ref, f"{done.step}: {done.reason}"[:REASON_CHARS_MAX], detail)
+def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], config: TrainConfig | str | None) -> Done:
+    """End the step that is pending. Each of its parts may have been done by a pass that was cut off."""
+    ref, pending = done.ref, memory.pending
+    if pending is None:
+        return done
+    begun = AdapterRef(ref.name, pending.of)
+    if pending.step is Step.ROLL_BACK:
+        back = hub.rollback(ref.name, reason=f"maintenance: {pending.reason}") if ref == begun else ref
+        done, memory = replace(done, result=back, promoted=True), replace(memory, pending=None)
+    else:
+        done, proof = _updated(hub, done, begun, pending, _corrected_of(hub, begun, memory, spoken, pending.until), config)
+        memory = judged(memory, proof)
+    detail = {"step": str(pending.step), "result": str(done.result), "promoted": done.promoted}
+    hub.registry.remark(begun, f"{pending.step}: {done.reason}"[:REASON_CHARS_MAX], detail)
+    _remember(hub, ref.name, memory)
     return done
+
+
+def _updated(
+    hub: Hub, done: Done, begun: AdapterRef, pending: Pending, corrected: _Corrected, config: TrainConfig | str | None
+) -> tuple[Done, Proof]:
+    if len(corrected.rows) < 2:
+        raise InvalidInput("the rows that it was to learn from are gone.", hint="They left the log; the next ones are awaited.")
+    train, held = hold_out(corrected.rows, min(HELD_SHARE, HELD_ROWS / len(corrected.rows)), SPLIT_SEED)
+    if not held:
+        raise InvalidInput("none of the corrected rows can be held back to prove a gain.", hint="All of a label read alike.")
+    candidate = _candidate_of(hub, begun, pending, train) or hub.learn(begun.name, train, config=config, promote="never").ref
+    if candidate == done.ref:    # it was promoted, and nothing after that was done
+        return replace(done, result=candidate, promoted=True), Proof.BETTER
+    if done.ref != begun:
+        return replace(done, result=candidate, reason=f"{done.reason}; {done.ref} has come meanwhile, {candidate} is held"), Proof.MISSING
+    proof, why = _proof_of(hub, begun, candidate, held, corrected, pending.level)
+    if proof is Proof.BETTER:
+        hub.promote(candidate, reason=f"maintenance: {why}")
+    if proof is Proof.AGAINST:
+        hub.retire(candidate, reason=f"maintenance: {why}")
+    said = f"{done.reason}; {candidate} {'goes live' if proof is Proof.BETTER else 'is held'}: {why}"
+    return replace(done, result=candidate, promoted=proof is Proof.BETTER, reason=said), proof
+
+
+def _candidate_of(hub: Hub, begun: AdapterRef, pending: Pending, train: Sequence[Example]) -> AdapterRef | None:
+    """What a pass that was cut off made of these rows."""
+    for row in hub.registry.versions(begun.name):
+        if (row.ref.version or 0) > pending.newest and row.state is not VersionState.PURGED:
+            manifest = hub.registry.manifest(row.ref)
+            texts = {one.text for one in hub.kept(row.ref, EXEMPLARS_FILE)}
+            if manifest.parent == str(begun) and GATE_FILE in manifest.files and texts.issuperset(one.text for one in train):
+                return manifest.ref
+    return None
+
+
+def _proof_of(
+    hub: Hub, begun: AdapterRef, candidate: AdapterRef, held: Sequence[Example], corrected: _Corrected, level: float
+) -> tuple[Proof, str]:
+    """By the gate's verdict, which was stored with the candidate, and by the answers to rows that had no part in making either version.
+
+    Where inputs are routed, an answer is right that reaches the adapter and has the label, with the router that there is or would be.
+    """
+    gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
+    known = {row.text for ref in (begun, candidate) for file in (EVALUATION_FILE, EXEMPLARS_FILE) for row in hub.kept(ref, file)}
+    rows = [row for row in held if row.text not in known]
+    routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
+    others = [one for one in hub.registry.production() if one.name != begun.name]
+    theirs, mine = (hub.answered(rows, version, [*others, version] if routed else None) for version in (begun, candidate))
+    gained, lost = _apart(mine, theirs)
+    return proof_of(gate["verdict"], len(rows), gained, lost, level)
+
+
+def _apart(mine: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
+    """How many only the first have right, and only the second."""
+    pairs = list(zip(mine, theirs, strict=True))
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
 
 
 def _remember(hub: Hub, name: str, memory: Memory) -> None:
@@ -285,85 +357,58 @@ def _evaluated(hub: Hub, ref: AdapterRef, again: bool, dry_run: bool) -> tuple[f
     last: Mapping[str, JSON] = next((detail for detail in past if detail.get("step") == "evaluate"), {})
     if not again and last.get("adapter") == str(ref) and last.get("router") == router:
         return last["figures"].get("routed", {}).get("accuracy"), None
-    figures = hub.evaluate(names=[ref.name], max_false_reject=None)["adapters"][str(ref)]
+    figures: dict[str, JSON] = hub.evaluate(names=[str(ref)], max_false_reject=None)["adapters"][str(ref)]
     shown = ", ".join(f"{way} {figures[way]['accuracy']:.4f}" for way in ("oracle", "routed") if "accuracy" in figures.get(way, {}))
     if not dry_run:
         hub.registry.remark(ref, f"evaluate: {shown or 'measured'}", {"step": "evaluate", "adapter": str(ref), "router": router, "figures": figures})
     return figures.get("routed", {}).get("accuracy"), figures
 
 
-def _corrected_of(hub: Hub, ref: AdapterRef, memory: Memory) -> _Corrected:
-    """Inputs that are its own, as people say or because it answered them; one that did not reach it was not answered right."""
+def _said(row: Observation) -> tuple[str, str]:
+    return (row.feedback.at, row.id) if row.feedback else NEVER
+
+
+def _corrected_of(
+    hub: Hub, ref: AdapterRef, memory: Memory, spoken: Sequence[Observation], until: tuple[str, str] | None = None
+) -> _Corrected:
+    """Inputs that are its own, as people say or because it answered them, up to `until`; one that did not reach it was not answered right.
+
+    Of labels that it does not know nothing is learned here: they are for a person to teach.
+    """
+    manifest = hub.registry.manifest(ref)
     moves = [event for event in hub.registry.history(ref.name) if event.alias == PRODUCTION]
     since = first_id(moves[-1].at) if moves else ""
-    answers: list[tuple[Observation, bool]] = []
+    answers: dict[str, tuple[Observation, bool]] = {}
     rows: dict[str, Example] = {}
-    until = memory.set_aside
-    for row in hub.log.corrected(memory.set_aside):
+    last = memory.set_aside
+    for row in spoken if manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type in (None, ProblemType.SINGLE) else ():
         said = row.feedback
         home = None if said is None else said.correct_adapter or (row.adapter.name if row.adapter else None)
-        if said is None or home != ref.name or said.correct_label is None:
+        if said is None or home != ref.name or _said(row) <= memory.set_aside or (until is not None and _said(row) > until):
             continue
-        until = (said.at, row.id)
-        if row.text:
+        last = _said(row)
+        if row.text and said.correct_label in (manifest.labels or ()):
             rows.pop(row.text, None)
             rows[row.text] = Example(row.text, said.correct_label)    # the last word counts
-        if row.id >= since and (row.adapter == ref or row.reason != Reason.NAMED):
-            answers.append((row, row.adapter == ref and row.label == said.correct_label))
-    return _Corrected(tuple(answers), rows, until)
+        elsewhere = row.adapter is None or row.adapter.name != ref.name
+        if row.id >= since and (row.adapter == ref or (elsewhere and row.reason != Reason.NAMED)) and (elsewhere or said.correct_label is not None):
+            answers.pop(row.text or row.id, None)
+            answers[row.text or row.id] = (row, row.adapter == ref and row.label == said.correct_label)
+    return _Corrected(tuple(answers.values()), tuple(rows.values()), last)
 
 
 def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, expected: float | None) -> Health:
-    from adapter_hub.engine.engine import Request
-
     recent = [right for _, right in corrected.answers[-RECENT:]]
-    since = [right for row, right in corrected.answers if row.id > memory.alarmed_at]
-    own = [(row, right) for row, right in corrected.answers if row.adapter == ref and row.text and row.feedback]
-    previous, compared = hub.registry.rollback_target(ref.name), (0, 0, 0)
-    if previous is not None and own and len(corrected.answers) > memory.looked_at:
-        found = hub.engine.predict([Request(row.text or "", previous) for row, _ in own])    # past the log: nobody asked
-        theirs = [row.feedback is not None and other.label == row.feedback.correct_label for (row, _), other in zip(own, found, strict=True)]
-        pairs = list(zip((right for _, right in own), theirs, strict=True))
-        compared = (len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs))
+    since = [right for row, right in corrected.answers if _said(row) > memory.alarmed_at]
+    own = [(row, right) for row, right in corrected.answers if row.adapter == ref and row.text]
+    previous, compared, measured = hub.registry.rollback_target(ref.name), (0, 0), (0, 0)
+    if previous is not None and own and corrected.latest > memory.seen and memory.pending is None:
+        rows = [Example(row.text or "", row.feedback.correct_label if row.feedback else None) for row, _ in own]
+        compared = _apart([right for _, right in own], hub.answered(rows, previous))
+        older = [row for row in measuring(hub.kept(previous, EVALUATION_FILE)) if row.label is not None]
+        measured = _apart(hub.answered(older, ref), hub.answered(older, previous))
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, len(corrected.answers), sum(recent), len(recent), sum(since), len(since), len(corrected.rows), expected, previous, compared,
-        _candidate_of(hub, ref, memory),
+        ref, newest, corrected.latest, sum(recent), len(recent), sum(since), len(since), len(corrected.rows), corrected.until, expected,
+        previous, compared, measured,
     )  # fmt: skip
-
-
-def _candidate_of(hub: Hub, ref: AdapterRef, memory: Memory) -> AdapterRef | None:
-    """What an update of this version made that began and was not judged."""
-    if memory.update is None:
-        return None
-    later = (row.ref for row in hub.registry.versions(ref.name) if (row.ref.version or 0) > (memory.update or 0))
-    made = (hub.registry.manifest(one) for one in later)
-    return next((manifest.ref for manifest in made if manifest.parent == str(ref) and GATE_FILE in manifest.files), None)
-
-
-def _proof_of(hub: Hub, ref: AdapterRef, candidate: AdapterRef, level: float, routed: bool) -> tuple[Proof, str]:
-    """By the gate's verdict, which was stored with the candidate, and by the answers to rows that had no part in making either version.
-
-    Where inputs are routed, an answer is right that reaches the adapter and has the label, with the router that there is or would be.
-    """
-    gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
-    known = {row.text for row in (*hub.kept(ref, EVALUATION_FILE), *hub.kept(ref, EXEMPLARS_FILE))}
-    rows = [row for row in measuring(hub.kept(candidate, EVALUATION_FILE)) if row.text not in known and row.label is not None]
-    others = [one for one in hub.registry.production() if one.name != ref.name]
-    theirs, mine = (hub.answered(rows, version, [*others, version] if routed else None) for version in (ref, candidate))
-    pairs = list(zip(mine, theirs, strict=True))
-    return proof_of(gate["verdict"], len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs), level)
-
-
-def _learnable(rows: Sequence[Example], known: Collection[str]) -> list[Example]:
-    """Without those of new labels that too few people named: slips of the pen, or not enough to learn from."""
-    counts = Counter(row.label for row in rows)
-    return [row for row in rows if row.label in known or counts[row.label] >= NEW_LABEL_ROWS]
-
-
-def _split(rows: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """What is learned, and what proves the gain; of each label its share."""
-    from adapter_hub.training.data import hold_out
-
-    rest, held = hold_out(rows, min(HELD_SHARE, HELD_ROWS / len(rows)), SPLIT_SEED)
-    return list(rest), list(held)

@@ -311,6 +311,8 @@ class ObservationLog:
     def say(self, seen: Observation, correct_label: str | None, correct_adapter: str | None) -> Observation:
         """Join feedback to an observation, in place of what was said before. Raises InvalidInput where the observation has gone."""
         said = Feedback(correct_label, correct_adapter, datetime.now(UTC).isoformat(timespec="milliseconds"))
+        correct_label = None if correct_label is None else _storable(correct_label)
+        said = replace(said, correct_label=correct_label)
         values = {"correct_label": correct_label, "correct_adapter": correct_adapter, "at": said.at}
         with self._catalog.writing() as connection:
             if connection.scalar(select(schema.observations.c.id).where(schema.observations.c.id == seen.id)) is None:
