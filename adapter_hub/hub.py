@@ -1370,11 +1370,11 @@ class Hub:
 
         router, rate = self._live.snapshot(), self._rate(None)
         encoder = self._encoder_of(router)
-        with self._looking:
+        with self._looking, self.registry.deciding():
             if self._looked is None or self._looked.encoder is not encoder:
                 self._looked = Encoded(encoder)
             route = partial(router.route_features, max_false_reject=rate)
-            return self._proposals(config).look(self._looked, route, rate, self.names(), self._sureness)
+            return self._proposals(config).look(self._looked, route, rate, self.names(), self._sureness, self._knows)
 
     def accept(
         self,
@@ -1389,15 +1389,27 @@ class Hub:
         """Make open proposals, or groups of them ("3", "3.2"), one skill: learn it, teach it to an adapter, or give the rows to be labelled.
 
         With `labels`, by observation, text, group or proposal, the most particular first, or with `train`, rows as `learn` takes them, it is
-        `learn(name, rows, **learning)`; those without a label are left out. With neither, a name that is registered (by default the adapter
-        that the proposal is to be taught to) is taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is
+        `learn(name, rows, **learning)`; those without a label are left out. With neither, an adapter that is registered under the name is
+        taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is
         decided then.
         Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
         """
-        chosen = [ids] if isinstance(ids, str) else [*ids]
-        rows, known = self._proposals().rows(chosen), name or self._proposals().teach(chosen)
+        with self.registry.deciding():
+            return self._accepted([ids] if isinstance(ids, str) else [*ids], name, labels, train, reason, learning)
+
+    def _accepted(
+        self,
+        chosen: Sequence[str],
+        known: str | None,
+        labels: Mapping[str, str | None] | None,
+        train: str | Path | Iterable[Mapping[str, Any] | Example] | None,
+        reason: str,
+        learning: Mapping[str, Any],
+    ) -> Accepted:
+        rows, proposed = self._proposals().rows(chosen), self._proposals().teach(chosen)
         if known is None:
-            raise InvalidInput("these proposals have no name.", hint="Name the skill (`--name`); a registered adapter is taught them, or learns on.")
+            hint = f"It is proposed to teach {proposed}: name it (`--name {proposed}`)." if proposed else "Name the skill (`--name`)."
+            raise InvalidInput("these proposals have no name.", hint=f"{hint} A registered adapter is taught them, or with labels learns on.")
         check_name(known)
         with _IMPORTING:
             from adapter_hub.continual.proposals import Accepted, State, labelled
@@ -1420,7 +1432,8 @@ class Hub:
         """Note that these proposals, or groups of them, are no task: inputs like theirs are proposed no more, while the log has theirs."""
         from adapter_hub.continual.proposals import State
 
-        self._proposals().decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
+        with self.registry.deciding():
+            self._proposals().decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
 
     def _proposals(self, config: DiscoveryConfig | None = None) -> Proposals:
         self._check_open()
@@ -1428,6 +1441,11 @@ class Hub:
             from adapter_hub.continual.proposals import Proposals
 
         return Proposals(self._log, self.registry.notes, config)
+
+    def _knows(self, name: str, label: str | None) -> bool:
+        with suppress(AdapterNotFound, NotRoutable):
+            return label is None or label in (self.registry.manifest(name).labels or ())
+        return False
 
     def _sureness(self, name: str, texts: Sequence[str]) -> Sequence[float]:
         """The probability that an adapter gives its likeliest label on each text; nothing where it is no classifier of one label."""

@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from adapter_hub.adapters.config import ProblemType, TaskType
-from adapter_hub.continual.alerts import Alerts, Sink, to_log
+from adapter_hub.arguments import texts_of
+from adapter_hub.continual.alerts import Alerts, Sink, checked, to_log
 from adapter_hub.continual.drift import OVERALL, Alarm, DriftMonitor, Kind
 from adapter_hub.continual.maintenance import (
     NEVER,
@@ -37,11 +38,11 @@ from adapter_hub.registry.moves import REASON_CHARS_MAX
 from adapter_hub.registry.observations import Observation, first_id
 from adapter_hub.registry.schema import VersionState
 from adapter_hub.routing.decision import Reason
+from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import hold_out
 
 if TYPE_CHECKING:
     from adapter_hub.hub import Hub
-    from adapter_hub.training.config import TrainConfig
 
 log = logging.getLogger("adapter_hub")
 
@@ -101,7 +102,7 @@ def watch(
     if kept and kept["encoder"] != hub.encoder.fingerprint:    # vectors of another encoder compare with nothing
         kept |= {"monitor": DriftMonitor().to_json()}
     monitor = DriftMonitor.from_json(kept["monitor"]) if kept else DriftMonitor()
-    alerts = Alerts((to_log, *sinks))
+    alerts = Alerts((to_log, *checked(sinks)))
     if kept:
         alerts.restore(kept["alerts"])
     production = {ref.name: ref.version for ref in hub.registry.production()}
@@ -217,7 +218,8 @@ def maintain(
     now = now or datetime.now(UTC)
     if now.tzinfo is None:
         raise InvalidInput(f"now={now!r} has no time zone.", hint="datetime.now(timezone.utc)")
-    wanted = None if names is None else {hub.registry.resolve(name).name for name in names}
+    wanted = None if names is None else {hub.registry.resolve(name).name for name in texts_of("names", names)}
+    config, sinks = None if config is None else TrainConfig.of(config), checked(sinks)    # before anything is begun
     with hub.registry.maintaining():
         alarms, opened = watch(hub, sinks, dry_run=dry_run, now=now)
         if not dry_run:

@@ -295,6 +295,9 @@ def attended(document: Mapping[str, JSON]) -> None:
     for one in document["done"]:
         made = f" {one['result']} ({'live' if one['promoted'] else 'held'})" if one["result"] else ""
         line(f"{one['adapter']}  {one['step']}{made}: {one['reason']}")
+        figures = one.get("evaluation") or {}
+        if ways := [f"{way} {figures[way]['accuracy']:.3f}" for way in ("oracle", "routed") if "accuracy" in figures.get(way, {})]:
+            line(f"  evaluated on {figures['rows']} rows: {', '.join(ways)}")
     if document["dry_run"]:
         line("a dry run: nothing was done")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import urllib.parse
 import urllib.request
@@ -75,11 +76,22 @@ def command(arguments: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> Sink:
     if isinstance(arguments, str) or not arguments or not all(isinstance(argument, str) for argument in arguments):
         raise InvalidInput(f"{arguments!r} is no command.", hint='Give the program and its arguments apart: ["mail-alert", "--to", "team"].')
     argv = list(arguments)
+    if shutil.which(argv[0]) is None:
+        raise InvalidInput(f"there is no program {argv[0]!r}.", hint="Give its path, or install it.")
 
     def send(alert: Alert) -> None:
         subprocess.run(argv, input=json.dumps(alert.to_json()).encode(), check=True, timeout=timeout_s, stdout=subprocess.DEVNULL)
 
     return send
+
+
+def checked(sinks: Iterable[Sink]) -> tuple[Sink, ...]:
+    """Raises InvalidInput for what cannot be called: an alert that nobody gets is found out too late."""
+    found = tuple(sinks)
+    for sink in found:
+        if not callable(sink):
+            raise InvalidInput(f"{sink!r} is no sink: it cannot be called.", hint="Give webhook(url), command([…]) or a function of an alert.")
+    return found
 
 
 # ---- back-off ---------------------------------------------------------------------------------------------------

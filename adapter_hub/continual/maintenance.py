@@ -190,9 +190,11 @@ def is_fewer(mine: int, others: int, level: float) -> bool:
 
 
 def _well(health: Health, memory: Memory) -> str:
-    open_alarm = f"; an alarm is open: {memory.alarm['reason']}" if memory.alarm else ""
+    open_alarm = ""
+    if memory.alarm:
+        open_alarm = f"; an alarm is open until {CLOSING_ROWS} answers since say what it was, {health.answers_since} do: {memory.alarm['reason']}"
     if not health.answers:
-        return f"nobody has spoken of its answers{open_alarm}"
+        return f"nobody has spoken of its answers since it is in production{open_alarm}"
     return f"{health.right} of {health.answers} answers are right as people say{open_alarm}"
 
 

@@ -33,9 +33,11 @@ RIVALS, ASKED = 3, 60    # the nearest adapters, and the inputs of each side, by
 SURE, SURER = 0.8, 0.2   # probabilities: chosen on CLINC150's validation split (benchmarks/README.md)
 OTHERS_MIN = 20          # inputs on the other side
 SAID_MIN, SAID_SHARE = 3, 0.8    # inputs of which somebody said who should have answered, and share of them that name one
+SPOKEN_SHARE = 0.5       # of the inputs, so that what was said of some speaks for all
 TURNED_AWAY = (Reason.BELOW_THRESHOLD, Reason.NO_CANDIDATES)
 
 Route = Callable[[Features], Sequence[Decision]]
+Knows = Callable[[str, str | None], bool]    # an adapter's name and a label, None where nobody named one
 Answers = Callable[[str, Sequence[str]], Sequence[float]]    # an adapter's name, texts -> the probability of each one's likeliest label
 
 
@@ -141,7 +143,7 @@ class Proposals:
 
     # ---- look -------------------------------------------------------------------------------------------------------
 
-    def look(self, encoded: Encoded, route: Route, rate: float, taken: Collection[str], answers: Answers) -> list[Proposal]:
+    def look(self, encoded: Encoded, route: Route, rate: float, taken: Collection[str], answers: Answers, knows: Knows) -> list[Proposal]:
         """Read the log, cluster what the router of today turns away, and note what is open now; returns that, largest first.
 
         What was accepted or dismissed is left out, and what is like a dismissed group too.
@@ -175,7 +177,7 @@ class Proposals:
             before = opened.get(id, {"groups": {}, "last": 0, "at": _now()})
             members = [frozenset(row.id for row in group) for group in one.groups]
             places, last_place = numbered(members, {place: frozenset(group) for place, group in before["groups"].items()}, before["last"])
-            teach, why = advice(one, others, answers)
+            teach, why = advice(one, others, answers, knows)
             bodies[id] = {
                 "state": State.OPEN, "at": before["at"], "teach": teach, "why": why, "nearest": [list(pair) for pair in one.nearest],
                 "groups": {place: [row.id for row in group] for place, group in zip(places, one.groups, strict=True)}, "last": last_place,
@@ -276,16 +278,18 @@ def nearest(decisions: Iterable[Decision]) -> tuple[tuple[str, float], ...]:
     return tuple((name, count / names.total()) for name, count in sorted(names.items(), key=lambda pair: (-pair[1], pair[0]))[:SHOWN])
 
 
-def advice(chosen: Chosen, others: Sequence[str], answers: Answers) -> tuple[str | None, str]:
+def advice(chosen: Chosen, others: Sequence[str], answers: Answers, knows: Knows = lambda name, label: True) -> tuple[str | None, str]:
     """The adapter whose router alone should learn of these inputs, because it answers them well already, or None; and why.
 
-    What people said counts first. Else a head that knows inputs is sure of them, and not of everything: over the inputs its mean probability
+    What people said counts first, where they spoke of half of the inputs and of labels that it `knows`. Else a head that knows inputs is
+    sure of them, and not of everything: over the inputs its mean probability
     is SURE, and SURER more than over `others` that were turned away. How near the router thinks them tells nothing of it (benchmarks/LOG.md).
     """
-    said = Counter(row.feedback.correct_adapter for group in chosen.groups for row in group if row.feedback and row.feedback.correct_adapter)
-    if said and said.most_common(1)[0][1] >= max(SAID_MIN, SAID_SHARE * said.total()):
+    spoken = [row.feedback for group in chosen.groups for row in group if row.feedback and row.feedback.correct_adapter]
+    said = Counter(one.correct_adapter for one in spoken if one.correct_adapter and knows(one.correct_adapter, one.correct_label))
+    if said and len(spoken) >= SAID_MIN and said.most_common(1)[0][1] >= SAID_SHARE * len(spoken) and len(spoken) >= SPOKEN_SHARE * len(chosen.ids):
         name, count = said.most_common(1)[0]
-        return name, f"of {said.total()} that somebody spoke of, {count} should have gone to it"
+        return name, f"of {len(spoken)} that somebody spoke of, {count} should have gone to it"
     cluster, rows = chosen.cluster, [row for group in chosen.groups for row in group]
     place = {row: number for number, row in enumerate(one for group in cluster.groups for one in group)}
     texts = [rows[place[row]].text or "" for row in cluster.typical[:ASKED]]

@@ -503,6 +503,15 @@ class Registry:
         self._mirror(name)
         return None if version is None else AdapterRef(name, version)
 
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Held by one at a time who reads notes, works, and writes what follows; others wait. Raises ReadOnlyRegistry, storage errors."""
+        self._check_writable()
+        with ExitStack() as holding:
+            with storage_errors(self.layout.staging):
+                holding.enter_context(locked(self.layout.lock("proposals")))
+            yield
+
     def retire(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
         """Keep a version and never route to it: `name@3` still reads it. Raises AdapterNotFound, NotRoutable (purged)."""
         moves.check_reason(reason)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from adapter_hub.continual.alerts import Alert, Alerts, command, to_log, webhook
+from adapter_hub.continual.alerts import Alert, Alerts, checked, command, to_log, webhook
 from adapter_hub.continual.drift import Alarm, Kind, Signal
 from adapter_hub.errors import InvalidInput
 
@@ -80,10 +80,17 @@ def test_the_log_has_alarms_as_errors_and_warnings_as_warnings(caplog: pytest.Lo
 def test_sinks_that_fail_are_logged_and_the_others_are_told(server: tuple[str, list[tuple[str, Any]]], caplog: pytest.LogCaptureFixture) -> None:
     heard: list[Alert] = []
     slow = command([sys.executable, "-c", "import time; time.sleep(60)"], timeout_s=0.2)
-    broken = [webhook(f"{server[0]}/broken"), command(["/no/such/program"]), command([sys.executable, "-c", "raise SystemExit(3)"]), slow]
+    broken = [webhook(f"{server[0]}/broken"), command([sys.executable, "-c", "raise SystemExit(3)"]), slow]
     assert Alerts([*broken, heard.append]).send([ALARM], now_s=0) == heard == [Alert(ALARM)]
     reasons = [record.message.partition("(")[2].partition(":")[0] for record in caplog.records]
-    assert reasons == ["HTTPError", "FileNotFoundError", "CalledProcessError", "TimeoutExpired"]
+    assert reasons == ["HTTPError", "CalledProcessError", "TimeoutExpired"]
+
+
+def test_a_sink_that_could_never_tell_anybody_is_refused_at_once() -> None:
+    with pytest.raises(InvalidInput, match="there is no program '/no/such/program'"):
+        command(["/no/such/program"])
+    with pytest.raises(InvalidInput, match="'team' is no sink"):
+        checked(["team"])    # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://host/", "hooks.example", "https://"])

@@ -136,4 +136,9 @@ def test_without_others_to_compare_with_a_head_proves_nothing() -> None:
 
 def test_what_people_said_counts_first_where_enough_of_them_agree() -> None:
     for said, teach in ((["far"] * 3, "far"), (["far"] * 2, None), (["far"] * 3 + ["near"], None), (["far"] * 4 + ["near"], "far")):
-        assert advice(chosen(said=said), OTHERS, answers())[0] == teach    # type: ignore[arg-type]
+        assert advice(chosen(6, said), OTHERS, answers())[0] == teach    # type: ignore[arg-type]
+
+
+def test_what_people_said_of_some_or_of_labels_that_it_lacks_does_not_make_it_know_all() -> None:
+    assert advice(chosen(7, ["far"] * 3), OTHERS, answers())[0] is None    # type: ignore[arg-type]
+    assert advice(chosen(3, ["far"] * 3), OTHERS, answers(), lambda name, label: False)[0] is None    # type: ignore[arg-type]
