@@ -3,8 +3,8 @@
     python benchmarks/year.py --data DIR [--seed 0]
 
 DIR holds clinc150/. Four domains of CLINC150 are learned from 20 rows an intent; then, month by month, inputs that were no part of it come in,
-people say of some of the answers what they should have been (one label in twenty is wrong), and `hub.maintain` makes one pass, with a floor
-of 95 %. In April people begin to use other words for what `banking` is about; in June a fifth domain comes that nobody has registered; in
+people say of some of the answers what they should have been (one label in twenty is wrong), and `hub.maintain` makes one pass. In
+April people begin to use other words for what `banking` is about; in June a fifth domain comes that nobody has registered; in
 September all feedback to `home` is poisoned, each intent named as the next; in November somebody puts a spoiled version of `work` into
 production by hand. A person does two things only: names what discovery proposes, and spoils `work`. Accuracy is measured on the test
 split, routed, `banking`'s in the words of the time; it chooses nothing. The last line is JSON.
@@ -41,9 +41,9 @@ LEARNED = 20              # rows of each intent that a task begins with
 MONTHLY = 90              # inputs of each task a month
 SPOKEN_OF = 0.7           # share of the answers that people say something of
 NOISE = 0.05              # share of what they say that is wrong
-RENAMED = 30              # words of MOVED's that are replaced by others
+RENAMED = 12              # words of MOVED's that are replaced by others
 SYLLABLES = ("ba", "ke", "di", "lo", "mu", "ra", "ti", "so", "ne", "vu")
-POLICY = {"keep": "text", "observe": "text", "cooldown_days": 14, "accuracy_floor": 0.95}
+POLICY = {"keep": "text", "observe": "text", "cooldown_days": 14}
 Row = dict[str, str]
 
 
