@@ -10,12 +10,12 @@
 | anything else | nothing |
 
 *Below* and *better* are told by exact tests of what people said, one answer a text: a binomial, and a sign test of the answers in which two versions
-differ. Each pass that finds something new tests anew, and of many tests some find harm by chance: the n-th look at a version has 6/(π²n²) of
-`level`, divided among its tests. However many passes come, all of them have at most `level` together (alpha spending, Lan and DeMets 1983).
+differ. Each pass that finds something new tests anew, and of many some find harm by chance: each kind of test has a quarter of `level`, its n-th
+look at a version 6/(π²n²) of that. However many passes come, all of them have at most `level` together (alpha spending, Lan and DeMets 1983).
 Who only corrects what is wrong shows less right answers than there are: the tests hold for feedback that also confirms.
 A candidate goes live where the gate promotes it *and* it answers more of the rows right that had no part in making either version; that is
 a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
-later. Where only the proof is missing, the next update waits for twice as many rows.
+later. Where only the proof is missing, the next update waits for half as many rows again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from adapter_hub.refs import AdapterRef
 
 RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
-TESTS = 3            # of one look: the version before, the floor, the alarm
+TESTS = 4            # that share the level: the version before, the floor, the alarm, and the candidates
 NEVER = ("", "")     # a moment of feedback, and the observation: before all
 Moment = tuple[str, str]
 
@@ -57,9 +57,9 @@ class MaintenancePolicy:
     update_rows: int = 50          # new corrected rows that an update takes
     cooldown: timedelta = timedelta(days=1)
 
-    def level_of(self, look: int) -> float:
-        """Of the look with this number, from 1 on."""
-        return self.level * 6 / (math.pi * look) ** 2
+    def level_of(self, number: int) -> float:
+        """Of the test of one kind with this number, from 1 on."""
+        return self.level / TESTS * 6 / (math.pi * number) ** 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,8 @@ class Memory:
     alarm: Mapping[str, Any] | None = None          # the oldest one that is open
     alarmed_at: Moment = NEVER                      # the last feedback before it
     harm: str = ""                                  # that a test found, and nothing was done about yet
-    looks: Mapping[str, int] = field(default_factory=dict)    # at each version
+    looks: Mapping[str, int] = field(default_factory=dict)      # at each version
+    updates: Mapping[str, int] = field(default_factory=dict)    # of each version that were tried
     updated_at: str | None = None                   # when the last update began, ISO 8601
     rows_next: int = 0                              # that an update takes at least, after one that proved nothing
     set_aside: Moment = NEVER                       # feedback up to here was learned from or refused
@@ -149,7 +150,7 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
             return Decision(Step.NONE, _well(health, memory), memory)
         look = memory.looks.get(str(memory.version), 0) + 1
         memory = replace(memory, seen=health.latest, looks={**memory.looks, str(memory.version): look})
-        level = policy.level_of(look) / TESTS
+        level = policy.level_of(look)
         alone, other = health.compared
         if health.previous is not None and is_fewer(alone, other, level) and health.measured[0] <= health.measured[1]:
             reason = f"people say that it answers {other} inputs wrongly that {health.previous} has right, and {alone} the other way round"
@@ -167,9 +168,9 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
         return Decision(Step.WAIT, f"{memory.harm}; {health.rows} of {wanted} rows to learn from are there", memory)
     if memory.updated_at is not None and now < (due := datetime.fromisoformat(memory.updated_at) + policy.cooldown):
         return Decision(Step.WAIT, f"{memory.harm}; the last update is too recent: not before {due.isoformat(timespec='minutes')}", memory)
-    look = memory.looks.get(str(memory.version), 0) + 1
-    memory = replace(memory, updated_at=now.isoformat(), looks={**memory.looks, str(memory.version): look})
-    return _begun(Step.UPDATE, f"{memory.harm}; {health.rows} rows are there to learn from", health, memory, policy.level_of(look))
+    number = memory.updates.get(str(memory.version), 0) + 1
+    memory = replace(memory, updated_at=now.isoformat(), updates={**memory.updates, str(memory.version): number})
+    return _begun(Step.UPDATE, f"{memory.harm}; {health.rows} rows are there to learn from", health, memory, policy.level_of(number))
 
 
 def _begun(step: Step, reason: str, health: Health, memory: Memory, level: float) -> Decision:
@@ -220,5 +221,5 @@ def judged(memory: Memory, proof: Proof) -> Memory:
         return memory
     done = replace(memory, pending=None)
     if proof is Proof.MISSING:
-        return replace(done, rows_next=2 * memory.pending.rows)
+        return replace(done, rows_next=memory.pending.rows * 3 // 2)
     return replace(done, harm="", alarm=None, alarmed_at=NEVER, set_aside=max(memory.set_aside, memory.pending.until))
