@@ -28,10 +28,10 @@ DPI = 150
 
 def check_picture(path: str | Path) -> None:
     """Raises InvalidInput where matplotlib is not installed, and for a path that is no PNG's."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InvalidInput("a picture needs matplotlib, which is not installed.", hint="Install the extra: pip install 'adapter_hub[bench]'.")
     if Path(path).suffix.lower() != ".png":
         raise InvalidInput(f"{str(path)!r} does not end with .png.", hint="Pictures are written as PNG.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InvalidInput("a picture needs matplotlib, which is not installed.", hint="Install the extra: pip install 'adapter_hub[bench]'.")
 
 
 def draw_map(found: KnowledgeMap, path: str | Path) -> None:
