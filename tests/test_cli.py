@@ -253,8 +253,10 @@ def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path,
     anew = ["learn", "words", str(tmp_path / "words.jsonl"), "--config", settings, "--start", "cold", *registry]
     code, out, err = invoke(*anew, "--promote", "never")    # as it was asked: no failure
     assert code == 0 and "words@2" in out and "reason: never; the gate: " in out, err
-    code, out, err = invoke(*anew, "--promote", "always")
+    more = lines(tmp_path / "more.jsonl", [{"text": f"{word} at {i}", "label": word} for word in ("apple", "zebra") for i in range(5)])
+    code, out, err = invoke(*anew, "--promote", "always", "--evaluation", more)
     assert code == 0 and "reason: always; the gate: " in out and "  promote: integrity" not in out, err
+    assert json.loads(invoke("show", "words", *registry, "--json")[1])["evaluation_digest"], "what is kept to measure is known by its digest"
     assert invoke("learn", "words", str(tmp_path / "words.jsonl"), "--start", "hot", *registry)[0] == 2
     sizes = [{"text": f"{word} number {i}", "label": str(size)} for word, size in (("ant", -1.0), ("whale", 2.0)) for i in range(12)]
     learn = ["learn", "sizes", lines(tmp_path / "sizes.jsonl", sizes), "--config", settings, *registry, "--promote", "always"]

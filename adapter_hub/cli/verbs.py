@@ -225,6 +225,7 @@ def learn(
         typer.Argument(metavar="TRAIN", help="Rows with `text` and `label`: JSONL, CSV or Parquet; or `labels`, `spans`, `messages`, not in CSV."),
     ],
     validation: Annotated[str, typer.Option(help="Rows to judge it on; by default some are held out of TRAIN.")] = "",
+    evaluation: Annotated[str, typer.Option(help="Further rows that have no part in it: thresholds and `evaluate` are measured on them.")] = "",
     config: Annotated[str, typer.Option(help='fast, balanced or thorough; or settings: JSON, e.g. {"epochs": 5}, or a .json or .toml file.')] = "",
     promote: Annotated[Literal["auto", "always", "never"], typer.Option(help="auto: unless the gate sees harm in it.")] = "auto",
     start: Annotated[
@@ -247,6 +248,10 @@ def learn(
     """
     settings = _train_config(config)
     kept: dict[str, Any] = {"generation": json_object("--generation", generation)} if generation else {}
+    if evaluation:
+        from adapter_hub.examples import read_examples
+
+        kept["evaluation"] = read_examples(Path(evaluation))
     report = _open(ctx, registry).learn(
         name, train=train, validation=validation or None, config=settings, promote=promote, start=start, checkpoint_folder=checkpoints or None,
         task_type=task_type, problem_type=problem_type, prompt_template=prompt_template, **kept,
