@@ -90,8 +90,9 @@ def succeeds(act: Callable[[], object]) -> bool:
 
 def expects(folder: Path, expected: dict[str, int | None]) -> Callable[[], object]:
     def check() -> None:
-        """A candidate that the killed pass stored without judging it may have the number before."""
-        if (found := production(folder)) != expected:
+        """A pass that dies while it stores a candidate leaves its number unused: the one that goes live may have a later one."""
+        found = production(folder)
+        if found | {"left": min(found["left"] or 0, expected["left"] or 0)} != expected:
             raise AssertionError(f"production is {found}, not {expected}")
 
     return check
