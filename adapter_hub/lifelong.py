@@ -164,7 +164,7 @@ def _opened(hub: Hub, alarms: Sequence[Alarm], moment: tuple[str, str]) -> dict[
         own = [alarm for alarm in alarms if alarm.adapter == ref.name and alarm.kind is Kind.ALARM]
         memory = _memory_of(hub, ref)
         if own and memory.alarm is None:
-            found[ref.name] = replace(memory, alarm=own[0].to_json(), alarmed_at=moment)
+            found[ref.name] = replace(memory, alarm=own[0].to_json() | {"evaluated": False}, alarmed_at=moment)
     return found
 
 
@@ -229,7 +229,8 @@ def maintain(
         for ref in hub.registry.production():
             if wanted is None or ref.name in wanted:
                 memory = opened.get(ref.name) or _memory_of(hub, ref)
-                alarmed = any(one.adapter in (OVERALL, ref.name) and one.kind is Kind.ALARM for one in alarms)
+                # An alarm of its own may have been found by a `watch` before this pass: it waits until it was looked into.
+                alarmed = any(one.adapter == OVERALL and one.kind is Kind.ALARM for one in alarms) or (memory.alarm or {}).get("evaluated") is False
                 done.append(_attended(hub, ref, memory, alarmed, spoken, config, now, dry_run))
         if any(one.promoted for one in done):
             _calibrate_anew(hub)
@@ -258,6 +259,8 @@ def _attended(
     """What was done about one adapter. A fault of one is told, and the pass goes on with the others."""
     try:
         measured, evaluation = _evaluated(hub, ref, alarmed, dry_run)
+        if memory.alarm is not None:
+            memory = replace(memory, alarm={**memory.alarm, "evaluated": True})
         corrected = _corrected_of(hub, ref, memory, spoken)
         decision = decide(_health(hub, ref, memory, corrected, measured), memory, policy_of(hub), now)
         done = Done(ref, decision.step, decision.reason, evaluation=evaluation)

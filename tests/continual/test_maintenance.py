@@ -278,15 +278,18 @@ def test_a_pass_that_dies_at_any_of_its_acts_is_ended_by_the_next_one(hub: Hub, 
     assert after.step is Step.NONE
 
 
-def test_what_a_person_learned_meanwhile_is_not_taken_for_the_candidate_and_later_feedback_stays(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask(hub, rows(NEW_WORDS, 30))
-
+def cut_off_before_it_learns(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(*args: Any, **more: Any) -> Any:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(hub, "learn", dies)
         hub.maintain(["kinds"], config=CONFIG, now=NOW)
+
+
+def test_what_a_person_learned_meanwhile_is_not_taken_for_the_candidate_and_later_feedback_stays(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(hub, rows(NEW_WORDS, 30))
+    cut_off_before_it_learns(hub, monkeypatch)
     theirs = hub.learn("kinds", rows(WORDS, 6, 40), config=CONFIG, promote="never").ref
     ask(hub, rows(NEW_WORDS, 10, 70))
     [done] = hub.maintain(["kinds"], config=CONFIG, now=NOW).done
@@ -306,13 +309,7 @@ def test_one_adapter_that_cannot_be_maintained_does_not_stop_the_others_and_wait
 
 def test_rows_that_left_the_log_are_told_and_no_pass_dies_of_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     ask(hub, rows(NEW_WORDS, 30))
-
-    def dies(*args: Any, **more: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-        patch.setattr(hub, "learn", dies)
-        hub.maintain(["kinds"], config=CONFIG, now=NOW)
+    cut_off_before_it_learns(hub, monkeypatch)
     hub.forget_observations()
     [done] = hub.maintain(["kinds"], config=CONFIG, now=NOW).done
     assert done.step is Step.FAILED and "are gone" in done.reason
@@ -337,7 +334,15 @@ def test_an_alarm_is_noted_told_and_open_until_answers_say_what_it_was(hub: Hub,
     alarms = [alarm for alarm in hub.watch([told.append]) if alarm.kind == "alarm"]
     assert {alarm.adapter for alarm in alarms} >= {"kinds"} and told
     assert not hub.watch(), "what was seen is not seen twice"
-    assert hub.registry.notes.read("maintenance")["kinds"]["alarm"]["adapter"] == "kinds" and hub.registry.notes.read("alarm")
+    opened = hub.registry.notes.read("maintenance")["kinds"]["alarm"]
+    assert opened["adapter"] == "kinds" and opened["evaluated"] is False and hub.registry.notes.read("alarm")
+
+
+def test_an_alarm_that_a_watch_found_leads_to_one_evaluation_in_the_next_pass(hub: Hub) -> None:
+    """Previously only alarms of the pass itself did."""
+    hub.maintain(now=NOW)    # measures what is new
+    hub.registry.notes.write("maintenance", {"kinds": Memory(1, alarm=ALARM | {"evaluated": False}).to_json()})
+    assert [[one.evaluation is not None for one in hub.maintain(["kinds"], now=NOW).done] for _ in range(2)] == [[True], [False]]
 
 
 def test_what_is_forgotten_in_the_log_is_forgotten_by_the_detectors(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
