@@ -1390,8 +1390,7 @@ class Hub:
 
         With `labels`, by observation, text, group or proposal, the most particular first, or with `train`, rows as `learn` takes them, it is
         `learn(name, rows, **learning)`; those without a label are left out. With neither, an adapter that is registered under the name is
-        taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is
-        decided then.
+        taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is decided then.
         Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
         """
         with self.registry.deciding():

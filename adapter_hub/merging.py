@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adapter_hub.continual.gate import Paired, Verdict, is_worse
 from adapter_hub.continual.measures import Kind
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example, measuring, read_examples
+from adapter_hub.examples import Example, measuring
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX, check_reason
@@ -48,8 +48,8 @@ def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | st
     with hub.registry.maintaining():    # no pass goes over the names meanwhile
         merged, kind = _merged(hub, names, into)
         key = kind.task.key
-        sets = {ref: _rows(hub, ref, EVALUATION_FILE) for ref in merged}
-        kept = {ref: {key(row): row for row in _rows(hub, ref, EXEMPLARS_FILE) if kind.task.fault(row) is None} for ref in merged}
+        sets = {ref: measuring(hub.kept(ref, EVALUATION_FILE)) for ref in merged}
+        kept = {ref: {key(row): row for row in hub.kept(ref, EXEMPLARS_FILE) if kind.task.fault(row) is None} for ref in merged}
         # What measures them stays out of training: the new one and each of them are compared on rows that neither learned.
         measured = {key(row) for rows in sets.values() for row in rows}
         train = [row for rows in kept.values() for known, row in rows.items() if known not in measured]
@@ -92,14 +92,6 @@ def _merged(hub: Hub, names: Iterable[str], into: str) -> tuple[list[AdapterRef]
             fact = f"no text of the examples of {ref} is kept: there is nothing to learn from"
             raise InvalidInput(f"{fact}.", hint='keep = "text" in hub.toml keeps those of what is registered from then on.')
     return refs, kinds[first]
-
-
-def _rows(hub: Hub, ref: AdapterRef, file: str) -> list[Example]:
-    """Kept texts; of an evaluation set those that measure."""
-    if file not in hub.registry.manifest(ref).files:
-        return []
-    rows = read_examples(hub.registry.open_version(ref) / file)
-    return measuring(rows) if file == EVALUATION_FILE else list(rows)
 
 
 def _compared(

@@ -675,7 +675,7 @@ def proposals(
 def accept(
     ctx: typer.Context,
     ids: Proposed,
-    name: Annotated[str, typer.Option(metavar="NAME", help="The skill's; by default the adapter that the proposal is to be taught to.")] = "",
+    name: Annotated[str, typer.Option(metavar="NAME", help="The skill's: a new one, or a registered adapter's.")] = "",
     label: Annotated[list[str] | None, typer.Option(metavar="ID=LABEL", help="Of a group, a proposal or an observation. May be repeated.")] = None,
     train: Annotated[str, typer.Option(metavar="FILE", help="Labelled rows to learn it from: JSONL, CSV or Parquet.")] = "",
     output: Annotated[str, typer.Option(metavar="FILE", help="Where the rows go that are to be labelled: JSONL.")] = "",
