@@ -1164,12 +1164,13 @@ class Hub:
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
     def answered(self, rows: Sequence[Example], home: AdapterRef, versions: Iterable[AdapterRef] | None = None) -> list[bool]:
-        """Whether `home` gives each row its label, and were `versions` in production, the row would reach it; nothing of it is logged."""
+        """Whether `home` gives each row its label, and were `versions` in production and calibrated, the row would reach it.
+
+        Nothing of it is logged.
+        """
         reached: Sequence[int] = range(len(rows))
         if versions is not None:
-            calibration = self.settle().calibration
-            router = self._router_of(versions, calibration.id if calibration else None)
-            decisions = self._route(router, [row.text for row in rows], 1, None)
+            decisions = self._route(self._live.calibrated(versions), [row.text for row in rows], 1, None)
             reached = [number for number, decision in enumerate(decisions) if decision.adapter == home]
         outputs = self.engine.predict(_requests([rows[number].text for number in reached], [home] * len(reached), True))
         right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
@@ -1326,7 +1327,8 @@ class Hub:
         Each version is measured on the evaluation set that is kept with it, when it is new, the router changed or an alarm came. An input that
         belongs to an adapter, as people say, and did not reach it was not answered right. What is
         done follows from the feedback to its answers (`continual.maintenance` has the rules, hub.toml the floor, cool-down, rows and level):
-        it learns from the rows that people corrected, with the text that the log keeps (`observe = "text"`), and the new version goes
+        it learns from the rows that people corrected, also where nothing is wrong and they are many, with the text that the log keeps
+        (`observe = "text"`), and the new version goes
         live where the gate promotes it and it is better on new rows; or production goes back to the version before, where that one
         answers better. Alarms lead to an evaluation, never to a training by themselves. Each step is an event (`history`).
         With `dry_run` nothing is written, and what would be done is returned. `config` is of the trainings, as in `learn`; `now` is the time

@@ -248,7 +248,7 @@ def _calibrate_anew(hub: Hub) -> None:
 def policy_of(hub: Hub) -> MaintenancePolicy:
     kept = hub.config
     return MaintenancePolicy(
-        kept.accuracy_floor, kept.gate_margin, kept.maintain_level, kept.update_rows, timedelta(days=kept.cooldown_days)
+        kept.accuracy_floor, kept.gate_margin, kept.maintain_level, kept.update_rows, timedelta(days=kept.cooldown_days), kept.refresh_rows
     )
 
 

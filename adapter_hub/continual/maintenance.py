@@ -7,15 +7,17 @@
 | the share of right answers lies below what it must be, and enough corrected rows are new | update |
 | it lies below, and too few rows are new, or the last update is too recent | wait |
 | an alarm that enough answers since do not confirm | nothing, and the alarm is closed |
+| no harm and no open alarm, and many corrected rows are new | update, as a matter of routine |
 | anything else | nothing |
 
 *Below* and *better* are told by exact tests of what people said, one answer a text: a binomial, and a sign test of the answers in which two versions
-differ. Each pass that finds something new tests anew, and of many some find harm by chance: each kind of test has a quarter of `level`, its n-th
+differ. Each pass that finds something new tests anew, and of many some find harm by chance: each kind of test has a fifth of `level`, its n-th
 look at a version 6/(π²n²) of that. However many passes come, all of them have at most `level` together (alpha spending, Lan and DeMets 1983).
 Who only corrects what is wrong shows less right answers than there are: the tests hold for feedback that also confirms.
 A candidate goes live where the gate promotes it *and* it answers more of the rows right that had no part in making either version; that is
 a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
-later. Where only the proof is missing, the next update waits for half as many rows again.
+later. Where only the proof is missing, the next update waits for half as many rows again. What is tried as a matter of routine is
+counted by itself: it takes no chance from an update that is needed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from adapter_hub.refs import AdapterRef
 
 RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
-TESTS = 4            # that share the level: the version before, the floor, the alarm, and the candidates
+TESTS = 5            # that share the level: the version before, the floor, the alarm, the candidates, and those of routine
 NEVER = ("", "")     # a moment of feedback, and the observation: before all
 Moment = tuple[str, str]
 
@@ -56,6 +58,7 @@ class MaintenancePolicy:
     level: float = 0.05            # of all tests of one version together, above 0 to 0.5
     update_rows: int = 50          # new corrected rows that an update takes
     cooldown: timedelta = timedelta(days=1)
+    refresh_rows: int = 200        # new corrected rows from which an update is tried where nothing is wrong; 0: none is
 
     def level_of(self, number: int) -> float:
         """Of the test of one kind with this number, from 1 on."""
@@ -73,6 +76,7 @@ class Pending:
     until: Moment           # the last of them
     level: float            # of the candidate's test
     reason: str
+    routine: bool = False   # nothing was wrong
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
@@ -94,6 +98,8 @@ class Memory:
     rows_next: int = 0                              # that an update takes at least, after one that proved nothing
     set_aside: Moment = NEVER                       # feedback up to here was learned from or refused
     pending: Pending | None = None
+    refreshes: Mapping[str, int] = field(default_factory=dict)  # of each version that were tried as a matter of routine
+    refresh_next: int = 0                           # as `rows_next`, of these
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any] | None) -> Self:
@@ -110,7 +116,7 @@ class Memory:
         """As it stands for the version that is in production now."""
         if version == self.version:
             return self
-        return replace(self, version=version, seen=NEVER, alarm=None, alarmed_at=NEVER, harm="", rows_next=0)
+        return replace(self, version=version, seen=NEVER, alarm=None, alarmed_at=NEVER, harm="", rows_next=0, refresh_next=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +168,36 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
                 said = f"{_well(health, memory)}; {health.right_since} of {health.answers_since} since do not confirm it"
                 return Decision(Step.NONE, said, replace(memory, alarm=None, alarmed_at=NEVER))
         if not harm:
-            return Decision(Step.NONE, _well(health, memory), memory)
+            return _refreshed(health, memory, policy, now)
         memory = replace(memory, harm=harm)
     if health.rows < (wanted := max(policy.update_rows, memory.rows_next)):
         return Decision(Step.WAIT, f"{memory.harm}; {health.rows} of {wanted} rows to learn from are there", memory)
-    if memory.updated_at is not None and now < (due := datetime.fromisoformat(memory.updated_at) + policy.cooldown):
+    if due := _due(memory, policy, now):
         return Decision(Step.WAIT, f"{memory.harm}; the last update is too recent: not before {due.isoformat(timespec='minutes')}", memory)
     number = memory.updates.get(str(memory.version), 0) + 1
     memory = replace(memory, updated_at=now.isoformat(), updates={**memory.updates, str(memory.version): number})
     return _begun(Step.UPDATE, f"{memory.harm}; {health.rows} rows are there to learn from", health, memory, policy.level_of(number))
 
 
-def _begun(step: Step, reason: str, health: Health, memory: Memory, level: float) -> Decision:
-    pending = Pending(step, memory.version, health.newest, health.rows, health.until, level, reason)
+def _refreshed(health: Health, memory: Memory, policy: MaintenancePolicy, now: datetime) -> Decision:
+    """Where nothing is wrong: what people said is learned all the same, when it is much."""
+    few = health.rows < max(policy.refresh_rows, memory.refresh_next)
+    if not policy.refresh_rows or few or memory.alarm is not None or _due(memory, policy, now):
+        return Decision(Step.NONE, _well(health, memory), memory)
+    number = memory.refreshes.get(str(memory.version), 0) + 1
+    memory = replace(memory, updated_at=now.isoformat(), refreshes={**memory.refreshes, str(memory.version): number})
+    reason = f"{_well(health, memory)}; {health.rows} rows are there to learn from"
+    return _begun(Step.UPDATE, reason, health, memory, policy.level_of(number), routine=True)
+
+
+def _due(memory: Memory, policy: MaintenancePolicy, now: datetime) -> datetime | None:
+    """When the next update may begin, where that is not yet."""
+    due = None if memory.updated_at is None else datetime.fromisoformat(memory.updated_at) + policy.cooldown
+    return due if due is not None and now < due else None
+
+
+def _begun(step: Step, reason: str, health: Health, memory: Memory, level: float, *, routine: bool = False) -> Decision:
+    pending = Pending(step, memory.version, health.newest, health.rows, health.until, level, reason, routine)
     return Decision(step, reason, replace(memory, pending=pending))
 
 
@@ -221,5 +244,6 @@ def judged(memory: Memory, proof: Proof) -> Memory:
         return memory
     done = replace(memory, pending=None)
     if proof is Proof.MISSING:
-        return replace(done, rows_next=memory.pending.rows * 3 // 2)
+        awaited = memory.pending.rows * 3 // 2
+        return replace(done, refresh_next=awaited) if memory.pending.routine else replace(done, rows_next=awaited)
     return replace(done, harm="", alarm=None, alarmed_at=NEVER, set_aside=max(memory.set_aside, memory.pending.until))

@@ -21,7 +21,7 @@ DAYS_MAX = 3650
 # Keys of the [policy] table; the others stand at the top.
 POLICY = (
     "max_false_reject", "max_taken", "keep", "gate_level", "gate_margin", "gate_routed_margin", "observe", "observe_share", "observations_max",
-    "accuracy_floor", "update_rows", "cooldown_days", "maintain_level",
+    "accuracy_floor", "update_rows", "refresh_rows", "cooldown_days", "maintain_level",
 )  # fmt: skip
 
 
@@ -45,6 +45,7 @@ class RegistryConfig:
     observations_max: int = 100_000   # rows of the log; the oldest go first
     accuracy_floor: float = 0.7       # share of right answers below which maintenance updates an adapter, 0-1
     update_rows: int = 50             # new labelled rows that an update takes at least
+    refresh_rows: int = 200           # new labelled rows from which an update is tried where nothing is wrong; 0: none is
     cooldown_days: float = 1.0        # between two updates of one adapter
     maintain_level: float = 0.05      # how rarely maintenance may, in all of its looks at one version, see harm where there is none
 
@@ -88,6 +89,10 @@ _RULES: Mapping[str, tuple[str, Callable[[object], bool]]] = {
     "update_rows": (
         f"a whole number from 2 to {OBSERVATIONS_MAX}",
         lambda value: isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= OBSERVATIONS_MAX,
+    ),
+    "refresh_rows": (
+        f"0, or a whole number from 2 to {OBSERVATIONS_MAX}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and (value == 0 or 2 <= value <= OBSERVATIONS_MAX),
     ),
     "keep": ('"vectors" or "text"', lambda value: value in KEEP),
     "observe": ('"off", "decisions", "hash" or "text"', lambda value: value in OBSERVE),
@@ -183,9 +188,10 @@ observations_max = {config.observations_max}
 
 # `adapter-hub maintain`: an adapter whose share of right answers lies below accuracy_floor, as feedback tells, or that answers worse after an
 # alarm, learns from the feedback: from at least update_rows rows with text and label, at most once in cooldown_days. This needs the texts in
-# the log (observe, above). maintain_level is how rarely it may, in all its looks at one version, see harm where there is none, above 0 to 0.5.
+# the log (observe, above). From refresh_rows such rows it is tried where nothing is wrong, too; 0: never. maintain_level is how rarely it may, in all its looks at one version, see harm where there is none, above 0 to 0.5.
 accuracy_floor = {config.accuracy_floor!r}
 update_rows = {config.update_rows}
+refresh_rows = {config.refresh_rows}
 cooldown_days = {config.cooldown_days!r}
 maintain_level = {config.maintain_level!r}
 """

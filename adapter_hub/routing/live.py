@@ -83,6 +83,10 @@ class LiveRouter:
             return router.with_head(now.head, now.centres)
         return router.with_head(*_solved(states, router))
 
+    def calibrated(self, versions: Iterable[AdapterRef]) -> Router:
+        """The router that there would be over these versions, calibrated on them. Nothing is stored."""
+        return _fitted({ref: self.state(ref) for ref in versions})
+
     def state(self, ref: AdapterRef) -> RoutingState:
         """What a version brings. Raises CorruptVersion, ModelChanged, InvalidInput where it has no routing file."""
         data = self._registry.read(ref, ROUTING_FILE)

@@ -134,6 +134,24 @@ def test_a_new_version_is_looked_at_with_fresh_eyes_and_what_was_set_aside_stays
     assert memory.of(3).of(2).looks == {"2": 9}    # looks at a version that comes back are not forgotten
 
 
+def test_where_nothing_is_wrong_much_that_was_said_is_learned_all_the_same_and_takes_no_chance_from_a_needed_update() -> None:
+    assert decided(found(95, 100, rows=199)).step is Step.NONE
+    begun = decided(found(95, 100, rows=200))
+    assert begun.step is Step.UPDATE and begun.memory.pending and begun.memory.pending.routine and begun.memory.refreshes == {"2": 1}
+    unproved = judged(begun.memory, Proof.MISSING)
+    later = NOW + timedelta(days=2)
+    assert decided(found(95, 100, rows=299, at="2"), unproved, later).step is Step.NONE    # half as many again
+    needed = decided(found(40, 100, rows=210, at="2"), unproved, later)
+    assert needed.step is Step.UPDATE and needed.memory.pending and not needed.memory.pending.routine
+    assert needed.memory.pending.level == POLICY.level_of(1) and needed.memory.updates == {"2": 1}
+    assert decided(found(95, 100, rows=300, at="2"), unproved).step is Step.NONE           # within the cool-down
+    again = decided(found(95, 100, rows=300, at="2"), unproved, later)
+    assert again.memory.pending and again.memory.pending.level == POLICY.level_of(2)
+    assert decided(found(95, 100, rows=200), Memory(2, alarm=ALARM)).step is Step.NONE     # an alarm is open: what came may be what is wrong
+    never = replace(POLICY, refresh_rows=0)
+    assert decide(found(95, 100, rows=10_000), Memory(2), never, NOW).step is Step.NONE
+
+
 def test_a_candidate_goes_live_on_proof_alone() -> None:
     assert proof_of("promote", 40, 12, 1, 0.01)[0] is Proof.BETTER
     assert proof_of("hold", 40, 12, 1, 0.01)[0] is proof_of("reject", 40, 12, 1, 0.01)[0] is Proof.AGAINST
