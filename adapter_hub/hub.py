@@ -1163,16 +1163,16 @@ class Hub:
         """The router over these versions under a stored calibration: what it was when they were in production."""
         return self._live.of(map(self.registry.resolve, versions), calibration)
 
-    def answered(self, rows: Sequence[Example], home: AdapterRef, versions: Iterable[AdapterRef] | None = None) -> list[bool]:
-        """Whether `home` gives each row its label, and were `versions` in production and calibrated, the row would reach it.
+    def answered(self, rows: Sequence[Example], homes: Sequence[AdapterRef], versions: Iterable[AdapterRef] | None = None) -> list[bool]:
+        """Whether each row's home gives it its label, and were `versions` in production and calibrated, the row would reach it.
 
         Nothing of it is logged.
         """
         reached: Sequence[int] = range(len(rows))
         if versions is not None:
             decisions = self._route(self._live.calibrated(versions), [row.text for row in rows], 1, None)
-            reached = [number for number, decision in enumerate(decisions) if decision.adapter == home]
-        outputs = self.engine.predict(_requests([rows[number].text for number in reached], [home] * len(reached), True))
+            reached = [number for number, decision in enumerate(decisions) if decision.adapter == homes[number]]
+        outputs = self.engine.predict(_requests([rows[number].text for number in reached], [homes[number] for number in reached], True))
         right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
         return [number in right for number in range(len(rows))]
 

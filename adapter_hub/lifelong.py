@@ -17,6 +17,7 @@ from adapter_hub.arguments import texts_of
 from adapter_hub.continual.alerts import Alerts, Sink, checked, to_log
 from adapter_hub.continual.drift import OVERALL, Alarm, DriftMonitor, Kind
 from adapter_hub.continual.maintenance import (
+    LATELY,
     NEVER,
     RECENT,
     Health,
@@ -27,6 +28,7 @@ from adapter_hub.continual.maintenance import (
     Step,
     decide,
     judged,
+    no_worse,
     proof_of,
 )
 from adapter_hub.errors import HubError, InvalidInput
@@ -285,7 +287,7 @@ def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], 
         back = hub.rollback(ref.name, reason=f"maintenance: {pending.reason}") if ref == begun else ref
         done, memory = replace(done, result=back, promoted=True), replace(memory, pending=None)
     else:
-        done, proof = _updated(hub, done, begun, pending, _corrected_of(hub, begun, memory, spoken, pending.until), config)
+        done, proof = _updated(hub, done, begun, pending, spoken, _corrected_of(hub, begun, memory, spoken, pending.until), config)
         memory = judged(memory, proof)
     detail = {"step": str(pending.step), "result": str(done.result), "promoted": done.promoted}
     hub.registry.remark(begun, f"{pending.step}: {done.reason}"[:REASON_CHARS_MAX], detail)
@@ -294,8 +296,9 @@ def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], 
 
 
 def _updated(
-    hub: Hub, done: Done, begun: AdapterRef, pending: Pending, corrected: _Corrected, config: TrainConfig | str | None
-) -> tuple[Done, Proof]:
+    hub: Hub, done: Done, begun: AdapterRef, pending: Pending, spoken: Sequence[Observation], corrected: _Corrected,
+    config: TrainConfig | str | None,
+) -> tuple[Done, Proof]:    # fmt: skip
     if len(corrected.rows) < 2:
         raise InvalidInput("the rows that it was to learn from are gone.", hint="They left the log; the next ones are awaited.")
     train, held = hold_out(corrected.rows, min(HELD_SHARE, HELD_ROWS / len(corrected.rows)), SPLIT_SEED)
@@ -306,7 +309,7 @@ def _updated(
         return replace(done, result=candidate, promoted=True), Proof.BETTER
     if done.ref != begun:
         return replace(done, result=candidate, reason=f"{done.reason}; {done.ref} has come meanwhile, {candidate} is held"), Proof.MISSING
-    proof, why = _proof_of(hub, begun, candidate, held, corrected, pending.level)
+    proof, why = _proof_of(hub, begun, candidate, held, corrected, pending, spoken)
     if proof is Proof.BETTER:
         hub.promote(candidate, reason=f"maintenance: {why}")
     if proof is Proof.AGAINST:
@@ -327,8 +330,9 @@ def _candidate_of(hub: Hub, begun: AdapterRef, pending: Pending, train: Sequence
 
 
 def _proof_of(
-    hub: Hub, begun: AdapterRef, candidate: AdapterRef, held: Sequence[Example], corrected: _Corrected, level: float
-) -> tuple[Proof, str]:
+    hub: Hub, begun: AdapterRef, candidate: AdapterRef, held: Sequence[Example], corrected: _Corrected, pending: Pending,
+    spoken: Sequence[Observation],
+) -> tuple[Proof, str]:    # fmt: skip
     """By the gate's verdict, which was stored with the candidate, and by the answers to rows that had no part in making either version.
 
     Where inputs are routed, an answer is right that reaches the adapter and has the label, with the router that there is or would be.
@@ -338,9 +342,16 @@ def _proof_of(
     rows = [row for row in held if row.text not in known]
     routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
     others = [one for one in hub.registry.production() if one.name != begun.name]
-    theirs, mine = (hub.answered(rows, version, [*others, version] if routed else None) for version in (begun, candidate))
-    gained, lost = _apart(mine, theirs)
-    return proof_of(gate["verdict"], len(rows), gained, lost, level)
+    beside = [(row, ref) for ref in others for row in _corrected_of(hub, ref, Memory(), spoken).rows[-RECENT:]] if pending.routine and routed else []
+    asked = [*rows, *(row for row, _ in beside)]
+    theirs, mine = (
+        hub.answered(asked, [*[version] * len(rows), *(ref for _, ref in beside)], [*others, version] if routed else None)
+        for version in (begun, candidate)
+    )
+    gained, lost = _apart(mine[: len(rows)], theirs[: len(rows)])
+    if pending.routine:
+        return no_worse(gate["verdict"], len(rows), gained, lost, _apart(mine[len(rows) :], theirs[len(rows) :]))
+    return proof_of(gate["verdict"], len(rows), gained, lost, pending.level)
 
 
 def _apart(mine: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
@@ -409,11 +420,11 @@ def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, ex
     previous, compared, measured = hub.registry.rollback_target(ref.name), (0, 0), (0, 0)
     if previous is not None and own and corrected.latest > memory.seen and memory.pending is None:
         rows = [Example(row.text or "", row.feedback.correct_label if row.feedback else None) for row, _ in own]
-        compared = _apart([right for _, right in own], hub.answered(rows, previous))
+        compared = _apart([right for _, right in own], hub.answered(rows, [previous] * len(rows)))
         older = [row for row in measuring(hub.kept(previous, EVALUATION_FILE)) if row.label is not None]
-        measured = _apart(hub.answered(older, ref), hub.answered(older, previous))
+        measured = _apart(*(hub.answered(older, [version] * len(older)) for version in (ref, previous)))
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, corrected.latest, sum(recent), len(recent), sum(since), len(since), len(corrected.rows), corrected.until, expected,
-        previous, compared, measured,
+        ref, newest, corrected.latest, sum(recent), len(recent), sum(recent[-LATELY:]), sum(since), len(since), len(corrected.rows),
+        corrected.until, expected, previous, compared, measured,
     )  # fmt: skip

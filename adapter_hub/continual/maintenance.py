@@ -7,17 +7,19 @@
 | the share of right answers lies below what it must be, and enough corrected rows are new | update |
 | it lies below, and too few rows are new, or the last update is too recent | wait |
 | an alarm that enough answers since do not confirm | nothing, and the alarm is closed |
-| no harm and no open alarm, and many corrected rows are new | update, as a matter of routine |
+| no harm and no open alarm, many corrected rows are new, and the latest are like those before | update, as a matter of routine |
 | anything else | nothing |
 
 *Below* and *better* are told by exact tests of what people said, one answer a text: a binomial, and a sign test of the answers in which two versions
-differ. Each pass that finds something new tests anew, and of many some find harm by chance: each kind of test has a fifth of `level`, its n-th
+differ. Each pass that finds something new tests anew, and of many some find harm by chance: each kind of test has a quarter of `level`, its n-th
 look at a version 6/(π²n²) of that. However many passes come, all of them have at most `level` together (alpha spending, Lan and DeMets 1983).
 Who only corrects what is wrong shows less right answers than there are: the tests hold for feedback that also confirms.
 A candidate goes live where the gate promotes it *and* it answers more of the rows right that had no part in making either version; that is
 a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
-later. Where only the proof is missing, the next update waits for half as many rows again. What is tried as a matter of routine is
-counted by itself: it takes no chance from an update that is needed.
+later. Where only the proof is missing, the next update waits for half as many rows again.
+What is learned as a matter of routine agrees with what is known, and so few rows rarely prove its gain: it goes live where the gate
+promotes it and, of the rows held back and of the latest of all other adapters together, no fewer are answered right with it. While fewer
+of the latest answers are right than of those before, by a test of its own at `level`, nothing is learned so.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from adapter_hub.refs import AdapterRef
 
 RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
-TESTS = 5            # that share the level: the version before, the floor, the alarm, the candidates, and those of routine
+LATELY = 50          # of the latest answers, which must be like those before where an update is routine
+TESTS = 4            # that share the level: the version before, the floor, the alarm, and the candidates
 NEVER = ("", "")     # a moment of feedback, and the observation: before all
 Moment = tuple[str, str]
 
@@ -74,7 +77,7 @@ class Pending:
     newest: int             # the newest version of the name
     rows: int               # corrected rows that an update learns from
     until: Moment           # the last of them
-    level: float            # of the candidate's test
+    level: float            # of the candidate's test; 1 where it is routine
     reason: str
     routine: bool = False   # nothing was wrong
 
@@ -98,8 +101,7 @@ class Memory:
     rows_next: int = 0                              # that an update takes at least, after one that proved nothing
     set_aside: Moment = NEVER                       # feedback up to here was learned from or refused
     pending: Pending | None = None
-    refreshes: Mapping[str, int] = field(default_factory=dict)  # of each version that were tried as a matter of routine
-    refresh_next: int = 0                           # as `rows_next`, of these
+    refresh_next: int = 0                           # as `rows_next`, of updates as a matter of routine
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any] | None) -> Self:
@@ -128,6 +130,7 @@ class Health:
     latest: Moment = NEVER                          # of the feedback to `answers`
     right: int = 0                                  # of `answers`: those that it gave, and that people say are right
     answers: int = 0                                # to its inputs, that people spoke of, at most RECENT: old ones hide what is new
+    right_lately: int = 0                           # of the last LATELY of them
     right_since: int = 0                            # the same of those since the open alarm
     answers_since: int = 0
     rows: int = 0                                   # corrected rows with text, and a label that it knows: what an update would learn from
@@ -184,10 +187,12 @@ def _refreshed(health: Health, memory: Memory, policy: MaintenancePolicy, now: d
     few = health.rows < max(policy.refresh_rows, memory.refresh_next)
     if not policy.refresh_rows or few or memory.alarm is not None or _due(memory, policy, now):
         return Decision(Step.NONE, _well(health, memory), memory)
-    number = memory.refreshes.get(str(memory.version), 0) + 1
-    memory = replace(memory, updated_at=now.isoformat(), refreshes={**memory.refreshes, str(memory.version): number})
-    reason = f"{_well(health, memory)}; {health.rows} rows are there to learn from"
-    return _begun(Step.UPDATE, reason, health, memory, policy.level_of(number), routine=True)
+    lately, before = min(LATELY, health.answers), health.answers - LATELY
+    usual = (health.right - health.right_lately) / before if before >= LATELY else policy.floor
+    if unlike := _below(health.right_lately, lately, usual, policy.level):
+        return Decision(Step.NONE, f"{_well(health, memory)}; nothing is learned, the latest are unlike those before: {unlike}", memory)
+    memory = replace(memory, updated_at=now.isoformat())
+    return _begun(Step.UPDATE, f"{_well(health, memory)}; {health.rows} rows are there to learn from", health, memory, 1.0, routine=True)
 
 
 def _due(memory: Memory, policy: MaintenancePolicy, now: datetime) -> datetime | None:
@@ -236,6 +241,15 @@ def proof_of(verdict: str, rows: int, gained: int, lost: int, level: float) -> t
         return Proof.AGAINST, f"the gate says {verdict}"
     said = f"of {rows} new rows {gained} are answered right that are not now, and {lost} the other way round"
     return (Proof.BETTER, said) if is_fewer(lost, gained, level) else (Proof.MISSING, f"{said}: no proof")
+
+
+def no_worse(verdict: str, rows: int, gained: int, lost: int, others: tuple[int, int]) -> tuple[Proof, str]:
+    """The same of an update as a matter of routine; `others` are gained and lost of the other adapters' inputs."""
+    if verdict != "promote":
+        return Proof.AGAINST, f"the gate says {verdict}"
+    said = f"of {rows} new rows {gained} are answered right that are not now, and {lost} the other way round"
+    said += f", of the others' {others[0]} and {others[1]}"
+    return (Proof.BETTER, said) if lost + others[1] <= gained + others[0] else (Proof.MISSING, f"{said}: fewer than now")
 
 
 def judged(memory: Memory, proof: Proof) -> Memory:

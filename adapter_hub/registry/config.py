@@ -187,8 +187,9 @@ observe_share = {config.observe_share!r}
 observations_max = {config.observations_max}
 
 # `adapter-hub maintain`: an adapter whose share of right answers lies below accuracy_floor, as feedback tells, or that answers worse after an
-# alarm, learns from the feedback: from at least update_rows rows with text and label, at most once in cooldown_days. This needs the texts in
-# the log (observe, above). From refresh_rows such rows it is tried where nothing is wrong, too; 0: never. maintain_level is how rarely it may, in all its looks at one version, see harm where there is none, above 0 to 0.5.
+# alarm, learns from the feedback: from at least update_rows rows with text and label, at most once in cooldown_days. From refresh_rows such
+# rows on it does so where nothing is wrong, too; 0: never. This needs the texts in the log (observe, above). maintain_level is how rarely it
+# may, in all its looks at one version, see harm where there is none, above 0 to 0.5.
 accuracy_floor = {config.accuracy_floor!r}
 update_rows = {config.update_rows}
 refresh_rows = {config.refresh_rows}

@@ -31,6 +31,7 @@ from adapter_hub.continual.maintenance import (
     decide,
     is_fewer,
     judged,
+    no_worse,
     proof_of,
 )
 from adapter_hub.errors import InvalidInput, RegistryError
@@ -50,7 +51,7 @@ CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
 
 def found(right: int, answers: int, rows: int = 100, at: str = "1", **more: Any) -> Health:
     """Everything that was said is new."""
-    return Health(REF, 2, (at, "x"), right, answers, rows=rows, until=(at, "x"), **more)
+    return Health(REF, 2, (at, "x"), right, answers, **({"right_lately": right * min(50, answers) // answers} | more), rows=rows, until=(at, "x"))
 
 
 def decided(health: Health, memory: Memory | None = None, now: datetime = NOW) -> Decision:
@@ -137,7 +138,7 @@ def test_a_new_version_is_looked_at_with_fresh_eyes_and_what_was_set_aside_stays
 def test_where_nothing_is_wrong_much_that_was_said_is_learned_all_the_same_and_takes_no_chance_from_a_needed_update() -> None:
     assert decided(found(95, 100, rows=199)).step is Step.NONE
     begun = decided(found(95, 100, rows=200))
-    assert begun.step is Step.UPDATE and begun.memory.pending and begun.memory.pending.routine and begun.memory.refreshes == {"2": 1}
+    assert begun.step is Step.UPDATE and begun.memory.pending and begun.memory.pending.routine and not begun.memory.updates
     unproved = judged(begun.memory, Proof.MISSING)
     later = NOW + timedelta(days=2)
     assert decided(found(95, 100, rows=299, at="2"), unproved, later).step is Step.NONE    # half as many again
@@ -145,11 +146,23 @@ def test_where_nothing_is_wrong_much_that_was_said_is_learned_all_the_same_and_t
     assert needed.step is Step.UPDATE and needed.memory.pending and not needed.memory.pending.routine
     assert needed.memory.pending.level == POLICY.level_of(1) and needed.memory.updates == {"2": 1}
     assert decided(found(95, 100, rows=300, at="2"), unproved).step is Step.NONE           # within the cool-down
-    again = decided(found(95, 100, rows=300, at="2"), unproved, later)
-    assert again.memory.pending and again.memory.pending.level == POLICY.level_of(2)
+    assert decided(found(95, 100, rows=300, at="2"), unproved, later).step is Step.UPDATE
     assert decided(found(95, 100, rows=200), Memory(2, alarm=ALARM)).step is Step.NONE     # an alarm is open: what came may be what is wrong
     never = replace(POLICY, refresh_rows=0)
     assert decide(found(95, 100, rows=10_000), Memory(2), never, NOW).step is Step.NONE
+
+
+def test_what_is_unlike_what_was_said_before_is_not_learned_as_a_matter_of_routine() -> None:
+    poisoned = decided(found(150, 200, rows=300, right_lately=10))
+    assert poisoned.step is Step.NONE and "unlike those before: 10 of 50" in poisoned.reason
+    assert decided(found(170, 200, rows=300, right_lately=40)).step is Step.UPDATE    # 80 % after 87 %: that is chance
+    assert decided(found(50, 60, rows=300, right_lately=25)).step is Step.NONE        # too few before: the floor stands for them
+
+
+def test_a_routine_update_goes_live_where_no_fewer_are_right_its_own_and_the_others_together() -> None:
+    assert no_worse("promote", 40, 3, 3, (0, 0))[0] is no_worse("promote", 40, 3, 1, (0, 2))[0] is Proof.BETTER
+    assert no_worse("promote", 40, 3, 1, (0, 3))[0] is Proof.MISSING
+    assert no_worse("hold", 40, 9, 0, (9, 0))[0] is Proof.AGAINST
 
 
 def test_a_candidate_goes_live_on_proof_alone() -> None:
