@@ -917,12 +917,7 @@ class Hub:
             if adapters is not None or mix != 1:
                 raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
             router, rate = self._live.snapshot(), self._rate(max_false_reject)
-            predictions = []
-            for one in self._contested(router, self._encoder_of(router), found, generation, rate, truncate, ask):
-                if isinstance(one, Exception):
-                    raise one
-                predictions.append(one)
-            return predictions
+            return [_raised(one) for one in self._contested(router, self._encoder_of(router), found, generation, rate, truncate, ask)]
         decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
         outputs = self.engine.predict(_requests(found, answering, truncate), generation=generation)
         return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
@@ -1550,6 +1545,7 @@ class Hub:
         data: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
         names: Iterable[str] | None = None,
         max_false_reject: float | None = 0.0,
+        ask: int = 1,
     ) -> dict[str, Any]:
         """How good the answers to labelled rows are: over all, and of each adapter that rows name, oracle (named) and routed.
 
@@ -1566,13 +1562,15 @@ class Hub:
         rows that have no target and count for routing alone, and `known`, those that are its examples too where their texts are kept: to
         learn without validation rows holds some out of training, not of the router. Numbers that are not `answered` by one have no `gap`.
         Rates are 0-1; keys that do not apply are absent. The rows of one adapter after the other are asked and let go.
-        A row that was routed to its own version has the answer of that one: it is asked once.
+        With `ask=k` routed rows are answered as `predict` does. A row that was routed to its own version has the answer of that one: it is
+        asked once.
         Raises InvalidInput for rows without the target that their adapter gives, rows that name none and go to an adapter that gives neither
         a label nor a text, no `names`, or where no set is kept; AdapterNotFound, NotRoutable.
         """
         with _IMPORTING:
             from adapter_hub.evaluation import Task, check_packages, check_rows, report
 
+        _checked_ask(ask)
         wanted = None if names is None else texts_of("names", names)
         if wanted == ():
             raise InvalidInput("names is empty: nobody is to be measured.", hint="Name adapters, or leave `names` out.")
@@ -1597,7 +1595,7 @@ class Hub:
         router, parts, without = self._live.snapshot(), [], []
         for home, group in groups:
             if group:
-                parts.append(self._measured(router, home, group, max_false_reject))
+                parts.append(self._measured(router, home, group, max_false_reject, ask))
             elif home:
                 without.append(str(home))
         if not parts:
@@ -1606,7 +1604,7 @@ class Hub:
             raise InvalidInput(f"no evaluation set is kept of {whose}.", hint=hint)
         return report(parts) | ({"without": without} if data is None else {})
 
-    def _measured(self, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None) -> Part:
+    def _measured(self, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None, ask: int) -> Part:
         """Of the rows of one adapter, or of those that name none: what they are in figures. The answers are let go."""
         from adapter_hub.evaluation import Answered, Kind, Task, check_answers, part_of
 
@@ -1625,10 +1623,15 @@ class Hub:
         writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
         requests = _requests([task.asked(rows[i]) for i in writing], [home] * len(writing), True)
         likelihoods = dict(zip(writing, self.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
+        routed = [Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]) for i, _ in enumerate(rows)]
+        if ask > 1:    # what writes is asked as its rows say, and nothing of it is judged
+            judged = self._contested(router, self._encoder_of(router), texts, None, self._rate(max_false_reject), True, ask)
+            single = [tasks[ref].kind is Kind.LABEL if ref else False for ref in answering]
+            routed = [_raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]
         answered = [
             Answered(
                 row,
-                Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]),
+                routed[i],
                 Prediction.of(Decision.named(home), home, outputs[i, home]) if home else None,
                 likelihoods.get(i),
             )
@@ -1803,6 +1806,12 @@ def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering
         from adapter_hub.engine.engine import Request
 
     return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
+
+
+def _raised(found: Prediction | Exception) -> Prediction:
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def _checked_ask(ask: int) -> int:

@@ -471,6 +471,9 @@ def test_of_near_candidates_the_one_with_the_likeliest_label_answers(hub: Hub, t
     hub.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_false_reject=0, ask=2)
     written = [json.loads(line)["adapter"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert written == [str(one.adapter) for one in asked]
+    rows = [{"text": text, "label": one.label, "adapter": "second"} for text, one in zip(texts, asked, strict=True)]
+    once, judged = (hub.evaluate(rows, ask=ask) for ask in (1, 2))
+    assert judged["accuracy"] == judged["routing_accuracy"] == 1 > once["routing_accuracy"]
 
 
 def test_a_label_that_the_router_alone_knows_is_not_judged(filled: Hub, tmp_path: Path) -> None:

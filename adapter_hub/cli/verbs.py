@@ -556,14 +556,14 @@ def evaluate(
     ctx: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these; by default all.", autocompletion=complete_ref)] = None,
     data: Annotated[str, typer.Option(metavar="FILE", help="Rows with `text`, `label` and, where known, `adapter`; by default the sets kept.")] = "",
-    max_false_reject: Rate = 0.0,
+    max_false_reject: Rate = 0.0, ask: Ask = 1,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Measure the adapters on labelled rows, each when it is named (oracle) and as routed.
 
     Without --data on the evaluation sets that are kept with them.
     """
-    found = _open(ctx, registry).evaluate(data or None, names=names or None, max_false_reject=max_false_reject)
+    found = _open(ctx, registry).evaluate(data or None, names=names or None, max_false_reject=max_false_reject, ask=ask)
     emit(found, as_json, evaluated)
 
 
