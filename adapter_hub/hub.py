@@ -1301,6 +1301,7 @@ class Hub:
 
         They go to the logger "adapter_hub" and to `sinks` (`continual.alerts`), with back-off. An adapter's first alarm is open until a
         maintenance pass has seen to it. What was logged in the last 5 s waits for the next look. Texts that are kept are encoded once more.
+        The log is read in blocks and what was found is saved as it goes: a watch that is killed goes on there, and tells the last of it twice.
         Raises RegistryError where another process maintains this registry, ReadOnlyRegistry.
         """
         from adapter_hub.lifelong import watch

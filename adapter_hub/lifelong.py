@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from adapter_hub.adapters.config import ProblemType, TaskType
@@ -52,7 +54,8 @@ JSON = Any
 DRIFT, MAINTENANCE, ALARMS = "drift", "maintenance", "alarm"    # kinds of notes
 STATE = "state"            # key of the note DRIFT
 SETTLED_S = 5.0            # by then other processes have written what they logged
-ENCODED_ROWS = 1_000       # texts that are encoded together
+BLOCK_ROWS = 1_000         # of the log that a watch holds at once; their texts are encoded together
+SAVED_S = 3.0              # so much, and a block, a watch that is killed does again: its state is large where adapters are many
 ALARMS_KEPT = 1_000
 HELD_SHARE, HELD_ROWS = 0.4, 200    # of the corrected rows, and at most: they prove the gain of an update and have no part in making it
 SPLIT_SEED = 0
@@ -98,43 +101,76 @@ def watch(
     hub: Hub, sinks: Iterable[Sink] = (), *, dry_run: bool = False, now: datetime | None = None
 ) -> tuple[list[Alarm], dict[str, Memory]]:
     """See `Hub.watch`: the alarms, and the memories that they opened one in. The caller holds the registry's maintenance lock."""
-    now = now or datetime.now(UTC)
-    notes = hub.registry.notes
-    kept = notes.read(DRIFT).get(STATE) or {}
-    if kept and kept["encoder"] != hub.encoder.fingerprint:    # vectors of another encoder compare with nothing
-        kept |= {"monitor": DriftMonitor().to_json()}
-    monitor = DriftMonitor.from_json(kept["monitor"]) if kept else DriftMonitor()
-    alerts = Alerts((to_log, *checked(sinks)))
-    if kept:
-        alerts.restore(kept["alerts"])
-    production = {ref.name: ref.version for ref in hub.registry.production()}
-    for name in monitor.adapters:    # another version answers otherwise, and that is no drift
-        if kept["production"].get(name) != production.get(name):
-            monitor.reset(name)
-    seen, said = kept.get("seen", ""), tuple(kept.get("said", ("", "")))
-    alarms: list[Alarm] = []
-    for row, vector in _encoded(hub, _since(hub, seen)):
-        turned_away = row.adapter is None and row.reason == Reason.BELOW_THRESHOLD
-        whose = row.adapter.name if row.adapter else row.candidate if turned_away else None
-        routed = row.score is not None
-        alarms += monitor.observe(whose, score=row.score, abstained=turned_away if routed else None, embedding=vector)
-        seen = row.id
-    moment = said    # of the feedback before the first alarm
-    for row in hub.log.corrected(said):
-        # What was said late of a version that is no more in production says nothing of the one that is.
-        if row.adapter is not None and production.get(row.adapter.name) == row.adapter.version and (right := _right(row)) is not None:
-            alarms += monitor.observe(row.adapter.name, error=not right)
-        said = (row.feedback.at, row.id) if row.feedback else said
-        moment = moment if alarms else said
-    opened = _opened(hub, alarms, moment)
-    if dry_run:
-        return alarms, opened
-    notes.write(MAINTENANCE, {name: memory.to_json() for name, memory in opened.items()})    # before the detectors are: a killed pass tells twice
-    _note(hub, alarms, now)
-    alerts.send(alarms, now_s=now.timestamp())
-    state = {"monitor": monitor.to_json(), "alerts": alerts.to_json(), "seen": seen, "said": list(said)}
-    notes.write(DRIFT, {STATE: state | {"production": production, "encoder": hub.encoder.fingerprint}})
-    return alarms, opened
+    found = _Watch(hub, sinks, dry_run, now or datetime.now(UTC))
+    for block in _blocks(_since(hub, found.seen)):
+        for row, vector in zip(block, _vectors(hub, block), strict=True):
+            turned_away = row.adapter is None and row.reason == Reason.BELOW_THRESHOLD
+            whose = row.adapter.name if row.adapter else row.candidate if turned_away else None
+            routed = row.score is not None
+            found.add(found.monitor.observe(whose, score=row.score, abstained=turned_away if routed else None, embedding=vector))
+            found.seen = row.id
+        found.save()
+    for block in _blocks(hub.log.corrected(found.said)):
+        for row in block:
+            # What was said late of a version that is no more in production says nothing of the one that is.
+            ref = row.adapter
+            if ref is not None and found.production.get(ref.name) == ref.version and (right := _right(row)) is not None:
+                found.add(found.monitor.observe(ref.name, error=not right))
+            found.said = (row.feedback.at, row.id) if row.feedback else found.said
+        found.save()
+    found.save(ended=True)
+    return found.alarms, found.opened
+
+
+class _Watch:
+    """The detectors, how far in the log they are, and what they found. It is saved as it goes: who was killed is gone on from there."""
+
+    def __init__(self, hub: Hub, sinks: Iterable[Sink], dry_run: bool, now: datetime) -> None:
+        self._hub, self._dry_run, self._now = hub, dry_run, now
+        self._saved_s = time.monotonic()
+        kept = hub.registry.notes.read(DRIFT).get(STATE) or {}
+        if kept and kept["encoder"] != hub.encoder.fingerprint:    # vectors of another encoder compare with nothing
+            kept |= {"monitor": DriftMonitor().to_json()}
+        self.monitor = DriftMonitor.from_json(kept["monitor"]) if kept else DriftMonitor()
+        self._alerts = Alerts((to_log, *checked(sinks)))
+        if kept:
+            self._alerts.restore(kept["alerts"])
+        self.production = {ref.name: ref.version for ref in hub.registry.production()}
+        for name in self.monitor.adapters:    # another version answers otherwise, and that is no drift
+            if kept["production"].get(name) != self.production.get(name):
+                self.monitor.reset(name)
+        self.seen: str = kept.get("seen", "")
+        self.said: tuple[str, str] = tuple(kept.get("said", NEVER))
+        self.alarms = [Alarm.from_json(one) for one in kept.get("alarms", ())]    # of a watch that was killed: saved, and returned to nobody
+        self.opened: dict[str, Memory] = {}
+        self._new: list[Alarm] = []    # since it was saved
+
+    def add(self, alarms: Sequence[Alarm]) -> None:
+        """Each adapter's first one opens an alarm in its memory, if none is, until answers say what it was."""
+        self._new += alarms
+        for alarm in alarms:
+            if alarm.kind is Kind.ALARM and alarm.adapter in self.production and alarm.adapter not in self.opened:
+                memory = _memory_of(self._hub, AdapterRef(alarm.adapter, self.production[alarm.adapter]))
+                if memory.alarm is None:
+                    self.opened[alarm.adapter] = replace(memory, alarm=alarm.to_json() | {"evaluated": False}, alarmed_at=self.said)
+
+    def save(self, *, ended: bool = False) -> None:
+        """Note and tell what was found, then how far it is; or nothing, where it was saved just now."""
+        if not ended and time.monotonic() - self._saved_s < SAVED_S:
+            return
+        self.alarms += self._new
+        new, self._new = self._new, []
+        if self._dry_run:
+            return
+        notes = self._hub.registry.notes
+        if new:    # memories before the detectors: a killed pass tells twice
+            notes.write(MAINTENANCE, {name: memory.to_json() for name, memory in self.opened.items()})
+            _note(self._hub, new, self._now)
+            self._alerts.send(new, now_s=self._now.timestamp())
+        state: dict[str, JSON] = {"monitor": self.monitor.to_json(), "alerts": self._alerts.to_json(), "seen": self.seen, "said": list(self.said)}
+        state |= {"production": self.production, "encoder": self._hub.encoder.fingerprint}
+        notes.write(DRIFT, {STATE: state | {"alarms": [] if ended else [alarm.to_json() for alarm in self.alarms]}})
+        self._saved_s = time.monotonic()
 
 
 def forget(hub: Hub) -> None:
@@ -143,31 +179,22 @@ def forget(hub: Hub) -> None:
         hub.registry.notes.write(DRIFT, {STATE: kept | {"monitor": DriftMonitor().to_json()}})
 
 
-def _since(hub: Hub, seen: str) -> list[Observation]:
+def _since(hub: Hub, seen: str) -> Iterator[Observation]:
     """What was logged behind an id, oldest first, but for the last moments, which other processes may still write to."""
     until = first_id(datetime.now(UTC) - timedelta(seconds=SETTLED_S))
-    return list(hub.log.read(since=seen + "0" if seen else None, before=until))[::-1]
+    return hub.log.read(since=seen + "0" if seen else None, before=until, oldest_first=True)
 
 
-def _encoded(hub: Hub, rows: Sequence[Observation]) -> Iterator[tuple[Observation, Any]]:
-    """Each with its vector, where its text was kept and routed."""
-    for start in range(0, len(rows), ENCODED_ROWS):
-        part = rows[start : start + ENCODED_ROWS]
-        texts = [row.text for row in part if row.text and row.score is not None]
-        vectors = iter(hub.encoder.encode(texts) if texts else ())
-        for row in part:
-            yield row, next(vectors) if row.text and row.score is not None else None
+def _blocks(rows: Iterator[Observation]) -> Iterator[list[Observation]]:
+    while block := list(islice(rows, BLOCK_ROWS)):
+        yield block
 
 
-def _opened(hub: Hub, alarms: Sequence[Alarm], moment: tuple[str, str]) -> dict[str, Memory]:
-    """The memories of the adapters of which these alarms are the first: open until answers say what it was."""
-    found = {}
-    for ref in hub.registry.production():
-        own = [alarm for alarm in alarms if alarm.adapter == ref.name and alarm.kind is Kind.ALARM]
-        memory = _memory_of(hub, ref)
-        if own and memory.alarm is None:
-            found[ref.name] = replace(memory, alarm=own[0].to_json() | {"evaluated": False}, alarmed_at=moment)
-    return found
+def _vectors(hub: Hub, rows: Sequence[Observation]) -> list[Any]:
+    """Of each row, None where its text was not kept or not routed."""
+    texts = [row.text for row in rows if row.text and row.score is not None]
+    vectors = iter(hub.encoder.encode(texts) if texts else ())
+    return [next(vectors) if row.text and row.score is not None else None for row in rows]
 
 
 def _memory_of(hub: Hub, ref: AdapterRef) -> Memory:
@@ -176,9 +203,10 @@ def _memory_of(hub: Hub, ref: AdapterRef) -> Memory:
 
 def _note(hub: Hub, alarms: Sequence[Alarm], now: datetime) -> None:
     notes, at = hub.registry.notes, now.isoformat(timespec="milliseconds")
-    if alarms:
-        gone = dict.fromkeys(list(notes.read(ALARMS))[:-ALARMS_KEPT])
-        notes.write(ALARMS, gone | {f"{at} {number:04}": alarm.to_json() | {"noted_at": at} for number, alarm in enumerate(alarms)})
+    known = list(notes.read(ALARMS))
+    first = 1 + max((int(key.split()[1]) for key in known if key.startswith(at)), default=-1)
+    new = {f"{at} {number:06}": alarm.to_json() | {"noted_at": at} for number, alarm in enumerate(alarms, first)}
+    notes.write(ALARMS, dict.fromkeys(known[:-ALARMS_KEPT]) | new)
 
 
 def _right(row: Observation) -> bool | None:

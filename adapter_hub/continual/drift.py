@@ -64,6 +64,10 @@ class Alarm:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Alarm:
+        return cls(**{**found, "signal": Signal(found["signal"]), "kind": Kind(found["kind"])})
+
 
 @dataclass(frozen=True, slots=True)
 class DriftConfig:

@@ -267,16 +267,20 @@ class ObservationLog:
         return found
 
     def read(
-        self, *, since: str | None = None, before: str | None = None, name: str | None = None, version: int | None = None, rows_max: int | None = None
-    ) -> Iterator[Observation]:
-        """Newest first, `since` and `before` being ids, or beginnings of ids. No transaction is open while a row is looked at."""
+        self, *, since: str | None = None, before: str | None = None, name: str | None = None, version: int | None = None,
+        rows_max: int | None = None, oldest_first: bool = False,
+    ) -> Iterator[Observation]:    # fmt: skip
+        """Newest first, or `oldest_first`; `since` and `before` are ids, or beginnings of ids.
+
+        Read in pages: no transaction is open while a row is looked at, and memory holds a page.
+        """
         self.flush()
         o = schema.observations.c
-        query = _SELECTED.where(*_chosen(since, before, name, version)).order_by(o.id.desc())
+        query = _SELECTED.where(*_chosen(since, before, name, version)).order_by(o.id if oldest_first else o.id.desc())
         last, left = None, rows_max
         while left is None or left > 0:
             wanted = PAGE_ROWS if left is None else min(PAGE_ROWS, left)
-            page = query.limit(wanted) if last is None else query.where(o.id < last).limit(wanted)
+            page = query.limit(wanted) if last is None else query.where(o.id > last if oldest_first else o.id < last).limit(wanted)
             with self._catalog.reading() as connection:
                 rows = [_observation(row) for row in connection.execute(page).mappings()]
             yield from rows

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -38,6 +38,7 @@ from adapter_hub.errors import InvalidInput, RegistryError
 from adapter_hub.hub import Hub
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.events import EventKind
+from adapter_hub.registry.notes import Notes
 from adapter_hub.testing import tiny_model
 from adapter_hub.training.config import TrainConfig
 
@@ -367,6 +368,49 @@ def test_an_alarm_is_noted_told_and_open_until_answers_say_what_it_was(hub: Hub,
     assert not hub.watch(), "what was seen is not seen twice"
     opened = hub.registry.notes.read("maintenance")["kinds"]["alarm"]
     assert opened["adapter"] == "kinds" and opened["evaluated"] is False and hub.registry.notes.read("alarm")
+
+
+def test_a_watch_that_is_killed_goes_on_from_there_and_ends_as_one_that_was_not(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously it began again, with all that was logged since the last one that ended."""
+    for constant, value in (("SETTLED_S", -1.0), ("SAVED_S", 0.0), ("BLOCK_ROWS", 40)):
+        monkeypatch.setattr(lifelong, constant, value)
+    for words, start in ((WORDS, 50), (NEW_WORDS, 90)):
+        hub.predict([row["text"] for row in rows(words, 60, start)])
+        ask(hub, rows(words, 40, start))
+    root = hub.registry.layout.root
+    hub.close()
+    shutil.copytree(root, tmp_path / "whole")
+    with Hub.open(tmp_path / "whole") as whole:
+        expected = whole.watch()
+        kept = {kind: whole.registry.notes.read(kind) for kind in ("drift", "maintenance", "alarm")}
+    assert {alarm.signal for alarm in expected} >= {"error", "score"} and kept["maintenance"]
+    write, told, writes = Notes.write, [], 0
+
+    def dies(self: Notes, kind: str, bodies: Mapping[str, Any]) -> None:
+        nonlocal writes
+        write(self, kind, bodies)
+        writes += 1
+        if writes % 3 == 0 and not (kind == "drift" and bodies["state"]["alarms"] == []):
+            raise KeyboardInterrupt
+
+    kills = 0
+    while True:
+        with monkeypatch.context() as patch, Hub.open(root) as again:
+            patch.setattr(Notes, "write", dies)
+            try:
+                found = again.watch([told.append])
+                break
+            except KeyboardInterrupt:
+                kills += 1
+    assert kills >= 3 and found == expected, "those that a killed one had found are given by the one that ends"
+    assert {one.alarm.reason for one in told} >= {one.reason for one in expected if one.kind == "alarm"}
+    with Hub.open(root) as after:
+        notes = after.registry.notes
+        alike = {kind: notes.read(kind) for kind in ("drift", "maintenance")}
+        assert {one["reason"] for one in notes.read("alarm").values()} == {one.reason for one in expected}
+        state, other = alike["drift"].pop("state"), kept["drift"]["state"]
+        assert alike["maintenance"] == kept["maintenance"] and {**state, "alerts": ""} == {**other, "alerts": ""}
+        assert not after.watch()
 
 
 def test_an_alarm_that_a_watch_found_leads_to_one_evaluation_in_the_next_pass(hub: Hub) -> None:

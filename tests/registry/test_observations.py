@@ -110,6 +110,23 @@ def test_rows_are_chosen_by_time_and_by_who_answered(place, logs, monkeypatch) -
     assert [one.id for one in log.read(name="banking")] == ids[5:] and [one.id for one in log.read(name="banking", version=3)] == ids[7:]
     assert [one.id for one in log.read(since=ids[4])] == ids[:5] and [one.id for one in log.read(before=ids[4])] == ids[5:]
     assert list(log.read(since=first_id("2999-01-01"))) == []
+    assert [one.id for one in log.read(oldest_first=True)] == ids[::-1]
+    assert [one.id for one in log.read(oldest_first=True, since=ids[8], before=ids[1], rows_max=5)] == ids[8:3:-1]
+
+
+def test_a_log_that_changes_while_it_is_read_from_the_oldest_on_is_read_on(place, logs, monkeypatch) -> None:
+    """No transaction is open meanwhile, and only a page is held: what comes is read, and what has gone is not."""
+    monkeypatch.setattr("adapter_hub.registry.observations.PAGE_ROWS", 3)
+    registry = place.create()
+    log, other, rows = logs(registry), logs(place.open()), seen(8)
+    log.add(rows)
+    reading = log.read(oldest_first=True)
+    assert [next(reading).id for _ in range(2)] == [row.id for row in rows[:2]]
+    other.forget(before=rows[5].id)
+    more = seen(1)
+    other.add(more)
+    other.flush()
+    assert [row.id for row in reading] == [row.id for row in (rows[2], *rows[5:], *more)]
 
 
 @pytest.mark.parametrize(("what", "text", "hashed"), [("decisions", False, False), ("hash", False, True), ("text", True, True)])
