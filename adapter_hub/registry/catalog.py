@@ -14,10 +14,11 @@ import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, insert, inspect, make_url, select, update
+from sqlalchemy import URL, Connection, Engine, create_engine, event, exc, func, insert, inspect, make_url, select, update
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from adapter_hub.errors import CorruptVersion, InvalidInput, ReadOnlyRegistry, RegistryError, SchemaTooNew, StorageFull
@@ -148,6 +149,10 @@ class Catalog:
                 if self.claim is not None:
                     self._check_claim(self.claim)
                 yield connection
+
+    def moment(self, connection: Connection) -> datetime:
+        """Now, by the one clock of all who write here: a server's own; SQLite's is this machine's."""
+        return datetime.now(UTC) if self._is_sqlite else connection.execute(select(func.clock_timestamp())).scalar_one().astimezone(UTC)
 
     def _turn(self) -> AbstractContextManager[Any]:
         return self._gate if self._is_sqlite else nullcontext()

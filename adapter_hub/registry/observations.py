@@ -17,8 +17,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, tuple_
@@ -48,7 +48,7 @@ class Feedback:
 
     correct_label: str | None
     correct_adapter: str | None    # a name
-    at: str                        # ISO 8601, UTC
+    at: str                        # ISO 8601, UTC, of the database's clock: the order of these is that in which it was said
 
     def to_json(self) -> dict[str, JSON]:
         said = {"correct_label": self.correct_label, "correct_adapter": self.correct_adapter}
@@ -313,16 +313,21 @@ class ObservationLog:
             after = (last.feedback.at, last.id)
 
     def say(self, seen: Observation, correct_label: str | None, correct_adapter: str | None) -> Observation:
-        """Join feedback to an observation, in place of what was said before. Raises InvalidInput where the observation has gone."""
-        said = Feedback(correct_label, correct_adapter, datetime.now(UTC).isoformat(timespec="milliseconds"))
+        """Join feedback to an observation, in place of what was said before. Its moment is later than that of any other.
+
+        Raises InvalidInput where the observation has gone.
+        """
         correct_label = None if correct_label is None else _storable(correct_label)
-        said = replace(said, correct_label=correct_label)
-        values = {"correct_label": correct_label, "correct_adapter": correct_adapter, "at": said.at}
+        f = schema.feedback.c
         with self._catalog.writing() as connection:
             if connection.scalar(select(schema.observations.c.id).where(schema.observations.c.id == seen.id)) is None:
                 raise InvalidInput(f"there is no observation {seen.id!r} any more.")
-            connection.execute(delete(schema.feedback).where(schema.feedback.c.observation == seen.id))
-            connection.execute(insert(schema.feedback).values(observation=seen.id, **values))
+            moment = self._catalog.moment(connection)
+            if last := connection.scalar(select(func.max(f.at))):    # who reads on behind that one must meet this, wherever a clock was set
+                moment = max(moment, datetime.fromisoformat(last) + timedelta(milliseconds=1))
+            said = Feedback(correct_label, correct_adapter, moment.isoformat(timespec="milliseconds"))
+            connection.execute(delete(schema.feedback).where(f.observation == seen.id))
+            connection.execute(insert(schema.feedback).values(observation=seen.id, **asdict(said)))
         return replace(seen, feedback=said)
 
     def forget(self, *, before: str | None = None, name: str | None = None, version: int | None = None) -> int:

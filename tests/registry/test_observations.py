@@ -9,9 +9,11 @@ import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, tzinfo
 
 import pytest
 
@@ -360,6 +362,42 @@ def test_what_was_corrected_is_read_in_the_order_it_was_said_and_from_a_moment_o
     assert {one.id for one in said} == {row.id for row in rows[:4]}
     order = [(one.feedback.at, one.id) for one in said]
     assert order == sorted(order) and list(log.corrected(order[1])) == said[2:] and not list(log.corrected(order[-1]))
+
+
+class Slow(datetime):
+    """A host's clock that is an hour late, and runs back."""
+
+    seconds = 3_600.0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Slow:    # type: ignore[override]
+        cls.seconds += 60
+        return cls.fromtimestamp(time.time() - cls.seconds, tz)
+
+
+def test_feedback_is_read_in_the_order_it_was_said_whatever_a_hosts_clock_says(place, logs, monkeypatch) -> None:
+    """Previously what a host said whose clock was late lay behind what others had read already."""
+    place.create()
+    log, late = logs(place.open()), logs(place.open())
+    rows = seen(40)[::-1]    # later ones of one millisecond have the lesser id
+    log.add(rows)
+    log.flush()
+    cursor, order = ("", ""), []
+    for number, row in enumerate(rows):
+        with monkeypatch.context() as patch:
+            if number % 2:
+                patch.setattr("adapter_hub.registry.observations.datetime", Slow)
+                patch.setattr("adapter_hub.registry.catalog.datetime", Slow)
+            said = (late if number % 2 else log).say(row, "card_lost", None).feedback
+        [found] = log.corrected(cursor)
+        assert found.id == row.id and found.feedback == said
+        cursor = (found.feedback.at, found.id)
+        order.append(found.feedback.at)
+    assert order == sorted(set(order)) and len({len(at) for at in order}) == 1 and order[0].endswith("+00:00")
+    again = log.say(rows[0], "card_stolen", None)
+    assert [one.id for one in log.corrected(cursor)] == [again.id]    # the last word is new
+    if place.url is not None:
+        assert abs(datetime.fromisoformat(order[-1]).timestamp() - time.time()) < 60    # not the late host's: the server is on this machine
 
 
 def test_notes_are_kept_by_kind_and_key_and_are_seen_by_the_next_process(place) -> None:
