@@ -1254,15 +1254,17 @@ class Hub:
         """Erase what was logged, all of it or what is chosen as in `observations`, with the feedback to it; returns how many rows that was.
 
         It leaves the pages of a SQLite file too; in PostgreSQL they are free for others, until its own VACUUM. Another process may write
-        later what it answered before. The drift detectors, which hold vectors, begin anew. What a version learned from the log stays its
-        own: `purge` erases that.
+        later what it answered before. The drift detectors, which hold vectors, begin anew, and suggested names go that no text bears out any
+        more. What a version learned from the log stays its own: `purge` erases that.
         Raises InvalidInput, AdapterNotFound, ReadOnlyRegistry, RegistryError, also while another process maintains the registry.
         """
         from adapter_hub.lifelong import forget
 
         chosen = self._chosen_observations(before, adapter)
-        with self.registry.maintaining():    # a pass holds what it has read
-            forget(self)    # first: the log's own erasure clears the pages of both
+        with self.registry.maintaining(), self.registry.deciding():    # a pass, and a look, hold what they have read
+            forget(self)    # first: the log's own erasure clears the pages of all
+            if "name" not in chosen:    # what is proposed was answered by no adapter
+                self._proposals().forget(chosen.get("before"))
             self._looked = None    # their vectors
             return self._log.forget(**chosen)
 
@@ -1355,7 +1357,8 @@ class Hub:
 
         The newest 2,000 texts that the base model got are routed as they would be today; what is still turned away, more often than the
         false reject rate explains, is clustered (see `continual.discovery`). `accept` and `dismiss` take the ids, also of a proposal's groups,
-        each likely one label. `decided` gives those that were accepted or dismissed instead, without a look.
+        each likely one label. Ids and suggested names stay from look to look. `decided` gives those that were accepted or dismissed
+        instead, without a look.
         Raises InvalidInput where the log keeps no texts, ReadOnlyRegistry.
         """
         if decided:

@@ -70,10 +70,11 @@ def test_a_proposal_that_grows_keeps_its_id_and_another_gets_the_next(hub: Hub) 
     songs, flights = hub.proposals() if len(hub.proposals()) == 2 else (None, None)
     assert songs and flights
     by_id = {songs.id: songs, flights.id: flights}
-    assert texts_of(by_id[first.id]) == set(SONGS) and by_id[first.id].at == first.at
+    assert texts_of(by_id[first.id]) == set(SONGS) and by_id[first.id].at == first.at and by_id[first.id].suggested == first.suggested
     assert {*by_id} == {"1", "2"}
     with Hub.open(hub.registry.layout.root) as later:
         assert {one.id: texts_of(one) for one in later.proposals()} == {id: texts_of(one) for id, one in by_id.items()}
+        assert {one.id: one.suggested for one in later.proposals()} == {id: one.suggested for id, one in by_id.items()}
 
 
 def test_labels_of_groups_make_a_skill_that_answers_and_is_proposed_no_more(hub: Hub) -> None:
@@ -144,6 +145,22 @@ def test_notes_hold_no_text(hub: Hub) -> None:
     hub.predict([*KNOWN, *SONGS])
     assert hub.proposals()
     assert not [text for text in SONGS if text in json.dumps(hub.registry.notes.read("proposals"))]
+
+
+def test_names_are_forgotten_with_the_texts_that_have_their_words(hub: Hub) -> None:
+    hub.predict([*KNOWN, *SONGS])
+    [found] = hub.proposals()
+    hub.dismiss(found.id)
+
+    def kept() -> list[str]:
+        return [name for body in hub.registry.notes.read("proposals").values() for name in body["suggested"].values()]
+
+    assert found.suggested in kept()
+    hub.forget_observations(adapter="colours")
+    hub.forget_observations(before="2020-01-01")
+    assert found.suggested in kept()
+    hub.forget_observations()
+    assert kept() == []
 
 
 def test_what_cannot_be_done_is_told_and_nothing_is_decided(hub: Hub, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -210,6 +210,11 @@ def suggest_name(texts: Sequence[str], others: Sequence[str], taken: Collection[
     return _free(otherwise, taken)
 
 
+def is_of(name: str, texts: Iterable[str]) -> bool:
+    """Whether all words of this suggested name are words of these texts."""
+    return set(WORD.findall(name)) <= _counts(texts).keys()
+
+
 def _distinctive(texts: Sequence[str], others: Sequence[str]) -> list[str]:
     """By the share of texts that a word is in, times the logarithm of how much greater that is than its share elsewhere."""
     here, elsewhere = _counts(texts), _counts(others)
@@ -224,7 +229,7 @@ def _distinctive(texts: Sequence[str], others: Sequence[str]) -> list[str]:
     return found
 
 
-def _counts(texts: Sequence[str]) -> Counter[str]:
+def _counts(texts: Iterable[str]) -> Counter[str]:
     """How many texts have a word."""
     words = (word for text in texts for word in set(map(_ascii, WORD.findall(text.lower()))))
     return Counter(word for word in words if len(word) >= 3 and word not in ENGLISH_STOP_WORDS)

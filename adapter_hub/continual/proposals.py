@@ -1,7 +1,7 @@
 """What is proposed to people, from one look through the log to the next: which clusters are the same as before, what was decided of them.
 
-Notes hold ids of observations and no text: what is forgotten in the log is forgotten here. How clusters are found is `continual.discovery`'s
-part; to train and to teach is the hub's.
+Notes hold ids of observations and, of their texts, only the two words of a suggested name: what is forgotten in the log is forgotten here.
+How clusters are found is `continual.discovery`'s part; to train and to teach is the hub's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from adapter_hub.continual.discovery import Cluster, DiscoveryConfig, discover, joins, suggest_name
+from adapter_hub.continual.discovery import Cluster, DiscoveryConfig, discover, is_of, joins, suggest_name
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
@@ -181,15 +181,18 @@ class Proposals:
             bodies[id] = {
                 "state": State.OPEN, "at": before["at"], "teach": teach, "why": why, "nearest": [list(pair) for pair in one.nearest],
                 "groups": {place: [row.id for row in group] for place, group in zip(places, one.groups, strict=True)}, "last": last_place,
-                "cohesion": one.cluster.cohesion, "stability": one.cluster.stability,
+                "cohesion": one.cluster.cohesion, "stability": one.cluster.stability, "suggested": before.get("suggested"),
             }  # fmt: skip
+        found = shown(bodies, {row.id: row for row in rows}, [row.text or "" for row in rows], taken)
+        for proposal in found:
+            bodies[proposal.id]["suggested"] = {proposal.id: proposal.suggested} | {group.id: group.suggested for group in proposal.groups}
         if now_last != last:
             self._notes.write(COUNT, {COUNT: now_last})
         if gone := dict.fromkeys(opened.keys() - bodies):
             self._notes.write(KIND, gone)
         if bodies:
             self._notes.write(KIND, bodies)
-        return shown(bodies, {row.id: row for row in rows}, [row.text or "" for row in rows], taken)
+        return found
 
     def decided(self) -> list[Proposal]:
         """Those that were accepted or dismissed, with the texts that the log still has, latest decision first."""
@@ -209,6 +212,16 @@ class Proposals:
                     break
                 found[row.text] = row
         return list(found.values()), routed
+
+    def forget(self, before: str | None = None) -> None:
+        """Let go of the names that no text will bear out when what has ids below `before` has left the log; None: when all has."""
+        bodies = self._notes.read(KIND)
+        left = self._log.find_all([id for body in bodies.values() for id in ids_in(body) if before is not None and id >= before])
+        for body in bodies.values():
+            texts = [left[id].text or "" for id in ids_in(body) if id in left]
+            body["suggested"] = {id: name for id, name in (body.get("suggested") or {}).items() if is_of(name, texts)}
+        if bodies:
+            self._notes.write(KIND, bodies)
 
     # ---- decide -----------------------------------------------------------------------------------------------------
 
@@ -346,23 +359,36 @@ def labelled(rows: Sequence[Example], labels: Mapping[str, str | None]) -> list[
 
 
 def shown(bodies: Mapping[str, Any], logged: Mapping[str, Observation], texts: Sequence[str], taken: Collection[str]) -> list[Proposal]:
-    """Proposals as people see them, largest first. What is typical of their words is told by `texts`, theirs and others."""
-    found, names = [], set(taken)
+    """Proposals as people see them, largest first. What is typical of their words is told by `texts`, theirs and others.
+
+    A name that was suggested before stays, as long as the inputs have its words and nobody else has the name.
+    """
+    groups_of = {
+        id: {f"{id.partition('.')[0]}.{place}": [logged[one] for one in group if one in logged] for place, group in body["groups"].items()}
+        for id, body in bodies.items()
+    }
+    own_of = {id: {row.text or "" for group in groups.values() for row in group} for id, groups in groups_of.items()}
+    names: dict[str, str] = {}
+    for id, body in bodies.items():    # before any new one is chosen
+        name = (body.get("suggested") or {}).get(id)
+        if name and name not in {*taken, *names.values()} and is_of(name, own_of[id]):
+            names[id] = name
+    found = []
     for id, body in bodies.items():
-        groups = {place: [logged[one] for one in group if one in logged] for place, group in body["groups"].items()}
-        own = {row.text or "" for group in groups.values() for row in group}
+        own, before = own_of[id], body.get("suggested") or {}
         others = [text for text in texts if text not in own]
-        name = suggest_name(sorted(own), others, names)
-        names.add(name)
+        if id not in names:
+            names[id] = suggest_name(sorted(own), others, {*taken, *names.values()})
         parts = []
-        for place, group in groups.items():
+        for group_id, group in groups_of[id].items():
             if group:
                 said = tuple(row.text or "" for row in group)
-                label = suggest_name(said, sorted(own - {*said}) or others)
-                parts.append(Group(f"{id.partition('.')[0]}.{place}", tuple(row.id for row in group), said, label))
+                label = before.get(group_id) or ""
+                label = label if label and is_of(label, said) else suggest_name(said, sorted(own - {*said}) or others)
+                parts.append(Group(group_id, tuple(row.id for row in group), said, label))
         facts = {key: body.get(key) for key in ("teach", "why", "cohesion", "stability", "at", "decided_at", "result")}
         near = tuple((str(name), float(share)) for name, share in body["nearest"])
-        found.append(Proposal(id, State(body["state"]), tuple(parts), name, near, reason=body.get("reason", ""), **facts))
+        found.append(Proposal(id, State(body["state"]), tuple(parts), names[id], near, reason=body.get("reason", ""), **facts))
     return sorted(found, key=lambda proposal: (-proposal.size, _order(proposal.id)))
 
 

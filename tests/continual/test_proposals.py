@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from adapter_hub.continual.discovery import Cluster
-from adapter_hub.continual.proposals import OTHERS_MIN, SURE, Chosen, Encoded, advice, labelled, numbered
+from adapter_hub.continual.proposals import OTHERS_MIN, SURE, Chosen, Encoded, advice, labelled, numbered, shown
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.registry.observations import Feedback, Observation
@@ -64,6 +64,35 @@ def test_of_two_parts_of_one_the_larger_keeps_its_number_and_of_two_that_merge_t
 
 def test_a_number_is_never_given_twice() -> None:
     assert numbered([ids("ab")], {}, 9) == (["10"], 10)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+ASKED = {f"{i}": text for i, text in enumerate([f"book a flight to {city}" for city in ("rome", "oslo", "lima")] + ["find a cheap hotel"] * 2)}
+LOGGED = {id: Observation(id, None, None, None, Reason.BELOW_THRESHOLD, None, None, text) for id, text in ASKED.items()}
+
+
+def named(suggested: dict[str, str], others: Sequence[str] = (), taken: Sequence[str] = (), own: str = "012") -> tuple[str, str]:
+    """What proposal 3 and its group are called."""
+    body = {"state": "open", "groups": {"1": [*own]}, "nearest": [], "cohesion": 1.0, "stability": 1.0, "at": "2026-01-01", "suggested": suggested}
+    [found] = shown({"3": body}, LOGGED, [*(ASKED[id] for id in own), *others], taken)
+    return found.suggested, found.groups[0].suggested
+
+
+def test_a_name_stays_while_the_inputs_have_its_words_and_nobody_else_has_it() -> None:
+    before = {"3": "book_flight", "3.1": "flight_rome"}
+    others = ["book a table", "flight tax"] * 20
+    assert named({}, others) != ("book_flight", "flight_rome"), "it would be called otherwise now"
+    assert named(before, others) == ("book_flight", "flight_rome")
+    assert named(before, taken=["book_flight"])[0] not in ("", "book_flight")
+    assert named(before, own="12")[1] != "flight_rome" and named(before, own="34")[0] != "book_flight"    # the words have left the log
+
+
+def test_a_new_proposal_does_not_take_the_name_of_an_older_one() -> None:
+    body = {"state": "open", "nearest": [], "cohesion": 1.0, "stability": 1.0, "at": "2026-01-01"}
+    older = body | {"groups": {"1": ["2"]}, "suggested": {"7": "flight_book"}}
+    found = {one.id: one.suggested for one in shown({"8": body | {"groups": {"1": ["0", "1"]}}, "7": older}, LOGGED, [*ASKED.values()], ())}
+    assert found["7"] == "flight_book" != found["8"]
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
