@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from adapter_hub.cli import app
 from adapter_hub.cli.arguments import label_names, shown_url
-from adapter_hub.cli.console import plain, rows, shown
+from adapter_hub.cli.console import events, plain, rows, shown
 from adapter_hub.cli.verbs import _train_config
 from adapter_hub.errors import InvalidInput
 from adapter_hub.training.config import TrainConfig
@@ -421,6 +422,25 @@ def test_a_cell_is_one_short_line_that_a_terminal_does_not_obey() -> None:
     assert shown("x" * 500) == "x" * 59 + "…"
     assert shown(list("abcdefgh")) == "a, b, c, d, e, f, … (8)"
     assert [shown(value) for value in (None, True, 0.123456, 12345.6, {"a": 1})] == ["-", "yes", "0.1235", "12,346", "a=1"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_reasons_of_a_history_are_whole_on_a_terminal_and_in_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously they were cut at 60 characters."""
+    words = [f"word{i}" for i in range(400)]
+    moved = {"at": "2026-03-01T12:00:00.000+00:00", "kind": "moved", "version": 2, "alias": "production", "previous": 1, "reason": "short"}
+    events([moved, moved | {"reason": " ".join(words)}])
+    head, short, long = capsys.readouterr().out.splitlines()
+    assert long.endswith(" ".join(words)) and short.endswith("short") and head.endswith("reason")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stdout", screen := Terminal())
+    events([moved, moved | {"reason": " ".join(words)}])
+    drawn = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert re.findall(r"word\d+", drawn) == words and max(map(len, drawn.splitlines())) <= 100
 
 
 def test_a_training_config_is_a_presets_name_json_or_a_file(tmp_path: Path) -> None:

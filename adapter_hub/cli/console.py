@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 JSON = Any
 CELL_CHARS_MAX = 60
+WHOLE_CHARS_MAX = 10_000     # of a cell that is not cut
+ROW_CHARS_MAX = 100_000      # of a row that is piped
 LIST_ITEMS_MAX = 6
 EMPTY: tuple[JSON, ...] = (None, "", [], {})
 
@@ -112,28 +114,36 @@ def verified(document: Mapping[str, JSON]) -> None:
     in_full({key: value for key, value in document.items() if key != "ok"})
 
 
-def rows(documents: Sequence[Mapping[str, JSON]]) -> None:
-    """A table with a column for each field that is filled anywhere, in the order of the fields."""
+def rows(documents: Sequence[Mapping[str, JSON]], whole: str = "") -> None:
+    """A table with a column for each field that is filled anywhere, in the order of the fields; of `whole` nothing is cut."""
     filled = {key for document in documents for key, value in document.items() if value not in EMPTY}
     columns = [key for key in dict.fromkeys(key for document in documents for key in document) if key in filled]
-    table(columns, [[document.get(column) for column in columns] for document in documents])
+    table(columns, [[document.get(column) for column in columns] for document in documents], whole)
 
 
-def table(columns: Sequence[str], cells: Sequence[Sequence[JSON]]) -> None:
+def table(columns: Sequence[str], cells: Sequence[Sequence[JSON]], whole: str = "") -> None:
     """A table with its numbers to the right. Piped, a row stays one line however long it is."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, show_edge=False, pad_edge=False, header_style="bold")
+    piped = not sys.stdout.isatty()
+    drawn = Table(box=None if piped else box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         values = [row[index] for row in cells if row[index] is not None]
         number = bool(values) and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
         drawn.add_column(Text(column), justify="right" if number else "left", overflow="fold", no_wrap=number)
+    longest = [WHOLE_CHARS_MAX if column == whole else CELL_CHARS_MAX for column in columns]
     for row in cells:
         # Text, not str: markup in a description or an input must stay text.
-        drawn.add_row(*(Text(shown(value)) for value in row))
-    _console().print(drawn)
+        drawn.add_row(*(Text(shown(value, chars_max=most)) for value, most in zip(row, longest, strict=True)))
+    console = _console()
+    if not piped:
+        console.print(drawn)
+        return
+    with console.capture() as captured:
+        console.print(drawn)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))    # a long last cell would fill up all rows
 
 
 def shown(value: JSON, *, chars_max: int = CELL_CHARS_MAX) -> str:
@@ -173,8 +183,8 @@ def versions(documents: Sequence[Mapping[str, JSON]]) -> None:
 
 
 def events(documents: Sequence[Mapping[str, JSON]]) -> None:
-    """What happened to a name, oldest first."""
-    rows([{key: document.get(key) for key in ("at", "kind", "version", "alias", "previous", "reason")} for document in documents])
+    """What happened to a name, oldest first, and in full why."""
+    rows([{key: document.get(key) for key in ("at", "kind", "version", "alias", "previous", "reason")} for document in documents], whole="reason")
 
 
 def _worded(document: Mapping[str, JSON]) -> Mapping[str, JSON]:
@@ -394,4 +404,4 @@ def _console(stderr: bool = False) -> Console:
             raise BrokenPipeError    # the border of the CLI ends it quietly
 
     stream = sys.stderr if stderr else sys.stdout
-    return Piped(file=stream, width=None if stream.isatty() else 1_000, highlight=False, soft_wrap=not stream.isatty())
+    return Piped(file=stream, width=None if stream.isatty() else ROW_CHARS_MAX, highlight=False, soft_wrap=not stream.isatty())
