@@ -1364,7 +1364,7 @@ class Hub:
         if decided:
             return self._proposals().decided()
         if self.config.observe != "text":
-            hint = 'Set observe = "text" and keep = "text" in hub.toml; what is logged from then on is looked through.'
+            hint = 'Set observe = "text" and keep = "text" in hub.toml, and restart what serves: what is logged from then on is looked through.'
             raise InvalidInput(f'the log of answers keeps no texts: hub.toml says observe = "{self.config.observe}".', hint=hint)
         with _IMPORTING:
             from adapter_hub.continual.proposals import Encoded

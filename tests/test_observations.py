@@ -275,7 +275,10 @@ def test_the_verbs_show_judge_and_erase(opened: Callable[..., Hub], tmp_path: Pa
         result = CliRunner().invoke(app, [*words, *base], prog_name="adapter-hub")
         return result.exit_code, result.stdout + result.stderr
 
-    assert verb("observations") == (0, 'nothing was logged: hub.toml says observe = "off".\n')
+    for looking in ("observations", "watch", "maintain"):
+        code, out = verb(looking)
+        assert code == 0 and 'hub.toml says observe = "off". Set observe = "text" and keep = "text" in hub.toml, and restart' in out
+    assert 'Set observe = "text" and keep = "text" in hub.toml, and restart what serves' in verb("proposals")[1]
     configure(tmp_path / "registry", observe="text", keep="text")
     command = [sys.executable, "-W", "ignore", "-m", "adapter_hub.cli", "predict", *TEXTS, "--json", *base]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)    # it ends by itself

@@ -76,7 +76,8 @@ QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
 # torch's threads sleep while they wait: on shared cores, spinning takes them from the very thread that is waited for.
 SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
 OBSERVATIONS_SHOWN = 100
-NOTHING_LOGGED = 'nothing was logged: hub.toml says observe = "off".'
+NEXT = 'Set observe = "text" and keep = "text" in hub.toml, and restart what serves: what is answered from then on is logged.'
+NOTHING_LOGGED = f'nothing was logged: hub.toml says observe = "off". {NEXT}'
 SOME_FAILED, BAD_USE, BROKEN_PIPE, INTERRUPTED = 1, 2, 141, 130
 
 
