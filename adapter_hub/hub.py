@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -1329,13 +1329,14 @@ class Hub:
         (`observe = "text"`), and the new version goes
         live where the gate promotes it and it is better on new rows; or production goes back to the version before, where that one
         answers better. Alarms lead to an evaluation, never to a training by themselves. Each step is an event (`history`).
-        With `dry_run` nothing is written, and what would be done is returned. `config` is of the trainings, as in `learn`; `now` is the time
-        that cool-down and back-off go by. One pass at a time: raises RegistryError where another process is at it, ReadOnlyRegistry.
-        A fault with one adapter stands in the report and does not keep the pass from the others.
+        With `dry_run` nothing is written, in `index/` neither, and what would be done is returned. `config` is of the trainings, as in `learn`;
+        `now` is the time that cool-down and back-off go by. One pass at a time: raises RegistryError where another process is at it,
+        ReadOnlyRegistry. A fault with one adapter stands in the report and does not keep the pass from the others.
         """
         from adapter_hub.lifelong import maintain
 
-        return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
+        with self._live.rehearsing() if dry_run else nullcontext():
+            return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
 
     def merge(self, names: Iterable[str], into: str, config: TrainConfig | str | None = None, reason: str = "") -> MergeReport:
         """One adapter that knows what these know, learned from their kept examples; the other names leave production where it goes live.

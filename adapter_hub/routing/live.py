@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class LiveRouter:
         self._saving = threading.Lock()    # taken before `_lock` where both are
         self._calibrating = threading.Lock()    # taken before both
         self._forgets = 0                       # how often what was derived was dropped
+        self._rehearsing = 0                    # how many are within `rehearsing`
         self._router: Router | None = None
         self._event = -1
         self._left_out: set[AdapterRef] = set()     # damaged or without a routing file; listed by `verify`
@@ -112,6 +113,22 @@ class LiveRouter:
         state = self.state(ref)
         return frozenset(map(hash, () if state.from_description else state.exemplars.keys))
 
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Within it no router is saved, by no thread of this process, and a first calibration is made for the moment alone."""
+        with self._lock:
+            self._rehearsing += 1
+        try:
+            yield
+        finally:
+            if (solving := self._solving) is not None and solving.is_alive():
+                solving.join()    # it would save what was begun here
+            with self._lock:
+                self._rehearsing -= 1
+                router = self._router
+                if router is not None and router.calibration is not None and router.calibration.id is None:
+                    self.forget()
+
     # ---- follow -----------------------------------------------------------------------------------------------------
 
     def _follow(self) -> None:
@@ -161,7 +178,7 @@ class LiveRouter:
             log.error("%s Fitted again on the versions it knew.", error)
             states = self._states(self._registry.calibrated_on(standing.calibration or 0))
             known = any(state.count for state in states.values())
-            calibration = self._stored(fit(states).calibration, f"calibration {standing.calibration} is damaged") if known else None
+            calibration = self._made(fit(states).calibration, f"calibration {standing.calibration} is damaged") if known else None
         if calibration is not None and self._router is None and self._saved.exists():
             try:
                 self._router = Router.open(self._saved, calibration)
@@ -272,10 +289,14 @@ class LiveRouter:
         """The first router: nobody has one meanwhile."""
         router = _fitted(states)
         assert router.calibration is not None
-        router = router.numbered(self._stored(router.calibration, reason))
+        router = router.numbered(self._made(router.calibration, reason))
         self._router, self._solved = router, router.head_digest
         self._save(router)
         return router
+
+    def _made(self, calibration: Calibration, reason: str) -> Calibration:
+        """Without being asked for: stored, but for a rehearsal."""
+        return calibration if self._rehearsing else self._stored(calibration, reason)
 
     def _stored(self, calibration: Calibration, reason: str) -> Calibration:
         """With its number; with None where it is this process's alone."""
@@ -344,7 +365,7 @@ class LiveRouter:
 
     def _save(self, router: Router) -> None:
         """Without a trace of what was purged. Where a purge is yet to be followed, what it leaves will be saved instead."""
-        if not self._registry.writable or router.calibration is None or router.calibration.id is None:
+        if self._rehearsing or not self._registry.writable or router.calibration is None or router.calibration.id is None:
             return
         try:
             with self._registry.deriving() as purged:

@@ -257,6 +257,26 @@ def test_an_adapter_that_the_world_has_left_behind_learns_from_what_people_corre
     assert {one.step for one in again.done} == {Step.NONE} and str(hub.registry.resolve("kinds")) == "kinds@2" and hub.verify().ok
 
 
+def test_a_dry_run_writes_nothing_not_even_what_is_derived(template: Path, tmp_path: Path) -> None:
+    root = tmp_path / "registry"
+    shutil.copytree(template, root)
+
+    def stored() -> dict[Path, bytes]:
+        paths = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock" and not path.name.startswith("catalog.sqlite")]
+        return {path: path.read_bytes() for path in paths}
+
+    with Hub.open(root) as hub:
+        ask(hub, rows(NEW_WORDS, 30))
+    shutil.rmtree(root / "index" / "router")
+    with Hub.open(root) as hub:
+        before, events, notes = stored(), hub.registry.events(), {kind: hub.registry.notes.read(kind) for kind in ("drift", "maintenance", "alarm")}
+        assert {one.step for one in hub.maintain(dry_run=True, now=NOW).done} == {Step.NONE, Step.UPDATE}
+        assert stored() == before and hub.registry.events() == events
+        assert {kind: hub.registry.notes.read(kind) for kind in ("drift", "maintenance", "alarm")} == notes
+        hub.maintain(["greetings"], now=NOW)
+        assert (root / "index" / "router").exists()
+
+
 def test_a_poisoned_batch_of_feedback_is_learned_from_in_vain_and_set_aside(hub: Hub) -> None:
     before = accuracy(hub, rows(WORDS, 5, 100))
     ask(hub, rows(WORDS, 20, 50), truth=lambda row: OTHER[row["label"]])

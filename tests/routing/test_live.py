@@ -563,6 +563,25 @@ def test_a_state_of_another_encoder_is_refused(place: Place) -> None:
         live.snapshot()
 
 
+def test_a_rehearsal_stores_nothing_and_what_follows_is_as_if_it_had_not_been(place: Place) -> None:
+    live = place.live()
+    with live.rehearsing():
+        first = live.snapshot(settled=True)
+        assert first.calibration is not None and first.calibration.id is None
+        add(place.writer, "gamma", STATES[2])
+        assert live.snapshot(settled=True).refs == (ALPHA, BETA, GAMMA)
+    assert not place.saved.exists() and place.writer.latest_calibration() is None
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2]})
+    assert place.saved.exists() and place.writer.latest_calibration() == 1
+    saved = {path: path.read_bytes() for path in place.saved.rglob("*") if path.is_file()}
+    delta = add(place.writer, "delta", STATES[3])
+    with live.rehearsing():
+        now = live.snapshot(settled=True)
+        assert now.calibration is not None and now.calibration.id == 1 and delta in now.refs
+    assert {path: path.read_bytes() for path in place.saved.rglob("*") if path.is_file()} == saved
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1], GAMMA: STATES[2], delta: STATES[3]})
+
+
 # ---- calibrate ----------------------------------------------------------------------------------------------------------
 
 
