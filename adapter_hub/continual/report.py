@@ -271,9 +271,9 @@ def _proposed(facts: Facts) -> str:
     bodies = {key: body if isinstance(body, Mapping) else {} for key, body in facts.proposals.items()}
     for state in sorted({str(body.get("state", OPEN)) for body in bodies.values()}, key=lambda state: (state != OPEN, state)):
         own = {key: body for key, body in bodies.items() if body.get("state", OPEN) == state}
-        rows = [(key, body.get("name"), _inputs(body) or "", _moment(str(body.get("decided_at") or body.get("at") or "")), body.get("teach"),
+        rows = [(key, _inputs(body) or "", _moment(str(body.get("decided_at") or body.get("at") or "")), body.get("teach"),
                  body.get("result"), body.get("reason") or body.get("why")) for key, body in own.items()]  # fmt: skip
-        heads = ("proposal", "name", "inputs", "when", "to teach to", "became", "why")
+        heads = ("proposal", "inputs", "when", "to teach to", "became", "why")
         parts.append(f"<h3>From traffic that nobody took: {_text(state)} ({len(rows)})</h3>" + _table(heads, rows[:ROWS_MAX], len(rows)))
     if facts.map.near_duplicates:
         rows = [(f"{one.first} and {one.second}", f"{one.closeness:.2f}", len(one.labels) or "", "" if one.weights is None else f"{one.weights:.2f}",
