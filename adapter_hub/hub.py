@@ -437,6 +437,7 @@ class Hub:
         parent: AdapterRef | None = None,
         training_data_digest: str | None = None,
         problem_type: str | None = None,
+        routed: bool = True,
     ) -> AdapterRef:
         """Check an adapter against the base, then store it as the next version of `name` in one atomic act.
 
@@ -449,7 +450,8 @@ class Hub:
         kept, `evaluate` measures the adapter; the manifest has their digest. `negatives` are inputs that do not, whoever
         else they may belong to: they take off this adapter's scores alone; of more than 512 an even share is met. Those of both among
         the examples are dropped. With `max_taken` in hub.toml, a newcomer that takes more from another adapter is registered and not
-        promoted (see `effect`).
+        promoted (see `effect`). With `routed=False` only its name reaches it, and it takes nothing: its examples are kept, for those who
+        learn on.
         Raises InvalidName, InvalidInput, AdapterRejected (its children say why), RegistryError. Nothing is stored then.
         """
         check_name(name)
@@ -459,7 +461,18 @@ class Hub:
             license=license, prompt_template=prompt_template, generation=generation, metrics=metrics, parent=parent,
             training_data_digest=training_data_digest, problem_type=problem_type,
         )  # fmt: skip
+        prepared = prepared if routed else self._by_name(prepared)
         return self._added(name, prepared.facts, prepared.files, prepared.state, promote=promote)
+
+    def _by_name(self, prepared: _Prepared) -> _Prepared:
+        """The same, and the router knows nothing of it."""
+        from adapter_hub.routing.live import ROUTING_FILE
+        from adapter_hub.routing.statistics import build_state
+
+        nothing = build_state(self.encoder, ())
+        return replace(
+            prepared, facts=replace(prepared.facts, routed=False), files=prepared.files | {ROUTING_FILE: nothing.to_bytes()}, state=nothing
+        )
 
     def _prepared(
         self,
@@ -620,6 +633,7 @@ class Hub:
         problem_type: str | None = None,
         prompt_template: str | None = None,
         instead_of: Iterable[str | AdapterRef] = (),
+        routed: bool | None = None,
         **facts: Any,
     ) -> LearnReport:
         """Train an adapter on rows with text and target, let the gate judge it, register it, and promote it by the rule named.
@@ -636,6 +650,7 @@ class Hub:
         examples whose texts are kept (see `plan_lesson`); description, tags, license and generation stay. `start="warm"` insists on its weights,
         "cold" forgets it: the new rows replace the old ones. A new name starts cold; with `start="transfer"` from the weights of the nearest
         adapters in production, where short trials on a part of the rows say that this helps (see `training.transfer`).
+        With `routed=False` only its name reaches it, and the gate looks at nobody else's inputs; by default as the version in production.
         `instead_of` are versions of other names that give way to it, whose examples are among the rows: its lineage names them, so that
         `purge` finds what they know, and what it takes from them is no harm. To take them out of production is the caller's.
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
@@ -675,11 +690,13 @@ class Hub:
             rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]
         encoded = partial(build_state, self.encoder, kind.routed(rows), "", evaluation, (), refused)
         if current is not None and start not in ("cold", "transfer"):
-            before, newer = self._live.state(current.ref), encoded()
+            before, newer = self._known(current.ref), encoded()
             known = set(before.exemplars.keys)
             seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
         lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)
         newer = newer or encoded()
+        if routed is None:
+            routed = current is None or self.registry.manifest(current.ref).routed
         if current is not None and current.kind != kind:
             current = None    # nothing of it compares
         labels: Sequence[str] = ()
@@ -706,6 +723,7 @@ class Hub:
                 problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
             )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
+        prepared = prepared if routed else self._by_name(prepared)
         report = judge(self._evidence(name, prepared, lesson, result, current, gone), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
@@ -714,6 +732,16 @@ class Hub:
         gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
         ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
         return LearnReport(ref, good, reason, result.metrics, report, result.report, lesson.transfer)
+
+    def _known(self, ref: AdapterRef) -> RoutingState:
+        """What the router knows of a version, or would, were it routed."""
+        from adapter_hub.continual.measures import Kind
+        from adapter_hub.routing.statistics import build_state
+
+        if (manifest := self.registry.manifest(ref)).routed:
+            return self._live.state(ref)
+        rows, held_out, refused = (self.kept(ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
+        return build_state(self.encoder, Kind.of(manifest).routed(rows), "", held_out, (), refused)
 
     def _nearest(self, name: str, state: RoutingState) -> Sequence[tuple[AdapterRef, float]]:
         """The closest to `state` of the adapters in production of other names."""
@@ -836,6 +864,9 @@ class Hub:
 
         old = self.registry.resolve(ref)
         manifest, rows, refused = self.registry.manifest(old), as_examples(texts), as_examples(negatives)
+        if not manifest.routed:
+            hint = "To route it, learn or register its next version with routed=True (`--routed`)."
+            raise InvalidInput(f"{old} is reached by its name alone, and the router is not to know it.", hint=hint)
         if not rows and not refused:
             raise InvalidInput("there is nothing to teach: no texts were given.")
         _warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())

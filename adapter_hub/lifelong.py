@@ -394,18 +394,20 @@ def _remember(hub: Hub, name: str, memory: Memory) -> None:
 
 def _evaluated(hub: Hub, ref: AdapterRef, again: bool, dry_run: bool) -> tuple[float | None, dict[str, JSON] | None]:
     """The share of its own set that is answered right, routed, and the figures if they are new: they change with the router, or are asked for."""
-    if EVALUATION_FILE not in hub.registry.manifest(ref).files:
+    manifest = hub.registry.manifest(ref)
+    if EVALUATION_FILE not in manifest.files:
         return None, None
+    way = "routed" if manifest.routed else "oracle"
     router = hub.settle().digest
     past = (event.detail for event in reversed(hub.registry.history(ref.name)) if event.kind is EventKind.MAINTAINED)
     last: Mapping[str, JSON] = next((detail for detail in past if detail.get("step") == "evaluate"), {})
     if not again and last.get("adapter") == str(ref) and last.get("router") == router:
-        return last["figures"].get("routed", {}).get("accuracy"), None
+        return last["figures"].get(way, {}).get("accuracy"), None
     figures: dict[str, JSON] = hub.evaluate(names=[str(ref)], max_false_reject=None)["adapters"][str(ref)]
-    shown = ", ".join(f"{way} {figures[way]['accuracy']:.4f}" for way in ("oracle", "routed") if "accuracy" in figures.get(way, {}))
+    shown = ", ".join(f"{one} {figures[one]['accuracy']:.4f}" for one in ("oracle", "routed") if "accuracy" in figures.get(one, {}))
     if not dry_run:
         hub.registry.remark(ref, f"evaluate: {shown or 'measured'}", {"step": "evaluate", "adapter": str(ref), "router": router, "figures": figures})
-    return figures.get("routed", {}).get("accuracy"), figures
+    return figures.get(way, {}).get("accuracy"), figures
 
 
 def _said(row: Observation) -> tuple[str, str]:

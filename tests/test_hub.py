@@ -311,6 +311,32 @@ def test_learning_trains_registers_and_promotes_without_touching_the_base(hub: H
         hub.learn("words", rows, promote="maybe")
 
 
+def test_what_only_its_name_reaches_takes_nothing_from_anybody_and_learns_on_from_what_is_kept(
+    bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["paint the gate blue", "the cat sleeps again"]
+    config = TrainConfig(epochs=4, steps_min=0, learning_rate=5e-3)
+    with Hub.create(tmp_path / "registry", base_model=bert, encoder="hash", policy={"keep": "text"}) as hub:
+        hub.learn("colours", COLOURS, config=config, promote="always")
+        before = [decision.adapter for decision in hub.route(texts, max_false_reject=0)]
+        named = hub.learn("mine", COLOURS, config=config, promote="always", routed=False)    # the same texts
+        assert not hub.show(named.ref).routed and hub.state(named.ref).count == 0 and "of the examples of mine" not in caplog.text
+        assert "routing" not in {finding.check for finding in named.gate.findings}
+        assert [decision.adapter for decision in hub.route(texts, max_false_reject=0)] == before
+        assert hub.predict(texts[:1], adapters="mine")[0].label in ("red", "blue")
+        more = [*COLOURS[:2], {"text": "paint the shelf red", "label": "red"}]
+        again = hub.learn("mine", more, config=config, promote="always")
+        assert not hub.show(again.ref).routed and hub.state(again.ref).count == 0
+        kept = [row.text for row in hub.kept(again.ref, "exemplars.jsonl")]
+        assert sorted(kept) == sorted({row["text"] for row in (*COLOURS, *more)})
+        with pytest.raises(InvalidInput, match=r"mine@2 is reached by its name alone.*routed=True"):
+            hub.teach("mine", ["paint it"])
+        whole = hub.learn("mine", [{"text": "paint the roof blue", "label": "blue"}], config=config, promote="always", routed=True)
+        assert hub.show(whole.ref).routed and hub.state(whole.ref).count == len(kept) + 1
+        given = hub.register("given", make_adapter(hub.base, tmp_path / "given"), COLOURS, labels=["red", "blue"], routed=False)
+        assert hub.state(given).count == 0 and len(hub.kept(given, "exemplars.jsonl")) == len(COLOURS) and hub.verify().ok
+
+
 def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     rows = [*COLOURS, {"text": COLOURS[0]["text"], "label": "blue"}, *({"text": f"paint the hut number {i} red", "label": "red"} for i in range(12))]
     report = hub.learn("colours", rows, [COLOURS[1], COLOURS[2], *ANIMALS[:0]], config="fast")

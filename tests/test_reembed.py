@@ -48,7 +48,7 @@ def hub(folders: Path, tmp_path: Path) -> Hub:
     hub.register("animals", folders / "a", ANIMALS, labels=["dog", "cat"])
     hub.teach("animals", [{"text": "the dog barks", "label": "dog"}, "the cat purrs"])
     hub.register("vectors", folders / "v", description="embeddings of invoices")
-    hub.register("unseen", folders / "v", description="")
+    hub.register("unseen", folders / "v", COLOURS[:2], description="colours by name", routed=False)
     assert routed(hub) == ["colours@1", "animals@2", "vectors@1"]
     return hub
 

@@ -197,6 +197,7 @@ def register(
     prompt_template: Annotated[str | None, typer.Option(help='Text with {text} in it, put around each input.')] = None,
     generation: Generation = "",
     problem_type: Annotated[str | None, typer.Option(help="Of a text classifier's head: multi_label_classification, regression, …")] = None,
+    routed: Annotated[bool, typer.Option("--routed/--by-name", help="Inputs are routed to it, or only its name reaches it.")] = True,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Check an adapter, then store it as the next version of NAME."""
@@ -207,11 +208,12 @@ def register(
     ref = hub.register(
         name, source, known, description, labels=label_names(labels), tags=tag or (), promote=promote, assume_base=assume_base,
         evaluation=held_out, negatives=refused, license=license, prompt_template=prompt_template, generation=settings,
-        problem_type=problem_type,
+        problem_type=problem_type, routed=routed,
     )
     live = hub.registry.aliases(ref.name).get("production") == ref.version
     said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")
-    said += "" if known or description.strip() else "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
+    if routed and not known and not description.strip():
+        said += "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
     kept = len(hub.state(ref).evaluation)
     said += f"; {kept} of {len(held_out)} evaluation inputs are kept" if held_out else ""
     emit({"ref": ref, "production": live, "examples": len(known), "evaluation": kept}, as_json, lambda _: line(said))
@@ -240,6 +242,9 @@ def learn(
     problem_type: Annotated[str | None, typer.Option(help="Of SEQ_CLS: multi_label_classification, regression; by default one label.")] = None,
     prompt_template: Annotated[str | None, typer.Option(help='Text with {text} in it, put around each input.')] = None,
     generation: Generation = "",
+    routed: Annotated[
+        bool | None, typer.Option("--routed/--by-name", help="Inputs are routed to it, or only its name reaches it; by default as in production.")
+    ] = None,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """Train an adapter on rows with targets and register it.
@@ -255,7 +260,7 @@ def learn(
         kept["evaluation"] = read_examples(Path(evaluation))
     report = _open(ctx, registry).learn(
         name, train=train, validation=validation or None, config=settings, promote=promote, start=start, checkpoint_folder=checkpoints or None,
-        task_type=task_type, problem_type=problem_type, prompt_template=prompt_template, **kept,
+        task_type=task_type, problem_type=problem_type, prompt_template=prompt_template, routed=routed, **kept,
     )  # fmt: skip
     emit(report, as_json, learned)
     if not report.promoted and promote != "never":

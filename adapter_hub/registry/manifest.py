@@ -37,6 +37,7 @@ class VersionFacts:
     evaluation_digest: str | None = None            # of the rows that were held out to measure it
     parent: str | None = None                       # the version that it was made from
     started_from: tuple[str, ...] = ()              # versions of other names whose weights its training began with
+    routed: bool = True                             # False: only its name reaches it, though it has examples
     license: str | None = None
     description: str = ""
     tags: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class VersionFacts:
             _check(getattr(self, key) is None or isinstance(getattr(self, key), str), key, getattr(self, key), "text or None")
         texts = [value for item in fields(VersionFacts) if isinstance(value := getattr(self, item.name), str)]
         _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
+        _check(isinstance(self.routed, bool), "routed", self.routed, "true or false")
         for key in ("peft", "generation", "metrics"):
             _check(isinstance(getattr(self, key), Mapping), key, getattr(self, key), "a mapping")
         for key in ("labels", "tags", "started_from"):
@@ -133,6 +135,8 @@ class Manifest(VersionFacts):
         for key in ("purged_at", "source", "revision", "problem_type", "evaluation_digest", "started_from"):    # what most versions lack
             if row[key] in (None, []):
                 del row[key]
+        if self.routed:
+            del row["routed"]
         return row
 
     def to_bytes(self) -> bytes:

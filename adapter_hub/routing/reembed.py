@@ -109,6 +109,8 @@ def _fingerprint(registry: Registry, manifest: Manifest) -> str:
 def _source(registry: Registry, ref: AdapterRef) -> _Source | None:
     """None where texts are missing: of an exemplar, of an evaluation input, of a negative, or the description."""
     manifest, folder, state = registry.manifest(ref), registry.open_version(ref), _state(registry, ref)
+    if not manifest.routed:
+        return _Source([], [], [])
     examples, evaluation, negatives = (read_examples(folder / file) if file in manifest.files else [] for file in TEXT_FILES)
     # There may be more of these: those that are exemplars too are dropped.
     if len(evaluation) < len(state.evaluation) or len(negatives) < len(state.negatives):
