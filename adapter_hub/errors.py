@@ -102,6 +102,10 @@ class RegistryNotFound(RegistryError):
     """There is no hub.toml at this path."""
 
 
+class ProductionMoved(RegistryError):
+    """Somebody has put another version into production meanwhile."""
+
+
 class RegistryExists(RegistryError):
     """`create` was asked to write over a registry."""
 

@@ -1735,15 +1735,21 @@ class Hub:
 
     # ---- the registry's own verbs -------------------------------------------------------------------------------
 
-    def promote(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
-        """Move `production` to this version; returns the version it now names. Raises ModelChanged for one that another encoder encoded."""
+    def promote(self, ref: str | AdapterRef, reason: str = "", *, expected: int | None = None) -> AdapterRef:
+        """Move `production` to this version; returns the version it now names. Raises ModelChanged for one that another encoder encoded.
+
+        With `expected`, ProductionMoved where it names another version than that one now.
+        """
         manifest = self.registry.manifest(ref)
         self._check_routable(manifest)
-        return self.registry.promote(manifest.ref, reason)
+        return self.registry.promote(manifest.ref, reason, expected=expected)
 
-    def rollback(self, name: str, reason: str = "") -> AdapterRef:
-        """Move `production` back to the version it named before; returns that. Raises ModelChanged where another encoder encoded it."""
-        return self.registry.rollback(name, reason, check=self._check_routable)
+    def rollback(self, name: str, reason: str = "", *, expected: int | None = None) -> AdapterRef:
+        """Move `production` back to the version it named before; returns that. Raises ModelChanged where another encoder encoded it.
+
+        `expected` is as in `promote`.
+        """
+        return self.registry.rollback(name, reason, check=self._check_routable, expected=expected)
 
     def set_alias(self, name: str, alias: str, version: int, reason: str = "") -> AdapterRef:
         """Let an alias name a version; returns that. Raises as `promote` where the alias is `production`."""

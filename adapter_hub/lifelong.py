@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import islice
@@ -19,7 +21,6 @@ from adapter_hub.arguments import texts_of
 from adapter_hub.continual.alerts import Alerts, Sink, checked, to_log
 from adapter_hub.continual.drift import OVERALL, Alarm, DriftMonitor, Kind
 from adapter_hub.continual.maintenance import (
-    LATELY,
     NEVER,
     RECENT,
     Health,
@@ -28,12 +29,13 @@ from adapter_hub.continual.maintenance import (
     Pending,
     Proof,
     Step,
+    alike,
     decide,
     judged,
     no_worse,
     proof_of,
 )
-from adapter_hub.errors import HubError, InvalidInput
+from adapter_hub.errors import HubError, InvalidInput, ProductionMoved
 from adapter_hub.examples import Example, measuring
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry.events import EventKind
@@ -52,13 +54,15 @@ log = logging.getLogger("adapter_hub")
 
 JSON = Any
 DRIFT, MAINTENANCE, ALARMS = "drift", "maintenance", "alarm"    # kinds of notes
-STATE = "state"            # key of the note DRIFT
+STATE, UNSEEN = "state", "unseen"    # keys of the notes DRIFT: the detectors, and an alarm over all inputs that no pass has looked into
 SETTLED_S = 5.0            # by then other processes have written what they logged
 BLOCK_ROWS = 1_000         # of the log that a watch holds at once; their texts are encoded together
 SAVED_S = 3.0              # so much, and a block, a watch that is killed does again: its state is large where adapters are many
 ALARMS_KEPT = 1_000
 HELD_SHARE, HELD_ROWS = 0.4, 200    # of the corrected rows, and at most: they prove the gain of an update and have no part in making it
 SPLIT_SEED = 0
+WANTED_PART = 5      # of the rows of a routine update, one in so many must be new to judge it
+KEPT_ROWS = 2_000    # of those that a version knows, that a routine update is asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,8 @@ class _Watch:
         notes = self._hub.registry.notes
         if new:    # memories before the detectors: a killed pass tells twice
             notes.write(MAINTENANCE, {name: memory.to_json() for name, memory in self.opened.items()})
+            if overall := next((alarm for alarm in new if alarm.adapter == OVERALL and alarm.kind is Kind.ALARM), None):
+                notes.write(DRIFT, {UNSEEN: overall.to_json()})
             _note(self._hub, new, self._now)
             self._alerts.send(new, now_s=self._now.timestamp())
         state: dict[str, JSON] = {"monitor": self.monitor.to_json(), "alerts": self._alerts.to_json(), "seen": self.seen, "said": list(self.said)}
@@ -228,6 +234,7 @@ class _Corrected:
 
     answers: tuple[tuple[Observation, bool], ...]    # since the version is in production, and whether that gave the right one; one a text
     rows: tuple[Example, ...]                        # to learn from, one a text
+    agreeing: tuple[Example, ...]                    # of them those to learn as a matter of routine
     until: tuple[str, str]                           # the last of the feedback
 
     @property
@@ -254,16 +261,19 @@ def maintain(
         alarms, opened = watch(hub, sinks, dry_run=dry_run, now=now)
         if not dry_run:
             _calibrate_anew(hub)
+        overall = any(one.adapter == OVERALL and one.kind is Kind.ALARM for one in alarms) or UNSEEN in hub.registry.notes.read(DRIFT)
         spoken = list(hub.log.corrected())    # read once for all adapters
         done = []
         for ref in hub.registry.production():
             if wanted is None or ref.name in wanted:
                 memory = opened.get(ref.name) or _memory_of(hub, ref)
-                # An alarm of its own may have been found by a `watch` before this pass: it waits until it was looked into.
-                alarmed = any(one.adapter == OVERALL and one.kind is Kind.ALARM for one in alarms) or (memory.alarm or {}).get("evaluated") is False
+                # An alarm may have been found by a `watch` before this pass: it waits until it was looked into.
+                alarmed = overall or (memory.alarm or {}).get("evaluated") is False
                 done.append(_attended(hub, ref, memory, alarmed, spoken, config, now, dry_run))
         if any(one.promoted for one in done):
             _calibrate_anew(hub)
+        if wanted is None and not dry_run:
+            hub.registry.notes.write(DRIFT, {UNSEEN: None})
     return MaintenanceReport(tuple(alarms), tuple(done), dry_run)
 
 
@@ -298,11 +308,13 @@ def _attended(
             return done
         _remember(hub, ref.name, decision.memory)
         return _acted(hub, done, decision.memory, spoken, config)
-    except HubError as error:
-        log.error("%s could not be maintained: %s", ref, error)
-        if not dry_run and (memory := _memory_of(hub, ref)).pending is not None:
-            _remember(hub, ref.name, replace(memory, pending=None))    # what was found stays: it is tried again after the cool-down
-        return Done(ref, Step.FAILED, str(error))
+    except Exception as error:    # whatever one of them raises, the others go on
+        log.error("%s could not be maintained: %s", ref, error, exc_info=None if isinstance(error, HubError) else error)
+        with suppress(HubError):
+            if not dry_run and (pending := (memory := _memory_of(hub, ref)).pending) is not None and pending.step is not Step.ROLL_BACK:
+                # A needed update is tried again after the cool-down, one of routine is looked at anew; a rollback stays pending.
+                _remember(hub, ref.name, replace(memory, pending=None, seen=NEVER if pending.routine else memory.seen))
+        return Done(ref, Step.FAILED, str(error) or type(error).__name__)
 
 
 def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], config: TrainConfig | str | None) -> Done:
@@ -311,35 +323,49 @@ def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], 
     if pending is None:
         return done
     begun = AdapterRef(ref.name, pending.of)
-    if pending.step is Step.ROLL_BACK:
-        back = hub.rollback(ref.name, reason=f"maintenance: {pending.reason}") if ref == begun else ref
-        done, memory = replace(done, result=back, promoted=True), replace(memory, pending=None)
-    else:
-        done, proof = _updated(hub, done, begun, pending, spoken, _corrected_of(hub, begun, memory, spoken, pending.until), config)
-        memory = judged(memory, proof)
+    try:
+        if pending.step is Step.ROLL_BACK:
+            done, proof = _rolled_back(hub, done, begun, pending)
+        else:
+            done, proof = _updated(hub, done, begun, pending, spoken, _corrected_of(hub, begun, memory, spoken, pending.until), config)
+    except ProductionMoved as error:
+        done, proof = replace(done, reason=f"{done.reason}; nothing is done: {error}"), Proof.VOID
+    memory = judged(memory, proof)
     detail = {"step": str(pending.step), "result": str(done.result), "promoted": done.promoted}
     hub.registry.remark(begun, f"{pending.step}: {done.reason}"[:REASON_CHARS_MAX], detail)
     _remember(hub, ref.name, memory)
     return done
 
 
+def _rolled_back(hub: Hub, done: Done, begun: AdapterRef, pending: Pending) -> tuple[Done, Proof]:
+    reason = f"maintenance: {pending.reason}"
+    if done.ref != begun:    # a pass that was cut off may have done it
+        moves = [event for event in hub.registry.history(begun.name) if event.alias == PRODUCTION]
+        if not moves or moves[-1].reason != reason:
+            return replace(done, reason=f"{done.reason}; nothing is done: {done.ref} has come meanwhile"), Proof.VOID
+    back = hub.rollback(begun.name, reason, expected=begun.version) if done.ref == begun else done.ref
+    return replace(done, result=back, promoted=True), Proof.VOID
+
+
 def _updated(
     hub: Hub, done: Done, begun: AdapterRef, pending: Pending, spoken: Sequence[Observation], corrected: _Corrected,
     config: TrainConfig | str | None,
 ) -> tuple[Done, Proof]:    # fmt: skip
-    if len(corrected.rows) < 2:
+    rows = corrected.agreeing if pending.routine else corrected.rows
+    if len(rows) < 2:
         raise InvalidInput("the rows that it was to learn from are gone.", hint="They left the log; the next ones are awaited.")
-    train, held = hold_out(corrected.rows, min(HELD_SHARE, HELD_ROWS / len(corrected.rows)), SPLIT_SEED)
+    train, held = hold_out(rows, min(HELD_SHARE, HELD_ROWS / len(rows)), SPLIT_SEED)
     if not held:
         raise InvalidInput("none of the corrected rows can be held back to prove a gain.", hint="All of a label read alike.")
-    candidate = _candidate_of(hub, begun, pending, train) or hub.learn(begun.name, train, config=config, promote="never").ref
-    if candidate == done.ref:    # it was promoted, and nothing after that was done
+    candidate = _candidate_of(hub, begun, pending, train)
+    if candidate is not None and candidate == done.ref:    # it was promoted, and nothing after that was done
         return replace(done, result=candidate, promoted=True), Proof.BETTER
     if done.ref != begun:
-        return replace(done, result=candidate, reason=f"{done.reason}; {done.ref} has come meanwhile, {candidate} is held"), Proof.MISSING
+        return replace(done, result=candidate, reason=f"{done.reason}; nothing is done: {done.ref} has come meanwhile"), Proof.VOID
+    candidate = candidate or hub.learn(begun.name, train, config=config, promote="never").ref
     proof, why = _proof_of(hub, begun, candidate, held, corrected, pending, spoken)
     if proof is Proof.BETTER:
-        hub.promote(candidate, reason=f"maintenance: {why}")
+        hub.promote(candidate, f"maintenance: {why}", expected=begun.version)
     if proof is Proof.AGAINST:
         hub.retire(candidate, reason=f"maintenance: {why}")
     said = f"{done.reason}; {candidate} {'goes live' if proof is Proof.BETTER else 'is held'}: {why}"
@@ -370,7 +396,9 @@ def _proof_of(
     rows = [row for row in held if row.text not in known]
     routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
     others = [one for one in hub.registry.production() if one.name != begun.name]
-    beside = [(row, ref) for ref in others for row in _corrected_of(hub, ref, Memory(), spoken).rows[-RECENT:]] if pending.routine and routed else []
+    beside: list[tuple[Example, AdapterRef]] = []
+    if pending.routine and routed:    # what others have yet to learn; what they know is hardly ever lost
+        beside = [(row, ref) for ref in others for row in _corrected_of(hub, ref, _memory_of(hub, ref), spoken).rows[-RECENT:]]
     asked = [*rows, *(row for row, _ in beside)]
     theirs, mine = (
         hub.answered(asked, [*[version] * len(rows), *(ref for _, ref in beside)], [*others, version] if routed else None)
@@ -378,8 +406,20 @@ def _proof_of(
     )
     gained, lost = _apart(mine[: len(rows)], theirs[: len(rows)])
     if pending.routine:
-        return no_worse(gate["verdict"], len(rows), gained, lost, _apart(mine[len(rows) :], theirs[len(rows) :]))
+        apart = _apart(mine[len(rows) :], theirs[len(rows) :])
+        return no_worse(gate["verdict"], pending.rows // WANTED_PART, len(rows), gained, lost, apart, _kept_right(hub, begun, candidate))
     return proof_of(gate["verdict"], len(rows), gained, lost, pending.level)
+
+
+def _kept_right(hub: Hub, begun: AdapterRef, candidate: AdapterRef) -> dict[str, tuple[int, int]]:
+    """By label, how many of the rows that are kept with a version it has right, and a candidate of it has of these, each when it is named."""
+    rows = [row for file in (EVALUATION_FILE, EXEMPLARS_FILE) for row in hub.kept(begun, file) if row.label is not None]
+    rows = list({row.text: row for row in rows}.values())[-KEPT_ROWS:]
+    known = [row for row, right in zip(rows, hub.answered(rows, [begun] * len(rows)), strict=True) if right]
+    still = hub.answered(known, [candidate] * len(known))
+    counts = Counter(row.label for row in known)
+    left = Counter(row.label for row, right in zip(known, still, strict=True) if right)
+    return {str(label): (count, left[label]) for label, count in counts.items()}
 
 
 def _apart(mine: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
@@ -440,13 +480,15 @@ def _corrected_of(
         if row.id >= since and (row.adapter == ref or (elsewhere and row.reason != Reason.NAMED)) and (elsewhere or said.correct_label is not None):
             answers.pop(row.text or row.id, None)
             answers[row.text or row.id] = (row, row.adapter == ref and row.label == said.correct_label)
-    return _Corrected(tuple(answers.values()), tuple(rows.values()), last)
+    like = alike([right for _, right in answers.values()], hub.config.maintain_level)
+    agreeing = [rows[text] for text, agrees in zip(answers, like, strict=True) if agrees and text in rows]
+    return _Corrected(tuple(answers.values()), tuple(rows.values()), tuple(agreeing), last)
 
 
 def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, expected: float | None) -> Health:
     recent = [right for _, right in corrected.answers[-RECENT:]]
     since = [right for row, right in corrected.answers if _said(row) > memory.alarmed_at]
-    own = [(row, right) for row, right in corrected.answers if row.adapter == ref and row.text]
+    own = [(row, right) for row, right in corrected.answers if row.adapter == ref and row.text][-RECENT:]
     previous, compared, measured = hub.registry.rollback_target(ref.name), (0, 0), (0, 0)
     if previous is not None and own and corrected.latest > memory.seen and memory.pending is None:
         rows = [Example(row.text or "", row.feedback.correct_label if row.feedback else None) for row, _ in own]
@@ -455,6 +497,6 @@ def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, ex
         measured = _apart(*(hub.answered(older, [version] * len(older)) for version in (ref, previous)))
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, corrected.latest, sum(recent), len(recent), sum(recent[-LATELY:]), sum(since), len(since), len(corrected.rows),
+        ref, newest, corrected.latest, sum(recent), len(recent), sum(since), len(since), len(corrected.rows), len(corrected.agreeing),
         corrected.until, expected, previous, compared, measured,
     )  # fmt: skip

@@ -5,13 +5,14 @@ What was there stays: the merged names are taken out of production where the new
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapter_hub.continual.gate import Paired, Verdict, is_worse
 from adapter_hub.continual.measures import Kind
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, ProductionMoved
 from adapter_hub.examples import Example, measuring
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
@@ -20,6 +21,8 @@ from adapter_hub.registry.moves import REASON_CHARS_MAX, check_reason
 if TYPE_CHECKING:
     from adapter_hub.hub import Hub, LearnReport
     from adapter_hub.training.config import TrainConfig
+
+log = logging.getLogger("adapter_hub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,14 @@ def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | st
         if against:
             return MergeReport(learned, compared, False, (), against)
         said = f"{_listed(merged)} are one" + (f": {reason}" if reason else "")
-        hub.promote(learned.ref, f"merged: {said}; {learned.gate.reason}"[:REASON_CHARS_MAX])
+        current = next((ref.version for ref in merged if ref.name == into), None)
+        hub.promote(learned.ref, f"merged: {said}; {learned.gate.reason}"[:REASON_CHARS_MAX], expected=current)
+        why = (f"merged into {learned.ref}" + (f": {reason}" if reason else ""))[:REASON_CHARS_MAX]
         for ref in gone:
-            hub.registry.withdraw(ref.name, (f"merged into {learned.ref}" + (f": {reason}" if reason else ""))[:REASON_CHARS_MAX])
+            try:
+                hub.registry.withdraw(ref.name, why, expected=ref.version)
+            except ProductionMoved as error:    # what came meanwhile is not in the one that was learned
+                log.warning("%s stays in production: %s", ref.name, error)
         return MergeReport(learned, compared, True, tuple(gone), said)
 
 

@@ -6,8 +6,9 @@
 | the version that was in production before answers what people corrected since better, and its own evaluation set no worse | roll back |
 | the share of right answers lies below what it must be, and enough corrected rows are new | update |
 | it lies below, and too few rows are new, or the last update is too recent | wait |
+| it lay below, and lies there no more | nothing, and the harm is forgotten |
 | an alarm that enough answers since do not confirm | nothing, and the alarm is closed |
-| no harm and no open alarm, many corrected rows are new, and the latest are like those before | update, as a matter of routine |
+| no harm, no open alarm, and many corrected rows that agree with one another are new | update, as a matter of routine |
 | anything else | nothing |
 
 *Below* and *better* are told by exact tests of what people said, one answer a text: a binomial, and a sign test of the answers in which two versions
@@ -18,17 +19,19 @@ A candidate goes live where the gate promotes it *and* it answers more of the ro
 a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
 later. Where only the proof is missing, the next update waits for half as many rows again.
 What is learned as a matter of routine agrees with what is known, and so few rows rarely prove its gain: it goes live where the gate
-promotes it and, of the rows held back and of the latest of all other adapters together, no fewer are answered right with it. While fewer
-of the latest answers are right than of those before, by a test of its own at `level`, nothing is learned so.
+promotes it, no fewer of the rows held back and of the other adapters' are answered right with it, and of no label more than a tenth of the kept
+rows are lost. It learns from answers of the version in production, by blocks of LATELY in the order of what was said: a block of which fewer are
+right than of all others, by a test of its own at `level`, is left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any, Self
 
 from scipy.stats import binom
@@ -37,7 +40,8 @@ from adapter_hub.refs import AdapterRef
 
 RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
-LATELY = 50          # of the latest answers, which must be like those before where an update is routine
+LATELY = 50          # answers of a block, which must be like the others to be learned as a matter of routine
+LOST_SHARE = 0.1     # of the kept rows of one label, that a routine update may answer wrongly
 TESTS = 4            # that share the level: the version before, the floor, the alarm, and the candidates
 NEVER = ("", "")     # a moment of feedback, and the observation: before all
 Moment = tuple[str, str]
@@ -130,10 +134,10 @@ class Health:
     latest: Moment = NEVER                          # of the feedback to `answers`
     right: int = 0                                  # of `answers`: those that it gave, and that people say are right
     answers: int = 0                                # to its inputs, that people spoke of, at most RECENT: old ones hide what is new
-    right_lately: int = 0                           # of the last LATELY of them
     right_since: int = 0                            # the same of those since the open alarm
     answers_since: int = 0
     rows: int = 0                                   # corrected rows with text, and a label that it knows: what an update would learn from
+    agreeing: int = 0                               # of them those of `alike` answers of this version: what it would learn as a matter of routine
     until: Moment = NEVER                           # the last of them
     expected: float | None = None                   # share of its evaluation set that is answered right, routed, 0-1; None: no set is kept
     previous: AdapterRef | None = None              # what a rollback would go to
@@ -154,9 +158,8 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
     """The step for one adapter. `memory` is of its version (`Memory.of`)."""
     if memory.pending is not None:
         return Decision(Step.RESUME, f"{memory.pending.reason}; a pass was cut off", memory)
-    if not memory.harm:
-        if health.latest <= memory.seen:
-            return Decision(Step.NONE, _well(health, memory), memory)
+    fresh = health.latest > memory.seen
+    if fresh:
         look = memory.looks.get(str(memory.version), 0) + 1
         memory = replace(memory, seen=health.latest, looks={**memory.looks, str(memory.version): look})
         level = policy.level_of(look)
@@ -164,15 +167,17 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
         if health.previous is not None and is_fewer(alone, other, level) and health.measured[0] <= health.measured[1]:
             reason = f"people say that it answers {other} inputs wrongly that {health.previous} has right, and {alone} the other way round"
             return _begun(Step.ROLL_BACK, reason, health, memory, level)
+        least = (health.expected or policy.floor) - policy.margin    # since an alarm
         harm = _below(health.right, health.answers, policy.floor, level)
         if memory.alarm is not None:
-            harm = harm or _below(health.right_since, health.answers_since, (health.expected or policy.floor) - policy.margin, level)
-            if not harm and health.answers_since >= CLOSING_ROWS:
-                said = f"{_well(health, memory)}; {health.right_since} of {health.answers_since} since do not confirm it"
-                return Decision(Step.NONE, said, replace(memory, alarm=None, alarmed_at=NEVER))
-        if not harm:
-            return _refreshed(health, memory, policy, now)
-        memory = replace(memory, harm=harm)
+            harm = harm or _below(health.right_since, health.answers_since, least, level)
+        lies_below = health.right < policy.floor * health.answers or (memory.alarm is not None and health.right_since < least * health.answers_since)
+        memory = replace(memory, harm=harm or (memory.harm if lies_below else ""))
+        if memory.alarm is not None and not memory.harm and health.answers_since >= CLOSING_ROWS:
+            said = f"{_well(health, memory)}; {health.right_since} of {health.answers_since} since do not confirm it"
+            return Decision(Step.NONE, said, replace(memory, alarm=None, alarmed_at=NEVER))
+    if not memory.harm:
+        return _refreshed(health, memory, policy, now) if fresh else Decision(Step.NONE, _well(health, memory), memory)
     if health.rows < (wanted := max(policy.update_rows, memory.rows_next)):
         return Decision(Step.WAIT, f"{memory.harm}; {health.rows} of {wanted} rows to learn from are there", memory)
     if due := _due(memory, policy, now):
@@ -184,15 +189,24 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
 
 def _refreshed(health: Health, memory: Memory, policy: MaintenancePolicy, now: datetime) -> Decision:
     """Where nothing is wrong: what people said is learned all the same, when it is much."""
-    few = health.rows < max(policy.refresh_rows, memory.refresh_next)
+    few = health.answers < 2 * LATELY or health.agreeing < max(policy.refresh_rows, memory.refresh_next)
     if not policy.refresh_rows or few or memory.alarm is not None or _due(memory, policy, now):
         return Decision(Step.NONE, _well(health, memory), memory)
-    lately, before = min(LATELY, health.answers), health.answers - LATELY
-    usual = (health.right - health.right_lately) / before if before >= LATELY else policy.floor
-    if unlike := _below(health.right_lately, lately, usual, policy.level):
-        return Decision(Step.NONE, f"{_well(health, memory)}; nothing is learned, the latest are unlike those before: {unlike}", memory)
-    memory = replace(memory, updated_at=now.isoformat())
-    return _begun(Step.UPDATE, f"{_well(health, memory)}; {health.rows} rows are there to learn from", health, memory, 1.0, routine=True)
+    left_out = f", {health.rows - health.agreeing} are left out" if health.rows > health.agreeing else ""
+    reason = f"{_well(health, memory)}; {health.agreeing} rows are there to learn from{left_out}"
+    return _begun(Step.UPDATE, reason, health, replace(memory, updated_at=now.isoformat()), 1.0, routine=True)
+
+
+def alike(rights: Sequence[bool], level: float) -> list[bool]:
+    """Of answers in the order of what was said, those in blocks of LATELY of which not fewer are right than of all others."""
+    starts = range(0, max(len(rights) - LATELY + 1, 1), LATELY)    # the last block has what is left
+    blocks = [slice(start, end) for start, end in pairwise((*starts, len(rights)))]
+    found: list[bool] = []
+    for block in blocks:
+        own, rest = rights[block], [*rights[: block.start], *rights[block.stop :]]
+        unlike = rest and _below(sum(own), len(own), sum(rest) / len(rest), level / len(blocks))
+        found += [not unlike] * len(own)
+    return found
 
 
 def _due(memory: Memory, policy: MaintenancePolicy, now: datetime) -> datetime | None:
@@ -232,7 +246,8 @@ class Proof(StrEnum):
 
     BETTER = "better"
     MISSING = "missing"    # the gate lets it pass, and it may be better by chance
-    AGAINST = "against"    # the gate sees harm
+    AGAINST = "against"    # the gate sees harm, or what was known is lost
+    VOID = "void"          # another version is in production than it was to replace
 
 
 def proof_of(verdict: str, rows: int, gained: int, lost: int, level: float) -> tuple[Proof, str]:
@@ -243,13 +258,24 @@ def proof_of(verdict: str, rows: int, gained: int, lost: int, level: float) -> t
     return (Proof.BETTER, said) if is_fewer(lost, gained, level) else (Proof.MISSING, f"{said}: no proof")
 
 
-def no_worse(verdict: str, rows: int, gained: int, lost: int, others: tuple[int, int]) -> tuple[Proof, str]:
-    """The same of an update as a matter of routine; `others` are gained and lost of the other adapters' inputs."""
+def no_worse(
+    verdict: str, wanted: int, rows: int, gained: int, lost: int, others: tuple[int, int], kept: Mapping[str, tuple[int, int]]
+) -> tuple[Proof, str]:
+    """The same of an update as a matter of routine, judged on `wanted` rows at least.
+
+    `others` are gained and lost of the other adapters' inputs; `kept`, by label, how many rows that the version in production knows
+    are right with it, and with the candidate.
+    """
     if verdict != "promote":
         return Proof.AGAINST, f"the gate says {verdict}"
+    worst = max(kept, key=lambda label: kept[label][0] - kept[label][1], default=None)
+    if worst is not None and kept[worst][0] - kept[worst][1] > max(1, LOST_SHARE * kept[worst][0]):
+        return Proof.AGAINST, f"of {kept[worst][0]} kept rows of {worst!r} that are answered right now it has {kept[worst][1]}"
     said = f"of {rows} new rows {gained} are answered right that are not now, and {lost} the other way round"
     said += f", of the others' {others[0]} and {others[1]}"
-    return (Proof.BETTER, said) if lost + others[1] <= gained + others[0] else (Proof.MISSING, f"{said}: fewer than now")
+    if rows < wanted:
+        return Proof.MISSING, f"{said}: too few"
+    return (Proof.BETTER, said) if lost <= gained and others[1] <= others[0] else (Proof.MISSING, f"{said}: fewer than now")
 
 
 def judged(memory: Memory, proof: Proof) -> Memory:
@@ -257,7 +283,10 @@ def judged(memory: Memory, proof: Proof) -> Memory:
     if memory.pending is None:
         return memory
     done = replace(memory, pending=None)
+    if proof is Proof.VOID:
+        return done
     if proof is Proof.MISSING:
         awaited = memory.pending.rows * 3 // 2
         return replace(done, refresh_next=awaited) if memory.pending.routine else replace(done, rows_next=awaited)
-    return replace(done, harm="", alarm=None, alarmed_at=NEVER, set_aside=max(memory.set_aside, memory.pending.until))
+    set_aside = max(memory.set_aside, memory.pending.until)
+    return replace(done, harm="", alarm=None, alarmed_at=NEVER, rows_next=0, refresh_next=0, set_aside=set_aside)

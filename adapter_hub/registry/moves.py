@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from adapter_hub.errors import CorruptVersion, InvalidInput, NotRoutable
+from adapter_hub.errors import CorruptVersion, InvalidInput, NotRoutable, ProductionMoved
 from adapter_hub.refs import PRODUCTION, AdapterRef
 from adapter_hub.registry import records
 from adapter_hub.registry.artifacts import check_folder, make_folder, open_regular, storage_errors, sync_folder, write_atomic
@@ -45,6 +45,14 @@ def move_alias(connection: Connection, name: str, alias: str, version: int, *, a
         return
     records.write_alias(connection, name, alias, version)
     records.record(connection, EventKind.MOVED, name, version, at=at, alias=alias, previous=previous, reason=reason)
+
+
+def check_unmoved(connection: Connection, name: str, alias: str, expected: int | None) -> None:
+    """Raises ProductionMoved where the alias names another version than the one expected; None expects nothing."""
+    found = records.aliases_of(connection, name).get(alias)
+    if expected is not None and found != expected:
+        now = f"version {found}" if found else "no version"
+        raise ProductionMoved(f"{alias} of {name!r} was version {expected} and is {now}: somebody moved it meanwhile.", hint="Look at it again.")
 
 
 def set_alias(connection: Connection, ref: AdapterRef, alias: str, *, at: str, reason: str) -> None:

@@ -434,8 +434,11 @@ class Registry:
 
     # ---- move -------------------------------------------------------------------------------------------------------
 
-    def set_alias(self, name: str, alias: str, version: int, reason: str = "") -> AdapterRef:
-        """Let an alias name a version. Raises InvalidName, AdapterNotFound, NotRoutable (purged; retired for production)."""
+    def set_alias(self, name: str, alias: str, version: int, reason: str = "", *, expected: int | None = None) -> AdapterRef:
+        """Let an alias name a version. Raises InvalidName, AdapterNotFound, NotRoutable (purged; retired for production).
+
+        With `expected`, ProductionMoved where it names another version than that one now.
+        """
         check_alias(alias)
         if isinstance(version, bool) or not isinstance(version, int):
             raise InvalidInput(f"{version!r} is not a version number.")
@@ -443,23 +446,28 @@ class Registry:
         ref = AdapterRef(check_name(name), version)
         with self._catalog.writing() as connection:
             records.version_of(connection, ref)
+            moves.check_unmoved(connection, name, alias, expected)
             moves.set_alias(connection, ref, alias, at=now(), reason=reason)
         self._mirror(name)
         return ref
 
-    def promote(self, ref: str | AdapterRef, reason: str = "") -> AdapterRef:
-        """Let `production` name this version. Raises AdapterNotFound, NotRoutable (retired, purged)."""
+    def promote(self, ref: str | AdapterRef, reason: str = "", *, expected: int | None = None) -> AdapterRef:
+        """Let `production` name this version. Raises AdapterNotFound, NotRoutable (retired, purged), ProductionMoved as `set_alias`."""
         found = self._named(ref)
-        return self.set_alias(found.name, PRODUCTION, found.version or 0, reason)
+        return self.set_alias(found.name, PRODUCTION, found.version or 0, reason, expected=expected)
 
-    def rollback(self, name: str, reason: str = "", *, check: Callable[[Manifest], None] | None = None) -> AdapterRef:
+    def rollback(
+        self, name: str, reason: str = "", *, check: Callable[[Manifest], None] | None = None, expected: int | None = None
+    ) -> AdapterRef:
         """Move `production` back to the version it named before; twice goes two back. Retired and purged ones are passed over.
 
-        `check` is given that version's manifest, and raises HubError where it may not go there. Raises AdapterNotFound, NotRoutable.
+        `check` is given that version's manifest, and raises HubError where it may not go there. Raises AdapterNotFound, NotRoutable,
+        ProductionMoved as `set_alias`.
         """
         moves.check_reason(reason)
         with self._catalog.writing() as connection:
             records.check_name_known(connection, check_name(name))
+            moves.check_unmoved(connection, name, PRODUCTION, expected)
             version = moves.roll_back(connection, name, at=now(), reason=reason, check=check)
         self._mirror(name)
         return AdapterRef(name, version)
@@ -492,13 +500,15 @@ class Registry:
                     raise RegistryError("another process maintains this registry.", hint=f"Let it end: it has locked {path}.") from error
             yield
 
-    def withdraw(self, name: str, reason: str = "") -> AdapterRef | None:
+    def withdraw(self, name: str, reason: str = "", *, expected: int | None = None) -> AdapterRef | None:
         """Take a name out of production: nothing routes to it until a version is promoted again. Returns the version that was in production.
 
-        Unlike a retired version, that one may be promoted again. Raises AdapterNotFound, ReadOnlyRegistry.
+        Unlike a retired version, that one may be promoted again. Raises AdapterNotFound, ReadOnlyRegistry, ProductionMoved as `set_alias`.
         """
         moves.check_reason(reason)
         with self._catalog.writing() as connection:
+            records.check_name_known(connection, check_name(name))
+            moves.check_unmoved(connection, name, PRODUCTION, expected)
             version = moves.withdraw(connection, check_name(name), at=now(), reason=reason)
         self._mirror(name)
         return None if version is None else AdapterRef(name, version)

@@ -86,7 +86,7 @@ class LiveRouter:
 
     def calibrated(self, versions: Iterable[AdapterRef]) -> Router:
         """The router that there would be over these versions, calibrated on them. Nothing is stored."""
-        return _fitted({ref: self.state(ref) for ref in versions})
+        return _fitted(self._states(versions))
 
     def state(self, ref: AdapterRef) -> RoutingState:
         """What a version brings. Raises CorruptVersion, ModelChanged, InvalidInput where it has no routing file."""
