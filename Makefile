@@ -81,6 +81,9 @@ bench: $(VENV)/.bench
 	@$(BIN)/python benchmarks/routing_scale.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python benchmarks/drift.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python -W ignore benchmarks/discovery.py --data "$(ADAPTER_HUB_DATA)"
+	@$(BIN)/python -W ignore benchmarks/year.py --data "$(ADAPTER_HUB_DATA)"
+	@$(BIN)/python -W ignore benchmarks/precision.py --data "$(ADAPTER_HUB_DATA)"
+	@$(BIN)/python -W ignore benchmarks/learning.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python -W ignore benchmarks/transfer.py --data "$(ADAPTER_HUB_DATA)"
 	@$(BIN)/python -W ignore benchmarks/continual.py --data "$(ADAPTER_HUB_DATA)"
 

@@ -1451,6 +1451,8 @@ class Hub:
         report = None
         if labels is not None or train is not None:
             given = labelled(rows, labels or {}) if train is None else [row for row in rows_of(train) if row.label or targets_of(row)]
+            if not given:
+                raise InvalidInput("none of the rows has a label.", hint="Write one to each (`label`); rows that are left without are left out.")
             report = self.learn(known, given, **learning)
             ref = report.ref
         elif known in self:

@@ -117,8 +117,10 @@ def watch(
     for block in _blocks(hub.log.corrected(found.said)):
         for row in block:
             # What was said late of a version that is no more in production says nothing of the one that is.
-            ref = row.adapter
-            if ref is not None and found.production.get(ref.name) == ref.version and (right := _right(row)) is not None:
+            ref, home = row.adapter, row.feedback.correct_adapter if row.feedback else None
+            if ref is None and row.reason != Reason.NAMED and home in found.production:    # whose it was did not get it
+                found.add(found.monitor.observe(home, error=True))
+            elif ref is not None and found.production.get(ref.name) == ref.version and (right := _right(row)) is not None:
                 found.add(found.monitor.observe(ref.name, error=not right))
             found.said = (row.feedback.at, row.id) if row.feedback else found.said
         found.save()
@@ -446,6 +448,7 @@ def _evaluated(hub: Hub, ref: AdapterRef, again: bool, dry_run: bool) -> tuple[f
     figures: dict[str, JSON] = hub.evaluate(names=[str(ref)], max_false_reject=None)["adapters"][str(ref)]
     shown = ", ".join(f"{one} {figures[one]['accuracy']:.4f}" for one in ("oracle", "routed") if "accuracy" in figures.get(one, {}))
     if not dry_run:
+        shown += f" with max_false_reject {hub.config.max_false_reject}" if shown and manifest.routed else ""
         hub.registry.remark(ref, f"evaluate: {shown or 'measured'}", {"step": "evaluate", "adapter": str(ref), "router": router, "figures": figures})
     return figures.get(way, {}).get("accuracy"), figures
 

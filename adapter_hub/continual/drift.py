@@ -347,11 +347,11 @@ def _harms(score: float | None, abstained: bool | None, error: bool | None) -> d
 def _told(adapter: str, signal: Signal, at: int, kind: Kind, before: float, after: float) -> Alarm:
     who = "all inputs" if adapter == OVERALL else f"inputs of '{adapter}'"
     if signal is Signal.EMBEDDING:
-        reason = f"the latest inputs are unlike the earlier ones: mean similarity to them {after:.3f}, {before:.3f} among themselves"
+        reason = "the latest inputs are about something else than the earlier ones, as a permutation test of their embeddings tells"
         return Alarm(adapter, signal, kind, "MMD", at, before, after, reason)
     if signal is Signal.SCORE:
         before, after = -before, -after
-        change = f"the mean acceptance score of {who} fell from {before:.2f} to {after:.2f}"
+        change = f"the mean acceptance score of {who} is {after:.2f}, {before:.2f} before"
     else:
         what = "are turned away" if signal is Signal.ABSTAINED else "are answered wrongly"
         change = f"{100 * after:.1f} % of {who} {what}, {100 * before:.1f} % before"

@@ -237,7 +237,8 @@ def _well(health: Health, memory: Memory) -> str:
     if memory.alarm:
         open_alarm = f"; an alarm is open until {CLOSING_ROWS} answers since say what it was, {health.answers_since} do: {memory.alarm['reason']}"
     if not health.answers:
-        return f"nobody has spoken of its answers since it is in production{open_alarm}"
+        told = "what people said of its answers was learned or set aside, and nothing since" if memory.set_aside > NEVER else ""
+        return f"{told or 'nobody has spoken of its answers since it is in production'}{open_alarm}"
     return f"{health.right} of {health.answers} answers are right as people say{open_alarm}"
 
 

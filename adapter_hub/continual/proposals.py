@@ -247,7 +247,8 @@ class Proposals:
     def decide(self, ids: Sequence[str], state: State, reason: str = "", result: str | None = None) -> None:
         """Note that these were accepted or dismissed, by whom they were made and why. Groups leave their proposal. Raises InvalidInput."""
         chosen, kept = self._open(ids), self._notes.read(KIND)
-        decided = {"state": state, "decided_at": _now(), "reason": reason, "result": result}
+        decided: dict[str, Any] = {"state": state, "decided_at": _now(), "reason": reason, "result": result}
+        decided |= {"suggested": {}}    # words of texts that may leave the log
         bodies: dict[str, Any] = {id: body | decided for id, body in chosen.items()}
         for id in {id.partition(".")[0] for id in chosen} - chosen.keys():
             left = {place: group for place, group in kept[id]["groups"].items() if f"{id}.{place}" not in chosen}

@@ -252,7 +252,8 @@ class LiveRouter:
         known = sum(ref in calibration.centres for ref in refs)
         if known < YOUNG * len(refs):
             self._warned = calibration.id
-            log.warning("calibration %s knows %d of the %d adapters in production: see `adapter-hub calibrate`.", calibration.id, known, len(refs))
+            said = "calibration %s knows %d of the %d adapters in production, thresholds of the others are estimates: see `adapter-hub calibrate`."
+            log.warning(said, calibration.id, known, len(refs))
 
     # ---- calibrate --------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ def test_a_score_is_told_as_it_was_given_and_an_alarm_says_it_in_words() -> None
     found = alarms(monitor, [{"adapter": "banking", "score": float(score)} for score in [*rng.normal(0.2, 0.2, 500), *rng.normal(-0.8, 0.2, 200)]])
     own = found[0]
     assert (own.adapter, own.signal) == ("banking", Signal.SCORE) and own.before > 0 > own.after
-    assert own.reason == f"the mean acceptance score of inputs of 'banking' fell from {own.before:.2f} to {own.after:.2f}"
+    assert own.reason == f"the mean acceptance score of inputs of 'banking' is {own.after:.2f}, {own.before:.2f} before"
     assert json.loads(json.dumps(own.to_json()))["kind"] == "alarm"
 
 
