@@ -1333,7 +1333,9 @@ class Hub:
         """Give what was logged since the last look to the drift detectors; the alarms and warnings that they gave.
 
         They go to the logger "adapter_hub" and to `sinks` (`continual.alerts`), with back-off. An adapter's first alarm is open until a
-        maintenance pass has seen to it. What was logged in the last 5 s waits for the next look. Texts that are kept are encoded once more.
+        maintenance pass has seen to it, one over all inputs until a pass over all adapters has. What was logged in the last 5 s waits for the
+        next look; what another host writes later than that, or by a clock that is late, is not watched (its feedback is). Texts that are
+        kept are encoded once more.
         The log is read in blocks and what was found is saved as it goes: a watch that is killed goes on there, and tells the last of it twice.
         Raises RegistryError where another process maintains this registry, ReadOnlyRegistry.
         """
@@ -1357,10 +1359,11 @@ class Hub:
         belongs to an adapter, as people say, and did not reach it was not answered right. What is
         done follows from the feedback to its answers (`continual.maintenance` has the rules, hub.toml the floor, cool-down, rows and level):
         it learns from the rows that people corrected, also where nothing is wrong and they are many, with the text that the log keeps
-        (`observe = "text"`), and the new version goes
-        live where the gate promotes it and it is better on new rows; or production goes back to the version before, where that one
-        answers better. Alarms lead to an evaluation, never to a training by themselves. Each step is an event (`history`).
-        With `dry_run` nothing is written, in `index/` neither, and what would be done is returned. `config` is of the trainings, as in `learn`;
+        (`observe = "text"`), and the new version goes live where the gate promotes it and it is better on new rows, or, where nothing was
+        wrong, no worse; or production goes back to the version before, where that one answers better. What a person puts into production
+        meanwhile stays there. Alarms lead to an evaluation, never to a training by themselves. Each step is an event (`history`).
+        With `dry_run` nothing is written, in `index/` neither, and what would be done is returned; where a pass would calibrate first, it
+        measures by the thresholds that there are. `config` is of the trainings, as in `learn`;
         `now` is the time that cool-down and back-off go by. One pass at a time: raises RegistryError where another process is at it,
         ReadOnlyRegistry. A fault with one adapter stands in the report and does not keep the pass from the others.
         """

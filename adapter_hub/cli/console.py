@@ -315,6 +315,8 @@ def attended(document: Mapping[str, JSON]) -> None:
 def mapped(document: Mapping[str, JSON]) -> None:
     """The adapters, what joins them, and who may be one."""
     each = [{key: one[key] for key in ("adapter", "task", "labels", "exemplars", "answers", "origins")} for one in document["adapters"]]
+    if not each:
+        return line("nothing is in production yet: `adapter-hub register` or `adapter-hub learn`.")
     rows([{**one, "labels": len(one["labels"])} for one in each])
     if document["edges"]:
         rows([{key: edge.get(key) for key in ("kind", "source", "target", "value", "inputs")} for edge in document["edges"]])

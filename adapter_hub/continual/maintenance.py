@@ -21,7 +21,7 @@ later. Where only the proof is missing, the next update waits for half as many r
 What is learned as a matter of routine agrees with what is known, and so few rows rarely prove its gain: it goes live where the gate
 promotes it, no fewer of the rows held back and of the other adapters' are answered right with it, and of no label more than a tenth of the kept
 rows are lost. It learns from answers of the version in production, by blocks of LATELY in the order of what was said: a block of which fewer are
-right than of all others, by a test of its own at `level`, is left out.
+right than of all others, by Fisher's exact test at `level` shared by the blocks, is left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Self
 
-from scipy.stats import binom
+from scipy.stats import binom, hypergeom
 
 from adapter_hub.refs import AdapterRef
 
@@ -202,10 +202,9 @@ def alike(rights: Sequence[bool], level: float) -> list[bool]:
     starts = range(0, max(len(rights) - LATELY + 1, 1), LATELY)    # the last block has what is left
     blocks = [slice(start, end) for start, end in pairwise((*starts, len(rights)))]
     found: list[bool] = []
-    for block in blocks:
-        own, rest = rights[block], [*rights[: block.start], *rights[block.stop :]]
-        unlike = rest and _below(sum(own), len(own), sum(rest) / len(rest), level / len(blocks))
-        found += [not unlike] * len(own)
+    for block in blocks:    # Fisher's exact test
+        own = rights[block]
+        found += [bool(hypergeom.cdf(sum(own), len(rights), sum(rights), len(own)) >= level / len(blocks))] * len(own)
     return found
 
 
