@@ -1196,11 +1196,17 @@ class Hub:
         """
         reached: Sequence[int] = range(len(rows))
         if versions is not None:
-            decisions = self._route(self._live.calibrated(versions), [row.text for row in rows], 1, None)
-            reached = [number for number, decision in enumerate(decisions) if decision.adapter == homes[number]]
+            reached = [number for number, reaches in enumerate(self.reached(rows, homes, versions)) if reaches]
         outputs = self.engine.predict(_requests([rows[number].text for number in reached], [homes[number] for number in reached], True))
         right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
         return [number in right for number in range(len(rows))]
+
+    def reached(self, rows: Sequence[Example], homes: Sequence[AdapterRef], versions: Iterable[AdapterRef]) -> list[bool]:
+        """Whether each row would reach its home, were `versions` in production and calibrated."""
+        if not rows:
+            return []
+        decisions = self._route(self._live.calibrated(versions), [row.text for row in rows], 1, None)
+        return [decision.adapter == home for decision, home in zip(decisions, homes, strict=True)]
 
     # ---- the log of what was answered ---------------------------------------------------------------------------
 
@@ -1603,8 +1609,8 @@ class Hub:
         rows that have no target and count for routing alone, and `known`, those that are its examples too where their texts are kept: to
         learn without validation rows holds some out of training, not of the router. Numbers that are not `answered` by one have no `gap`.
         Rates are 0-1; keys that do not apply are absent. The rows of one adapter after the other are asked and let go.
-        With `ask=k` routed rows are answered as `predict` does. A row that was routed to its own version has the answer of that one: it is
-        asked once.
+        With `ask=k` routed rows are answered as `predict` does. Else a row that was routed to its own version has the answer of that one: it
+        is asked once. Those of an adapter that only its name reaches count as routed to it.
         Raises InvalidInput for rows without the target that their adapter gives, rows that name none and go to an adapter that gives neither
         a label nor a text, no `names`, or where no set is kept; AdapterNotFound, NotRoutable.
         """
@@ -1651,7 +1657,8 @@ class Hub:
 
         task = Task.of(self.registry.manifest(home)) if home else Task(Kind.LABEL)
         texts = [row.text for row in rows]
-        decisions = self._route(router, texts, 1, max_false_reject)
+        by_name = home is not None and not self.registry.manifest(home).routed    # there is no other way to it
+        decisions = [Decision.named(home)] * len(rows) if by_name else self._route(router, texts, 1, max_false_reject)
         answering = [decision.adapter for decision in decisions]
         tasks: dict[AdapterRef | None, Task] = {ref: Task.of(self.registry.manifest(ref)) for ref in (*answering, home) if ref}
         if home is None:
@@ -1665,7 +1672,7 @@ class Hub:
         requests = _requests([task.asked(rows[i]) for i in writing], [home] * len(writing), True)
         likelihoods = dict(zip(writing, self.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
         routed = [Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]) for i, _ in enumerate(rows)]
-        if ask > 1:    # what writes is asked as its rows say, and nothing of it is judged
+        if ask > 1 and not by_name:    # what writes is asked as its rows say, and nothing of it is judged
             judged = self._contested(router, self._encoder_of(router), texts, None, self._rate(max_false_reject), True, ask)
             single = [tasks[ref].kind is Kind.LABEL if ref else False for ref in answering]
             routed = [_raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,10 +35,10 @@ from adapter_hub.continual.maintenance import (
     no_worse,
     proof_of,
 )
-from adapter_hub.errors import HubError, InvalidInput, ProductionMoved
+from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, ModelChanged, NotRoutable, ProductionMoved
 from adapter_hub.examples import Example, measuring
 from adapter_hub.refs import PRODUCTION, AdapterRef
-from adapter_hub.registry.events import EventKind
+from adapter_hub.registry.events import Event, EventKind
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX
 from adapter_hub.registry.observations import Observation, first_id
@@ -61,6 +61,7 @@ SAVED_S = 3.0              # so much, and a block, a watch that is killed does a
 ALARMS_KEPT = 1_000
 HELD_SHARE, HELD_ROWS = 0.4, 200    # of the corrected rows, and at most: they prove the gain of an update and have no part in making it
 SPLIT_SEED = 0
+OWN = "maintenance: "    # how the reasons of what a pass moves begin
 WANTED_PART = 5      # of the rows of a routine update, one in so many must be new to judge it
 KEPT_ROWS = 2_000    # of those that a version knows, that a routine update is asked
 
@@ -118,7 +119,7 @@ def watch(
         for row in block:
             # What was said late of a version that is no more in production says nothing of the one that is.
             ref, home = row.adapter, row.feedback.correct_adapter if row.feedback else None
-            if ref is None and row.reason != Reason.NAMED and home in found.production:    # whose it was did not get it
+            if ref is None and row.reason != Reason.NAMED and home is not None and found.is_routed(home):    # whose it was did not get it
                 found.add(found.monitor.observe(home, error=True))
             elif ref is not None and found.production.get(ref.name) == ref.version and (right := _right(row)) is not None:
                 found.add(found.monitor.observe(ref.name, error=not right))
@@ -149,7 +150,15 @@ class _Watch:
         self.said: tuple[str, str] = tuple(kept.get("said", NEVER))
         self.alarms = [Alarm.from_json(one) for one in kept.get("alarms", ())]    # of a watch that was killed: saved, and returned to nobody
         self.opened: dict[str, Memory] = {}
+        self._routed: dict[str, bool] = {}
         self._new: list[Alarm] = []    # since it was saved
+
+    def is_routed(self, name: str) -> bool:
+        """Whether it is in production, and inputs are routed to it."""
+        if name not in self._routed:
+            version = self.production.get(name)
+            self._routed[name] = version is not None and self._hub.registry.manifest(AdapterRef(name, version)).routed
+        return self._routed[name]
 
     def add(self, alarms: Sequence[Alarm]) -> None:
         """Each adapter's first one opens an alarm in its memory, if none is, until answers say what it was."""
@@ -268,10 +277,7 @@ def maintain(
         done = []
         for ref in hub.registry.production():
             if wanted is None or ref.name in wanted:
-                memory = opened.get(ref.name) or _memory_of(hub, ref)
-                # An alarm may have been found by a `watch` before this pass: it waits until it was looked into.
-                alarmed = overall or (memory.alarm or {}).get("evaluated") is False
-                done.append(_attended(hub, ref, memory, alarmed, spoken, config, now, dry_run))
+                done.append(_attended(hub, ref, opened.get(ref.name), overall, spoken, config, now, dry_run))
         if any(one.promoted for one in done):
             _calibrate_anew(hub)
         if wanted is None and not dry_run:
@@ -283,8 +289,11 @@ def _calibrate_anew(hub: Hub) -> None:
     """Where versions are routed that the calibration in use was not measured on: a pass that was killed may have left it so."""
     router = hub.settle()
     known = router.calibration.centres if router.calibration else ()
-    if any(ref not in known and hub.state(ref).count for ref in router.refs):
-        hub.calibrate("maintenance")
+    try:
+        if any(ref not in known and hub.state(ref).count for ref in router.refs):
+            hub.calibrate("maintenance")
+    except HubError as error:
+        log.error("the router could not be calibrated: %s", error)
 
 
 def policy_of(hub: Hub) -> MaintenancePolicy:
@@ -295,12 +304,14 @@ def policy_of(hub: Hub) -> MaintenancePolicy:
 
 
 def _attended(
-    hub: Hub, ref: AdapterRef, memory: Memory, alarmed: bool, spoken: Sequence[Observation], config: TrainConfig | str | None, now: datetime,
-    dry_run: bool,
+    hub: Hub, ref: AdapterRef, opened: Memory | None, alarmed: bool, spoken: Sequence[Observation], config: TrainConfig | str | None,
+    now: datetime, dry_run: bool,
 ) -> Done:    # fmt: skip
     """What was done about one adapter. A fault of one is told, and the pass goes on with the others."""
     try:
-        measured, evaluation = _evaluated(hub, ref, alarmed, dry_run)
+        memory = opened or _memory_of(hub, ref)
+        # An alarm may have been found by a `watch` before this pass: it waits until it was looked into.
+        measured, evaluation = _evaluated(hub, ref, alarmed or (memory.alarm or {}).get("evaluated") is False, dry_run)
         if memory.alarm is not None:
             memory = replace(memory, alarm={**memory.alarm, "evaluated": True})
         corrected = _corrected_of(hub, ref, memory, spoken)
@@ -312,10 +323,9 @@ def _attended(
         return _acted(hub, done, decision.memory, spoken, config)
     except Exception as error:    # whatever one of them raises, the others go on
         log.error("%s could not be maintained: %s", ref, error, exc_info=None if isinstance(error, HubError) else error)
-        with suppress(HubError):
+        with suppress(Exception):
             if not dry_run and (pending := (memory := _memory_of(hub, ref)).pending) is not None and pending.step is not Step.ROLL_BACK:
-                # A needed update is tried again after the cool-down, one of routine is looked at anew; a rollback stays pending.
-                _remember(hub, ref.name, replace(memory, pending=None, seen=NEVER if pending.routine else memory.seen))
+                _remember(hub, ref.name, replace(memory, pending=None))    # an update is tried again after the cool-down, a rollback stays pending
         return Done(ref, Step.FAILED, str(error) or type(error).__name__)
 
 
@@ -325,13 +335,19 @@ def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], 
     if pending is None:
         return done
     begun = AdapterRef(ref.name, pending.of)
-    try:
-        if pending.step is Step.ROLL_BACK:
-            done, proof = _rolled_back(hub, done, begun, pending)
-        else:
-            done, proof = _updated(hub, done, begun, pending, spoken, _corrected_of(hub, begun, memory, spoken, pending.until), config)
-    except ProductionMoved as error:
-        done, proof = replace(done, reason=f"{done.reason}; nothing is done: {error}"), Proof.VOID
+    moves = _moves(hub, ref.name)[pending.moves :]
+    if moves:    # by a pass that was cut off behind its act, or by somebody
+        own = len(moves) == 1 and moves[0].reason.startswith(OWN)
+        why = done.reason if own else f"{done.reason}; nothing is done: {ref} has come meanwhile"
+        done = replace(done, result=ref if own else None, promoted=own, reason=why)
+        proof = Proof.BETTER if own and pending.step is Step.UPDATE else Proof.VOID
+    else:
+        try:
+            done, proof = _rolled_back(hub, done, pending) if pending.step is Step.ROLL_BACK else _updated(
+                hub, done, pending, spoken, _corrected_of(hub, begun, memory, spoken, pending.until), config
+            )
+        except ProductionMoved as error:
+            done, proof = replace(done, reason=f"{done.reason}; nothing is done: {error}"), Proof.VOID
     memory = judged(memory, proof)
     detail = {"step": str(pending.step), "result": str(done.result), "promoted": done.promoted}
     hub.registry.remark(begun, f"{pending.step}: {done.reason}"[:REASON_CHARS_MAX], detail)
@@ -339,37 +355,37 @@ def _acted(hub: Hub, done: Done, memory: Memory, spoken: Sequence[Observation], 
     return done
 
 
-def _rolled_back(hub: Hub, done: Done, begun: AdapterRef, pending: Pending) -> tuple[Done, Proof]:
-    reason = f"maintenance: {pending.reason}"
-    if done.ref != begun:    # a pass that was cut off may have done it
-        moves = [event for event in hub.registry.history(begun.name) if event.alias == PRODUCTION]
-        if not moves or moves[-1].reason != reason:
-            return replace(done, reason=f"{done.reason}; nothing is done: {done.ref} has come meanwhile"), Proof.VOID
-    back = hub.rollback(begun.name, reason, expected=begun.version) if done.ref == begun else done.ref
+def _moves(hub: Hub, name: str) -> list[Event]:
+    return [event for event in hub.registry.history(name) if event.alias == PRODUCTION]
+
+
+def _rolled_back(hub: Hub, done: Done, pending: Pending) -> tuple[Done, Proof]:
+    target = hub.registry.rollback_target(done.ref.name)
+    if target is None or target.version != pending.target:
+        return replace(done, reason=f"{done.reason}; nothing is done: {pending.target} can go live no more"), Proof.VOID
+    try:
+        back = hub.rollback(done.ref.name, f"{OWN}{pending.reason}", expected=done.ref.version)
+    except (NotRoutable, ModelChanged) as error:
+        return replace(done, reason=f"{done.reason}; nothing is done: {error}"), Proof.VOID
     return replace(done, result=back, promoted=True), Proof.VOID
 
 
 def _updated(
-    hub: Hub, done: Done, begun: AdapterRef, pending: Pending, spoken: Sequence[Observation], corrected: _Corrected,
-    config: TrainConfig | str | None,
-) -> tuple[Done, Proof]:    # fmt: skip
+    hub: Hub, done: Done, pending: Pending, spoken: Sequence[Observation], corrected: _Corrected, config: TrainConfig | str | None
+) -> tuple[Done, Proof]:
+    begun = done.ref
     rows = corrected.agreeing if pending.routine else corrected.rows
     if len(rows) < 2:
         raise InvalidInput("the rows that it was to learn from are gone.", hint="They left the log; the next ones are awaited.")
     train, held = hold_out(rows, min(HELD_SHARE, HELD_ROWS / len(rows)), SPLIT_SEED)
     if not held:
         raise InvalidInput("none of the corrected rows can be held back to prove a gain.", hint="All of a label read alike.")
-    candidate = _candidate_of(hub, begun, pending, train)
-    if candidate is not None and candidate == done.ref:    # it was promoted, and nothing after that was done
-        return replace(done, result=candidate, promoted=True), Proof.BETTER
-    if done.ref != begun:
-        return replace(done, result=candidate, reason=f"{done.reason}; nothing is done: {done.ref} has come meanwhile"), Proof.VOID
-    candidate = candidate or hub.learn(begun.name, train, config=config, promote="never").ref
+    candidate = _candidate_of(hub, begun, pending, train) or hub.learn(begun.name, train, config=config, promote="never").ref
     proof, why = _proof_of(hub, begun, candidate, held, corrected, pending, spoken)
     if proof is Proof.BETTER:
-        hub.promote(candidate, f"maintenance: {why}", expected=begun.version)
+        hub.promote(candidate, f"{OWN}{why}", expected=begun.version)
     if proof is Proof.AGAINST:
-        hub.retire(candidate, reason=f"maintenance: {why}")
+        hub.retire(candidate, f"{OWN}{why}")
     said = f"{done.reason}; {candidate} {'goes live' if proof is Proof.BETTER else 'is held'}: {why}"
     return replace(done, result=candidate, promoted=proof is Proof.BETTER, reason=said), proof
 
@@ -396,32 +412,36 @@ def _proof_of(
     gate = json.loads((hub.registry.open_version(candidate) / GATE_FILE).read_text(encoding="utf-8"))
     known = {row.text for ref in (begun, candidate) for file in (EVALUATION_FILE, EXEMPLARS_FILE) for row in hub.kept(ref, file)}
     rows = [row for row in held if row.text not in known]
-    routed = sum(row.reason != Reason.NAMED for row, _ in corrected.answers) * 2 >= len(corrected.answers)
+    named = sum(row.reason == Reason.NAMED for row, _ in corrected.answers) * 2 > len(corrected.answers)
+    routed = hub.registry.manifest(begun).routed and not named
     others = [one for one in hub.registry.production() if one.name != begun.name]
-    beside: list[tuple[Example, AdapterRef]] = []
-    if pending.routine and routed:    # what others have yet to learn; what they know is hardly ever lost
-        beside = [(row, ref) for ref in others for row in _corrected_of(hub, ref, _memory_of(hub, ref), spoken).rows[-RECENT:]]
-    asked = [*rows, *(row for row, _ in beside)]
     theirs, mine = (
-        hub.answered(asked, [*[version] * len(rows), *(ref for _, ref in beside)], [*others, version] if routed else None)
-        for version in (begun, candidate)
+        hub.answered(rows, [version] * len(rows), [*others, version] if routed else None) for version in (begun, candidate)
     )
-    gained, lost = _apart(mine[: len(rows)], theirs[: len(rows)])
-    if pending.routine:
-        apart = _apart(mine[len(rows) :], theirs[len(rows) :])
-        return no_worse(gate["verdict"], pending.rows // WANTED_PART, len(rows), gained, lost, apart, _kept_right(hub, begun, candidate))
-    return proof_of(gate["verdict"], len(rows), gained, lost, pending.level)
+    gained, lost = _apart(mine, theirs)
+    if not pending.routine:
+        return proof_of(gate["verdict"], len(rows), gained, lost, pending.level)
+    apart = (0, 0)
+    if routed:    # what others have yet to learn; what they know is hardly ever lost
+        beside = [(row, ref) for ref in others for row in _corrected_of(hub, ref, _memory_of(hub, ref), spoken).rows[-RECENT:]]
+        asked, homes = [row for row, _ in beside], [ref for _, ref in beside]
+        before, after = (hub.reached(asked, homes, [*others, version]) for version in (begun, candidate))
+        apart = _apart(after, before)
+    wanted = min(pending.rows // WANTED_PART, HELD_ROWS // 2)
+    return no_worse(gate["verdict"], wanted, len(rows), gained, lost, apart, _kept_apart(hub, begun, candidate), hub.config.maintain_level)
 
 
-def _kept_right(hub: Hub, begun: AdapterRef, candidate: AdapterRef) -> dict[str, tuple[int, int]]:
-    """By label, how many of the rows that are kept with a version it has right, and a candidate of it has of these, each when it is named."""
-    rows = [row for file in (EVALUATION_FILE, EXEMPLARS_FILE) for row in hub.kept(begun, file) if row.label is not None]
-    rows = list({row.text: row for row in rows}.values())[-KEPT_ROWS:]
-    known = [row for row, right in zip(rows, hub.answered(rows, [begun] * len(rows)), strict=True) if right]
-    still = hub.answered(known, [candidate] * len(known))
-    counts = Counter(row.label for row in known)
-    left = Counter(row.label for row, right in zip(known, still, strict=True) if right)
-    return {str(label): (count, left[label]) for label, count in counts.items()}
+def _kept_apart(hub: Hub, begun: AdapterRef, candidate: AdapterRef) -> dict[str, tuple[int, int]]:
+    """Of the rows that are kept with a version, evenly spread, by label: how many only a candidate has right, and only that version."""
+    kept = [row for file in (EVALUATION_FILE, EXEMPLARS_FILE) for row in hub.kept(begun, file) if row.label is not None]
+    kept = [*{row.text: row for row in kept}.values()]
+    kept = kept[:: math.ceil(len(kept) / KEPT_ROWS) or 1]
+    theirs, mine = (hub.answered(kept, [version] * len(kept)) for version in (begun, candidate))
+    found: dict[str, tuple[int, int]] = {}
+    for row, now, then in zip(kept, theirs, mine, strict=True):
+        gained, lost = found.get(str(row.label), (0, 0))
+        found[str(row.label)] = (gained + (then and not now), lost + (now and not then))
+    return found
 
 
 def _apart(mine: Sequence[bool], theirs: Sequence[bool]) -> tuple[int, int]:
@@ -464,8 +484,7 @@ def _corrected_of(
 
     Of labels that it does not know nothing is learned here: they are for a person to teach.
     """
-    manifest = hub.registry.manifest(ref)
-    moves = [event for event in hub.registry.history(ref.name) if event.alias == PRODUCTION]
+    manifest, moves = hub.registry.manifest(ref), _moves(hub, ref.name)
     since = first_id(moves[-1].at) if moves else ""
     answers: dict[str, tuple[Observation, bool]] = {}
     rows: dict[str, Example] = {}
@@ -479,12 +498,16 @@ def _corrected_of(
         if row.text and said.correct_label in (manifest.labels or ()):
             rows.pop(row.text, None)
             rows[row.text] = Example(row.text, said.correct_label)    # the last word counts
-        elsewhere = row.adapter is None or row.adapter.name != ref.name
+        elsewhere = manifest.routed and (row.adapter is None or row.adapter.name != ref.name)
         if row.id >= since and (row.adapter == ref or (elsewhere and row.reason != Reason.NAMED)) and (elsewhere or said.correct_label is not None):
             answers.pop(row.text or row.id, None)
             answers[row.text or row.id] = (row, row.adapter == ref and row.label == said.correct_label)
-    like = alike([right for _, right in answers.values()], hub.config.maintain_level)
-    agreeing = [rows[text] for text, agrees in zip(answers, like, strict=True) if agrees and text in rows]
+    # What did not reach it is like the answers that were spoken of before it.
+    like, agrees, agreeing = iter(alike([right for row, right in answers.values() if row.adapter == ref], hub.config.maintain_level)), True, []
+    for row, _ in answers.values():
+        agrees = next(like) if row.adapter == ref else agrees
+        if agrees and row.text and row.feedback and row.feedback.correct_label in (manifest.labels or ()):
+            agreeing.append(Example(row.text, row.feedback.correct_label))
     return _Corrected(tuple(answers.values()), tuple(rows.values()), tuple(agreeing), last)
 
 
@@ -495,11 +518,15 @@ def _health(hub: Hub, ref: AdapterRef, memory: Memory, corrected: _Corrected, ex
     previous, compared, measured = hub.registry.rollback_target(ref.name), (0, 0), (0, 0)
     if previous is not None and own and corrected.latest > memory.seen and memory.pending is None:
         rows = [Example(row.text or "", row.feedback.correct_label if row.feedback else None) for row, _ in own]
-        compared = _apart([right for _, right in own], hub.answered(rows, [previous] * len(rows)))
-        older = [row for row in measuring(hub.kept(previous, EVALUATION_FILE)) if row.label is not None]
-        measured = _apart(*(hub.answered(older, [version] * len(older)) for version in (ref, previous)))
+        try:
+            compared = _apart([right for _, right in own], hub.answered(rows, [previous] * len(rows)))
+            older = [row for row in measuring(hub.kept(previous, EVALUATION_FILE)) if row.label is not None]
+            measured = _apart(*(hub.answered(older, [version] * len(older)) for version in (ref, previous)))
+        except CorruptVersion as error:    # nothing goes back to it
+            log.warning("%s is not compared with %s: %s", ref, previous, error)
+            compared, measured = (0, 0), (0, 0)
     newest = max((row.ref.version or 0) for row in hub.registry.versions(ref.name))
     return Health(
-        ref, newest, corrected.latest, sum(recent), len(recent), sum(since), len(since), len(corrected.rows), len(corrected.agreeing),
-        corrected.until, expected, previous, compared, measured,
+        ref, newest, len(_moves(hub, ref.name)), corrected.latest, sum(recent), len(recent), sum(since), len(since), len(corrected.rows),
+        len(corrected.agreeing), corrected.until, expected, previous, compared, measured,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def merge(hub: Hub, names: Iterable[str], into: str, *, config: TrainConfig | st
         gone = [ref for ref in merged if ref.name != into]
         learned = hub.learn(
             into, train, config=config, promote="never", evaluation=evaluation, instead_of=gone, task_type=kind.task_type,
-            problem_type=kind.problem_type, prompt_template=kind.prompt_template,
+            problem_type=kind.problem_type, prompt_template=kind.prompt_template, routed=hub.registry.manifest(merged[0]).routed,
         )  # fmt: skip
         known = {text for ref in merged if ref.name == into for text in kept[ref]}    # its own weights may know what measures another
         sets |= {ref: [row for row in sets[ref] if key(row) not in known] for ref in gone}
@@ -95,6 +95,8 @@ def _merged(hub: Hub, names: Iterable[str], into: str) -> tuple[list[AdapterRef]
     for ref in others:
         if kinds[ref] != kinds[first]:
             raise InvalidInput(f"{first} is {kinds[first]}, and {ref} {kinds[ref]}: they cannot be one.", hint="Merge adapters of one kind.")
+    if len({hub.registry.manifest(ref).routed for ref in refs}) > 1:
+        raise InvalidInput(f"of {_listed(refs)} some are routed and some reached by name only.", hint="Learn the ones as the others are first.")
     for ref in refs:
         if EXEMPLARS_FILE not in hub.registry.manifest(ref).files:
             fact = f"no text of the examples of {ref} is kept: there is nothing to learn from"

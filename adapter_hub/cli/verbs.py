@@ -214,7 +214,7 @@ def register(
     said = f"registered {ref}" + ("" if live == promote else f", not promoted: see `adapter-hub effect {ref}`")
     if routed and not known and not description.strip():
         said += "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
-    kept = len(hub.state(ref).evaluation)
+    kept = len(hub.state(ref).evaluation) if routed else len(held_out)
     said += f"; {kept} of {len(held_out)} evaluation inputs are kept" if held_out else ""
     emit({"ref": ref, "production": live, "examples": len(known), "evaluation": kept}, as_json, lambda _: line(said))
 

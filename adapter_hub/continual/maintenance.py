@@ -19,9 +19,9 @@ A candidate goes live where the gate promotes it *and* it answers more of the ro
 a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
 later. Where only the proof is missing, the next update waits for half as many rows again.
 What is learned as a matter of routine agrees with what is known, and so few rows rarely prove its gain: it goes live where the gate
-promotes it, no fewer of the rows held back and of the other adapters' are answered right with it, and of no label more than a tenth of the kept
-rows are lost. It learns from answers of the version in production, by blocks of LATELY in the order of what was said: a block of which fewer are
-right than of all others, by Fisher's exact test at `level` shared by the blocks, is left out.
+promotes it, no fewer of the rows held back are answered right with it, no fewer of the other adapters' reach them, and of no label kept rows
+are lost, by a sign test at `level`. It learns from answers of the version in production, by blocks of LATELY in the order of what was said:
+a block of which fewer are right than of all others, by Fisher's exact test at `level` shared by the blocks, is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ from adapter_hub.refs import AdapterRef
 RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
 LATELY = 50          # answers of a block, which must be like the others to be learned as a matter of routine
-LOST_SHARE = 0.1     # of the kept rows of one label, that a routine update may answer wrongly
 TESTS = 4            # that share the level: the version before, the floor, the alarm, and the candidates
 NEVER = ("", "")     # a moment of feedback, and the observation: before all
 Moment = tuple[str, str]
@@ -84,6 +83,8 @@ class Pending:
     level: float            # of the candidate's test; 1 where it is routine
     reason: str
     routine: bool = False   # nothing was wrong
+    moves: int = 0          # of production, until then: one more by somebody else, and the step is void
+    target: int = 0         # the version that a rollback goes to
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> Self:
@@ -131,6 +132,7 @@ class Health:
 
     ref: AdapterRef
     newest: int                                     # number of the newest version of the name
+    moves: int = 0                                  # of production, so far
     latest: Moment = NEVER                          # of the feedback to `answers`
     right: int = 0                                  # of `answers`: those that it gave, and that people say are right
     answers: int = 0                                # to its inputs, that people spoke of, at most RECENT: old ones hide what is new
@@ -177,7 +179,7 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
             said = f"{_well(health, memory)}; {health.right_since} of {health.answers_since} since do not confirm it"
             return Decision(Step.NONE, said, replace(memory, alarm=None, alarmed_at=NEVER))
     if not memory.harm:
-        return _refreshed(health, memory, policy, now) if fresh else Decision(Step.NONE, _well(health, memory), memory)
+        return _refreshed(health, memory, policy, now)
     if health.rows < (wanted := max(policy.update_rows, memory.rows_next)):
         return Decision(Step.WAIT, f"{memory.harm}; {health.rows} of {wanted} rows to learn from are there", memory)
     if due := _due(memory, policy, now):
@@ -215,7 +217,9 @@ def _due(memory: Memory, policy: MaintenancePolicy, now: datetime) -> datetime |
 
 
 def _begun(step: Step, reason: str, health: Health, memory: Memory, level: float, *, routine: bool = False) -> Decision:
-    pending = Pending(step, memory.version, health.newest, health.rows, health.until, level, reason, routine)
+    rows, target = health.agreeing if routine else health.rows, health.previous
+    back = (target.version or 0) if target is not None and step is Step.ROLL_BACK else 0
+    pending = Pending(step, memory.version, health.newest, rows, health.until, level, reason, routine, health.moves, back)
     return Decision(step, reason, replace(memory, pending=pending))
 
 
@@ -259,18 +263,19 @@ def proof_of(verdict: str, rows: int, gained: int, lost: int, level: float) -> t
 
 
 def no_worse(
-    verdict: str, wanted: int, rows: int, gained: int, lost: int, others: tuple[int, int], kept: Mapping[str, tuple[int, int]]
+    verdict: str, wanted: int, rows: int, gained: int, lost: int, others: tuple[int, int], kept: Mapping[str, tuple[int, int]], level: float
 ) -> tuple[Proof, str]:
     """The same of an update as a matter of routine, judged on `wanted` rows at least.
 
-    `others` are gained and lost of the other adapters' inputs; `kept`, by label, how many rows that the version in production knows
-    are right with it, and with the candidate.
+    `others` are gained and lost of the other adapters' inputs, `kept` by label those of the rows that are kept with the version in production.
     """
     if verdict != "promote":
         return Proof.AGAINST, f"the gate says {verdict}"
-    worst = max(kept, key=lambda label: kept[label][0] - kept[label][1], default=None)
-    if worst is not None and kept[worst][0] - kept[worst][1] > max(1, LOST_SHARE * kept[worst][0]):
-        return Proof.AGAINST, f"of {kept[worst][0]} kept rows of {worst!r} that are answered right now it has {kept[worst][1]}"
+    for label, (again, gone) in kept.items():
+        if is_fewer(again, gone, level):
+            return Proof.AGAINST, f"of the kept rows of {label!r} {gone} are no longer answered right, and {again} are that are not now"
+    if not kept:
+        return Proof.MISSING, "no rows are kept that it could be asked for what is known"
     said = f"of {rows} new rows {gained} are answered right that are not now, and {lost} the other way round"
     said += f", of the others' {others[0]} and {others[1]}"
     if rows < wanted:

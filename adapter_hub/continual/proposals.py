@@ -252,7 +252,8 @@ class Proposals:
         bodies: dict[str, Any] = {id: body | decided for id, body in chosen.items()}
         for id in {id.partition(".")[0] for id in chosen} - chosen.keys():
             left = {place: group for place, group in kept[id]["groups"].items() if f"{id}.{place}" not in chosen}
-            bodies[id] = kept[id] | {"groups": left} if left else None
+            known = {of: name for of, name in (kept[id].get("suggested") or {}).items() if of not in chosen}
+            bodies[id] = kept[id] | {"groups": left, "suggested": known} if left else None
         self._notes.write(KIND, bodies)
 
     def _open(self, ids: Sequence[str]) -> dict[str, Any]:

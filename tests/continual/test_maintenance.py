@@ -56,7 +56,7 @@ CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
 
 def found(right: int, answers: int, rows: int = 100, at: str = "1", **more: Any) -> Health:
     """Everything that was said is new."""
-    return Health(REF, 2, (at, "x"), right, answers, rows=rows, until=(at, "x"), **({"agreeing": rows} | more))
+    return Health(REF, 2, 1, (at, "x"), right, answers, rows=rows, until=(at, "x"), **({"agreeing": rows} | more))
 
 
 def decided(health: Health, memory: Memory | None = None, now: datetime = NOW) -> Decision:
@@ -171,14 +171,14 @@ def test_blocks_of_which_fewer_are_right_than_of_all_others_are_not_learned_as_a
 
 
 def test_a_routine_update_goes_live_where_no_fewer_are_right_of_its_own_of_the_others_and_of_each_label_that_it_knew() -> None:
-    assert no_worse("promote", 40, 40, 3, 3, (0, 0), {})[0] is no_worse("promote", 40, 40, 3, 1, (2, 2), {})[0] is Proof.BETTER
-    assert no_worse("promote", 40, 40, 30, 0, (0, 1), {})[0] is Proof.MISSING    # what it gains is not taken from others
-    assert no_worse("promote", 40, 40, 3, 4, (9, 0), {})[0] is Proof.MISSING
-    assert no_worse("promote", 40, 39, 3, 0, (0, 0), {})[0] is no_worse("promote", 40, 0, 0, 0, (0, 0), {})[0] is Proof.MISSING
-    assert no_worse("hold", 40, 40, 9, 0, (9, 0), {})[0] is Proof.AGAINST
-    assert no_worse("promote", 40, 40, 9, 0, (0, 0), {"a": (20, 18), "b": (3, 2)})[0] is Proof.BETTER
-    lost = no_worse("promote", 40, 40, 28, 0, (0, 0), {"a": (20, 20), "plum": (12, 6)})
-    assert lost[0] is Proof.AGAINST and "12 kept rows of 'plum'" in lost[1]
+    kept = {"a": (1, 2), "b": (0, 0)}
+    assert no_worse("promote", 40, 40, 3, 3, (0, 0), kept, 0.05)[0] is no_worse("promote", 40, 40, 3, 1, (2, 2), kept, 0.05)[0] is Proof.BETTER
+    assert no_worse("promote", 40, 40, 30, 0, (0, 1), kept, 0.05)[0] is Proof.MISSING    # what it gains is not taken from others
+    assert no_worse("promote", 40, 40, 3, 4, (9, 0), kept, 0.05)[0] is Proof.MISSING
+    assert no_worse("promote", 40, 39, 3, 0, (0, 0), kept, 0.05)[0] is no_worse("promote", 40, 40, 3, 0, (0, 0), {}, 0.05)[0] is Proof.MISSING
+    assert no_worse("hold", 40, 40, 9, 0, (9, 0), kept, 0.05)[0] is Proof.AGAINST
+    lost = no_worse("promote", 40, 40, 28, 0, (0, 0), kept | {"plum": (0, 6)}, 0.05)
+    assert lost[0] is Proof.AGAINST and "of the kept rows of 'plum' 6" in lost[1]
 
 
 def test_while_rows_are_awaited_a_version_may_go_back_and_harm_that_is_over_is_forgotten() -> None:
