@@ -164,6 +164,8 @@ def test_blocks_of_which_fewer_are_right_than_of_all_others_are_not_learned_as_a
     assert alike(good * 10 + bad * 5 + good * 5, 0.05) == [True] * 100 + [False] * 50 + [True] * 50     # wherever it stands
     assert alike(good * 20 + bad * 25, 0.05)[:200] == [True] * 200 and not any(alike(good * 20 + bad * 25, 0.05)[200:])    # and if it is most
     assert len(alike(good * 12, 0.05)) == 120    # the last block has what is left
+    many = decided(found(180, 200, rows=1_500, agreeing=1_200)).memory.pending
+    assert many and many.rows == 1_200
     few = decided(found(180, 200, rows=300, agreeing=199))
     assert few.step is Step.NONE
     begun = decided(found(180, 200, rows=300, agreeing=250))
@@ -323,7 +325,7 @@ def test_production_goes_back_where_the_version_before_answers_better(hub: Hub) 
 
 
 @pytest.mark.parametrize("broken", ["rollback", "promote", "learn", "retire", "remark", "_remember"])
-@pytest.mark.parametrize("case", ["worse", "left behind", "poisoned"])
+@pytest.mark.parametrize("case", ["worse", "left behind", "poisoned", "agrees"])
 def test_a_pass_that_dies_at_any_of_its_acts_is_ended_by_the_next_one(hub: Hub, monkeypatch: pytest.MonkeyPatch, case: str, broken: str) -> None:
     """The act is done, and the process is gone before the next one."""
     if case == "worse":
@@ -331,8 +333,8 @@ def test_a_pass_that_dies_at_any_of_its_acts_is_ended_by_the_next_one(hub: Hub, 
         hub.learn("kinds", swapped, config=CONFIG, start="cold", promote="always")
         ask(hub, rows(WORDS, 10, 60))
     else:
-        words, truth = (NEW_WORDS, dict(zip(OTHER, OTHER, strict=True))) if case == "left behind" else (WORDS, OTHER)
-        ask(hub, rows(words, 30), truth=lambda row: truth[row["label"]])
+        words, truth = (NEW_WORDS if case == "left behind" else WORDS), (OTHER if case == "poisoned" else dict(zip(OTHER, OTHER, strict=True)))
+        ask(hub, rows(words, 40, 50) if case == "agrees" else rows(words, 30), truth=lambda row: truth[row["label"]])
     hub.maintain(["greetings"], now=NOW)
     owner: Any = lifelong if broken == "_remember" else hub.registry if broken == "remark" else hub
     act = getattr(owner, broken)
@@ -346,7 +348,7 @@ def test_a_pass_that_dies_at_any_of_its_acts_is_ended_by_the_next_one(hub: Hub, 
         with suppress(KeyboardInterrupt):
             hub.maintain(["kinds"], config=CONFIG, now=NOW)
     hub.maintain(["kinds"], config=CONFIG, now=NOW)
-    assert str(hub.registry.resolve("kinds")) == {"worse": "kinds@1", "left behind": "kinds@2", "poisoned": "kinds@1"}[case]
+    assert str(hub.registry.resolve("kinds")) == {"worse": "kinds@1", "left behind": "kinds@2", "poisoned": "kinds@1", "agrees": "kinds@2"}[case]
     assert max(row.ref.version or 0 for row in hub.registry.versions("kinds")) == 2, "nothing is learned twice"
     memory = hub.registry.notes.read("maintenance")["kinds"]
     assert memory["pending"] is None and hub.verify().ok
@@ -426,6 +428,22 @@ def test_what_a_person_put_into_production_meanwhile_stays_there(hub: Hub, monke
     memory = hub.registry.notes.read("maintenance")["kinds"]
     assert memory["pending"] is None and memory["rows_next"] == 0
     assert hub.maintain(["kinds"], config=CONFIG, now=NOW).done[0].step is Step.NONE
+
+
+def test_a_person_who_goes_back_behind_a_pass_that_was_killed_is_not_overruled(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(hub, rows(NEW_WORDS, 30))
+    act = hub.promote
+
+    def dies(*given: Any, **more: Any) -> Any:
+        act(*given, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hub, "promote", dies)
+        hub.maintain(["kinds"], config=CONFIG, now=NOW)
+    hub.rollback("kinds")
+    [done] = hub.maintain(["kinds"], config=CONFIG, now=NOW).done
+    assert str(hub.registry.resolve("kinds")) == "kinds@1" and not done.promoted and "has come meanwhile" in done.reason
 
 
 def test_a_rollback_that_fails_is_tried_by_the_next_pass(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
