@@ -174,8 +174,9 @@ def test_blocks_of_which_fewer_are_right_than_of_all_others_are_not_learned_as_a
 
 def test_a_routine_update_goes_live_where_no_fewer_are_right_of_its_own_of_the_others_and_of_each_label_that_it_knew() -> None:
     kept = {"a": (1, 2), "b": (0, 0)}
-    assert no_worse("promote", 40, 40, 3, 3, (0, 0), kept, 0.05)[0] is no_worse("promote", 40, 40, 3, 1, (2, 2), kept, 0.05)[0] is Proof.BETTER
-    assert no_worse("promote", 40, 40, 30, 0, (0, 1), kept, 0.05)[0] is Proof.MISSING    # what it gains is not taken from others
+    assert no_worse("promote", 40, 40, 3, 3, (0, 0), kept, 0.05)[0] is no_worse("promote", 40, 40, 3, 1, (1, 3), kept, 0.05)[0] is Proof.BETTER
+    assert no_worse("promote", 40, 40, 30, 0, (0, 30), kept, 0.05)[0] is Proof.MISSING    # what it gains is not taken from others
+    assert no_worse("promote", 40, 40, 1, 0, (0, 2), kept, 0.05)[0] is Proof.MISSING      # and is more than they lose
     assert no_worse("promote", 40, 40, 3, 4, (9, 0), kept, 0.05)[0] is Proof.MISSING
     assert no_worse("promote", 40, 39, 3, 0, (0, 0), kept, 0.05)[0] is no_worse("promote", 40, 40, 3, 0, (0, 0), {}, 0.05)[0] is Proof.MISSING
     assert no_worse("hold", 40, 40, 9, 0, (9, 0), kept, 0.05)[0] is Proof.AGAINST
