@@ -19,9 +19,10 @@ A candidate goes live where the gate promotes it *and* it answers more of the ro
 a test of its own. What it learned from is set aside then, and where the gate sees harm: rows that were refused once are no evidence
 later. Where only the proof is missing, the next update waits for half as many rows again.
 What is learned as a matter of routine agrees with what is known, and so few rows rarely prove its gain: it goes live where the gate
-promotes it, no fewer of the rows held back are answered right with it, it gains no less than the other adapters lose, and these are not told to
-lose inputs, nor any of its labels kept rows, by sign tests at `level`. It learns from answers of the version in production, by blocks of LATELY in the order of what was said:
-a block of which fewer are right than of all others, by Fisher's exact test at `level` shared by the blocks, is left out.
+promotes it, no fewer of the rows held back are answered right with it, it gains no less than the other adapters lose, and neither these nor
+any of its labels' kept rows are told to lose, by sign tests at `level`. It learns from answers of the version in production, by blocks of
+LATELY in the order of what was said: a block of which fewer are right than of all others, by Fisher's exact test at `level` shared by the
+blocks, is left out.
 """
 
 from __future__ import annotations
