@@ -180,13 +180,13 @@ class _Watch:
         notes = self._hub.registry.notes
         if new:    # memories before the detectors: a killed pass tells twice
             notes.write(MAINTENANCE, {name: memory.to_json() for name, memory in self.opened.items()})
-            if overall := next((alarm for alarm in new if alarm.adapter == OVERALL and alarm.kind is Kind.ALARM), None):
-                notes.write(DRIFT, {UNSEEN: overall.to_json()})
             _note(self._hub, new, self._now)
             self._alerts.send(new, now_s=self._now.timestamp())
         state: dict[str, JSON] = {"monitor": self.monitor.to_json(), "alerts": self._alerts.to_json(), "seen": self.seen, "said": list(self.said)}
         state |= {"production": self.production, "encoder": self._hub.encoder.fingerprint}
-        notes.write(DRIFT, {STATE: state | {"alarms": [] if ended else [alarm.to_json() for alarm in self.alarms]}})
+        overall = [alarm.to_json() for alarm in new if alarm.adapter == OVERALL and alarm.kind is Kind.ALARM]
+        unseen = {UNSEEN: overall[-1]} if overall else {}
+        notes.write(DRIFT, {STATE: state | {"alarms": [] if ended else [alarm.to_json() for alarm in self.alarms]}} | unseen)
         self._saved_s = time.monotonic()
 
 

@@ -325,8 +325,10 @@ def test_production_goes_back_where_the_version_before_answers_better(hub: Hub) 
     assert hub.history("kinds")[-1].detail["step"] == "roll back"
 
 
-@pytest.mark.parametrize("broken", ["rollback", "promote", "learn", "retire", "remark", "_remember"])
-@pytest.mark.parametrize("case", ["worse", "left behind", "poisoned", "agrees"])
+ACTS = itertools.product(["worse", "left behind", "poisoned"], ["rollback", "promote", "learn", "retire", "remark", "_remember"])
+
+
+@pytest.mark.parametrize(("case", "broken"), [*ACTS, ("agrees", "learn"), ("agrees", "promote"), ("agrees", "_remember")])
 def test_a_pass_that_dies_at_any_of_its_acts_is_ended_by_the_next_one(hub: Hub, monkeypatch: pytest.MonkeyPatch, case: str, broken: str) -> None:
     """The act is done, and the process is gone before the next one."""
     if case == "worse":
