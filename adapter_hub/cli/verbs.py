@@ -647,8 +647,8 @@ def maintain(
     """One pass: watch, evaluate, and update or roll back where people's feedback asks for it. For cron; one at a time.
 
     An adapter below accuracy_floor in hub.toml, or worse since an alarm, learns from the rows that people corrected; from refresh_rows of them
-    on also where nothing is wrong. The new version goes live where the gate promotes it and it is better on new rows. Exit code 1 where an
-    adapter could not be maintained.
+    on also where nothing is wrong. The new version goes live where the gate promotes it and it is better on new rows, in the second case no
+    worse. Exit code 1 where an adapter could not be maintained.
     """
     hub = _open(ctx, registry)
     report = hub.maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)

@@ -21,7 +21,7 @@ later. Where only the proof is missing, the next update waits for half as many r
 What is learned as a matter of routine agrees with what is known, and so few rows rarely prove its gain: it goes live where the gate
 promotes it, no fewer of the rows held back are answered right with it, it gains no less than the other adapters lose, and neither these nor
 any of its labels' kept rows are told to lose, by sign tests at `level`. It learns from answers of the version in production, by blocks of
-LATELY in the order of what was said: a block of which fewer are right than of all others, by Fisher's exact test at `level` shared by the
+BLOCK_ANSWERS in the order of what was said: a block of which fewer are right than of all others, by Fisher's exact test at `level` shared by the
 blocks, is left out.
 """
 
@@ -41,7 +41,7 @@ from adapter_hub.refs import AdapterRef
 
 RECENT = 200         # answers that the share of right ones is of
 CLOSING_ROWS = 50    # answers since an alarm that do not confirm it close it
-LATELY = 50          # answers of a block, which must be like the others to be learned as a matter of routine
+BLOCK_ANSWERS = 50   # of a block, which must be like the others to be learned as a matter of routine
 TESTS = 4            # that share the level: the version before, the floor, the alarm, and the candidates
 NEVER = ("", "")     # a moment of feedback, and the observation: before all
 Moment = tuple[str, str]
@@ -192,7 +192,7 @@ def decide(health: Health, memory: Memory, policy: MaintenancePolicy, now: datet
 
 def _refreshed(health: Health, memory: Memory, policy: MaintenancePolicy, now: datetime) -> Decision:
     """Where nothing is wrong: what people said is learned all the same, when it is much."""
-    few = health.answers < 2 * LATELY or health.agreeing < max(policy.refresh_rows, memory.refresh_next)
+    few = health.answers < 2 * BLOCK_ANSWERS or health.agreeing < max(policy.refresh_rows, memory.refresh_next)
     if not policy.refresh_rows or few or memory.alarm is not None or _due(memory, policy, now):
         return Decision(Step.NONE, _well(health, memory), memory)
     left_out = f", {health.rows - health.agreeing} are left out" if health.rows > health.agreeing else ""
@@ -201,8 +201,8 @@ def _refreshed(health: Health, memory: Memory, policy: MaintenancePolicy, now: d
 
 
 def alike(rights: Sequence[bool], level: float) -> list[bool]:
-    """Of answers in the order of what was said, those in blocks of LATELY of which not fewer are right than of all others."""
-    starts = range(0, max(len(rights) - LATELY + 1, 1), LATELY)    # the last block has what is left
+    """Of answers in the order of what was said, those in blocks of BLOCK_ANSWERS of which not fewer are right than of all others."""
+    starts = range(0, max(len(rights) - BLOCK_ANSWERS + 1, 1), BLOCK_ANSWERS)    # the last block has what is left
     blocks = [slice(start, end) for start, end in pairwise((*starts, len(rights)))]
     found: list[bool] = []
     for block in blocks:    # Fisher's exact test
