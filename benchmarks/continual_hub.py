@@ -58,9 +58,13 @@ class HubRun:
         return found
 
     def _learned(self, task: Task) -> Record:
-        """Cold: a task that was learned before the run was cut off, and not measured, is learned again to the same weights."""
+        """Cold: a task that was learned before the run was cut off, and not measured, is learned again to the same weights.
+
+        The carved rows choose the epoch; then the router is taught them, too.
+        """
         started = time.perf_counter()
         report = self.hub.learn(task.name, task.train, task.validation, config=self._config, promote="always", start="cold")
+        self.hub.teach(task.name, task.validation)
         learned = time.perf_counter() - started
         self.hub.calibrate()
         self.hub.settle()
@@ -71,7 +75,7 @@ class HubRun:
         with Hub.open(other) as learned:
             ref = learned.registry.resolve(task.name)
             source, labels = learned.registry.open_version(ref), learned.show(ref).labels
-            self.hub.register(task.name, source, task.train, labels=labels, evaluation=task.validation, assume_base=True)
+            self.hub.register(task.name, source, [*task.train, *task.validation], labels=labels, assume_base=True)
         self.hub.calibrate()
         self.hub.settle()
         return {"seconds": time.perf_counter() - started, "verdict": None}

@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ from adapter_hub.training.train import train_classifier
 
 # n rows, c labels of the whole sequence, d encoder width, h hidden width, r rank
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 REPLAYED = 0.02            # of each earlier task's rows (the issue's baseline)
 ELASTICITY = 1000.0        # of EWC, set by hand: not searched
 FISHER_ROWS = 200
@@ -95,8 +96,10 @@ class ClassMean:
         self._sums: dict[str, F32] = {}
 
     def learn(self, tasks: Sequence[Task]) -> None:
-        for row, vector in _encoded(self._vectors, tasks):
-            self._sums[row] = self._sums.get(row, np.zeros_like(vector)) + vector
+        rows = [row for task in tasks for row in (*task.train, *task.validation)]
+        for row, vector in zip(rows, self._vectors([row.text for row in rows]), strict=True):
+            label = str(row.label)
+            self._sums[label] = self._sums.get(label, np.zeros_like(vector)) + vector
 
     def scores(self, texts: Sequence[str]) -> F32:
         found = np.full((len(texts), len(self._place)), -np.inf, np.float32)
@@ -121,17 +124,15 @@ class LabelNames(ClassMean):
 class RandomRidge:
     """Ridge on random ReLU features, by sums over the rows (RanPAC, McDonnell et al. 2023): the order of tasks changes nothing.
 
-    The penalty is chosen anew on the carved rows of all tasks so far.
+    The penalty is chosen anew on the carved rows of all tasks so far, which then are among the sums.
     """
 
     joint = False
 
     def __init__(self, vectors: Vectors, labels: Sequence[str], seed: int) -> None:
         self._vectors, self._place, self._seed = vectors, {label: place for place, label in enumerate(labels)}, seed
-        self._gram = np.zeros((RANDOM_FEATURES, RANDOM_FEATURES))
-        self._moments = np.zeros((RANDOM_FEATURES, len(labels)))
+        self._sums = [np.zeros((RANDOM_FEATURES, width)) for width in (RANDOM_FEATURES, len(labels))]    # Gram matrix and moments
         self._carved: list[Example] = []
-        self._weights = self._moments
 
     def _features(self, texts: Sequence[str]) -> F32:
         vectors = self._vectors(texts)
@@ -140,34 +141,33 @@ class RandomRidge:
 
     def learn(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
-            features = self._features([row.text for row in task.train])
-            self._gram += features.T @ features
-            np.add.at(self._moments.T, [self._place[str(row.label)] for row in task.train], features)
+            self._add(self._sums, task.train)
             self._carved += task.validation
         carved = self._features([row.text for row in self._carved])
-        targets = np.array([self._place[str(row.label)] for row in self._carved])
-        best = -1.0
-        for penalty in PENALTIES:
-            gram = self._gram.copy()
-            gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram)
-            weights = linalg.solve(gram, self._moments, assume_a="pos", overwrite_a=True)
-            right = float((self._masked(carved @ weights).argmax(axis=1) == targets).mean())
-            if right > best:
-                best, self._weights = right, weights
+        targets = [self._place[str(row.label)] for row in self._carved]
+        right = {penalty: (self._masked(carved @ _ridge(*self._sums, penalty)).argmax(axis=1) == targets).mean() for penalty in PENALTIES}
+        both = [sums.copy() for sums in self._sums]
+        self._add(both, self._carved)
+        self._weights = _ridge(*both, max(PENALTIES, key=right.__getitem__))
+
+    def _add(self, sums: list[F64], rows: Sequence[Example]) -> None:
+        features = self._features([row.text for row in rows])
+        sums[0] += features.T @ features
+        np.add.at(sums[1].T, [self._place[str(row.label)] for row in rows], features)
 
     def _masked(self, scores: F32) -> F32:
-        return np.where(self._moments.any(axis=0), scores, -np.inf).astype(np.float32)
+        return np.where(self._sums[1].any(axis=0), scores, -np.inf).astype(np.float32)
 
     def scores(self, texts: Sequence[str]) -> F32:
         return self._masked(self._features(texts) @ self._weights)
 
     @property
     def bytes_stored(self) -> int:
-        return self._gram.nbytes + self._moments.nbytes
+        return sum(sums.nbytes for sums in self._sums)
 
 
 class JointProbe:
-    """One logistic regression on the embeddings of all tasks at once; its penalty is chosen on carved rows."""
+    """One logistic regression on the embeddings of all tasks at once; its penalty is chosen on carved rows, which it then learns, too."""
 
     joint = True
 
@@ -177,8 +177,10 @@ class JointProbe:
     def learn(self, tasks: Sequence[Task]) -> None:
         train, carved = ([row for task in tasks for row in part(task)] for part in (lambda task: task.train, lambda task: task.validation))
         x, y = (self._vectors([row.text for row in rows]) for rows in (train, carved))
-        found = [LogisticRegression(C=c, max_iter=500).fit(x, [row.label for row in train]) for c in INVERSE_PENALTIES]
-        self._head = max(found, key=lambda head: head.score(y, [row.label for row in carved]))
+        targets, asked = ([str(row.label) for row in rows] for rows in (train, carved))
+        right = {c: LogisticRegression(C=c, max_iter=500).fit(x, targets).score(y, asked) for c in INVERSE_PENALTIES}
+        best = LogisticRegression(C=max(INVERSE_PENALTIES, key=right.__getitem__), max_iter=500)
+        self._head = best.fit(np.concatenate([x, y]), targets + asked)
 
     def scores(self, texts: Sequence[str]) -> F32:
         known = [self._labels.index(label) for label in self._head.classes_]
@@ -191,9 +193,9 @@ class JointProbe:
         return self._head.coef_.size * 4
 
 
-def _encoded(vectors: Vectors, tasks: Sequence[Task]) -> Iterator[tuple[str, F32]]:
-    rows = [row for task in tasks for row in task.train]
-    return zip((str(row.label) for row in rows), vectors([row.text for row in rows]), strict=True)
+def _ridge(gram: F64, moments: F64, penalty: float) -> F64:
+    """(features, c)"""
+    return np.asarray(linalg.solve(gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram)), moments, assume_a="pos", overwrite_a=True))
 
 
 # ---- one LoRA throughout ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every test runs under: no network, no deadlines. The number of torch threads is left as the machine sets it."""
+"""What every test runs under: no network, no deadlines, and of processes beside each other each with its share of the cores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")    # on shared cores, threads that spin while they wait take them from each other
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 
 import pytest
 from hypothesis import HealthCheck, settings
