@@ -739,7 +739,7 @@ class Hub:
                 problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
             )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
-        prepared = self._weighed(name, prepared, result.validation) if routed else self._by_name(prepared)
+        prepared = self._weighed(name, prepared, held_out or result.validation) if routed else self._by_name(prepared)
         report = judge(self._evidence(name, prepared, lesson, result, current, gone), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"

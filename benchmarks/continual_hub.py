@@ -75,7 +75,8 @@ class HubRun:
         with Hub.open(other) as learned:
             ref = learned.registry.resolve(task.name)
             source, labels = learned.registry.open_version(ref), learned.show(ref).labels
-            self.hub.register(task.name, source, [*task.train, *task.validation], labels=labels, assume_base=True)
+            self.hub.register(task.name, source, task.train, labels=labels, evaluation=task.validation, assume_base=True)
+        self.hub.teach(task.name, task.validation)
         self.hub.calibrate()
         self.hub.settle()
         return {"seconds": time.perf_counter() - started, "verdict": None}
