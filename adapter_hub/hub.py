@@ -53,7 +53,7 @@ from adapter_hub.registry.manifest import Manifest, VersionFacts
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
-from adapter_hub.routing.contest import NEAR, TEMPERATURE, WEIGHT, evidence, rivals
+from adapter_hub.routing.contest import NEAR, TEMPERATURE, evidence, rivals
 from adapter_hub.routing.decision import Decision
 
 # What needs torch is imported by the methods that need it: listing and promoting take no seconds and no memory for models.
@@ -461,7 +461,7 @@ class Hub:
             license=license, prompt_template=prompt_template, generation=generation, metrics=metrics, parent=parent,
             training_data_digest=training_data_digest, problem_type=problem_type,
         )  # fmt: skip
-        prepared = self._weighed(name, prepared, held_out) if routed else self._by_name(prepared)
+        prepared = prepared if routed else self._by_name(prepared)
         return self._added(name, prepared.facts, prepared.files, prepared.state, promote=promote)
 
     def _by_name(self, prepared: _Prepared) -> _Prepared:
@@ -473,22 +473,6 @@ class Hub:
         return replace(
             prepared, facts=replace(prepared.facts, routed=False), files=prepared.files | {ROUTING_FILE: nothing.to_bytes()}, state=nothing
         )
-
-    def _weighed(self, name: str, prepared: _Prepared, held_out: Sequence[Example]) -> _Prepared:
-        """With the weight of its answers beside the router's responses, measured on rows it has not learned; of one label among several alone."""
-        from adapter_hub.continual.weight import measured, weight_of
-        from adapter_hub.routing.features import extract
-
-        adapter = prepared.adapter
-        picks = adapter.task_type is TaskType.SEQ_CLS and adapter.problem_type in (None, ProblemType.SINGLE)
-        rows = measured(held_out, adapter.labels or ()) if picks and prepared.state.count else ()
-        if not rows:
-            return prepared
-        texts = [row.text for row in rows]
-        with self._candidate(name, adapter) as ref:
-            outputs = self.engine.predict(_requests(texts, [ref] * len(texts), True))
-        weight = weight_of(prepared.state, rows, extract(self.encoder, texts), [output.scores for output in outputs])
-        return replace(prepared, facts=replace(prepared.facts, answer_weight=weight))
 
     def _prepared(
         self,
@@ -739,7 +723,7 @@ class Hub:
                 problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
             )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
-        prepared = self._weighed(name, prepared, held_out or result.validation) if routed else self._by_name(prepared)
+        prepared = prepared if routed else self._by_name(prepared)
         report = judge(self._evidence(name, prepared, lesson, result, current, gone), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
@@ -942,7 +926,7 @@ class Hub:
         With `ask=k` an accepted input is answered by each of its k best candidates that come near the best (see `routing.contest`), and
         the label is given that router and adapter together find the likeliest: of classifiers of one label; others are not judged. It
         need not be the adapter's own first choice; `scores` are the adapter's own. Then `Prediction.adapter` is who knows it, and `asked`
-        says what the best label of each weighed.
+        the router's response to the label of each.
         Where hub.toml says that answers are logged (`observe`), `Prediction.id` is what `feedback` knows one by.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
@@ -1053,11 +1037,12 @@ class Hub:
         truncate: bool,
         ask: int,
     ) -> list[Prediction | Exception]:
-        """Each input answered with the label that router and asked adapters together find the likeliest, or why not.
+        """Each input answered with the label that router and asked adapters together find the likeliest (see `routing.contest`), or why not.
 
         There is nothing to judge where the chosen one gives no answer that can be weighed.
         """
         from adapter_hub.routing.features import extract
+        from adapter_hub.routing.router import SCORE_DECIMALS
 
         if not texts:
             return []
@@ -1077,10 +1062,9 @@ class Hub:
         all_responses = router.label_responses(features[[row for row, _, _ in flat]], [ref for _, ref, _ in flat]) if flat else []
         for (row, ref, output), responses in zip(flat, all_responses, strict=True):
             labels = zip(self._labels(ref), responses.tolist(), strict=True)
-            share = self._weight(ref)
-            known = ((evidence(response, output.scores[label], share), label) for label, response in labels if label in output.scores)
-            weight, label = max(known, key=lambda one: one[0])
-            weighed.setdefault(row, []).append((weight, ref, replace(output, label=label)))
+            known = ((evidence(response, output.scores[label]), response, label) for label, response in labels if label in output.scores)
+            _, response, label = max(known, key=lambda one: one[0])
+            weighed.setdefault(row, []).append((round(response, SCORE_DECIMALS), ref, replace(output, label=label)))
         found: list[Prediction | Exception] = []
         for row, decision in enumerate(decisions):
             ranked = sorted(weighed.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
@@ -1102,11 +1086,6 @@ class Hub:
                 return ()
             self._label_names[ref] = tuple(name for name in names if name is not None)
         return self._label_names[ref]
-
-    def _weight(self, ref: AdapterRef) -> float:
-        """Of its answers beside the router's responses."""
-        measured = self.registry.manifest(ref).answer_weight
-        return WEIGHT if measured is None else measured
 
     def _route(
         self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
@@ -1179,7 +1158,7 @@ class Hub:
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
             "truncate": truncate,
             **({"observation": True} if self._observes else {}),    # a column more
-            **({"ask": [ask, NEAR, TEMPERATURE, WEIGHT]} if _checked_ask(ask) > 1 else {}),
+            **({"ask": [ask, NEAR, TEMPERATURE]} if _checked_ask(ask) > 1 else {}),
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}

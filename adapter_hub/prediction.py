@@ -38,7 +38,7 @@ class Prediction:
     tokens: tuple[Any, ...] | None = None       # token classification: spans with label, score, start, end
     truncated: bool = False                     # the input was longer than the hub's max_tokens
     mixture: Shares = ()                        # (version, weight), weightiest first, where several answered together
-    asked: Shares = ()                          # (version, evidence for its answer), best first, where several near candidates were asked
+    asked: Shares = ()                          # (version, the router's response to its label), best first, where several near candidates were asked
     labels: tuple[str, ...] | None = None       # of a classifier of several labels: those of probability 0.5 and more
     value: float | None = None                  # of a regression
     id: str | None = None                       # of its observation, for `Hub.feedback`; None where it is not logged

@@ -38,7 +38,6 @@ class VersionFacts:
     parent: str | None = None                       # the version that it was made from
     started_from: tuple[str, ...] = ()              # versions of other names whose weights its training began with
     routed: bool = True                             # False: only its name reaches it, though it has examples
-    answer_weight: float | None = None              # of its log probabilities beside the router's responses; None: not measured
     license: str | None = None
     description: str = ""
     tags: tuple[str, ...] = ()
@@ -54,9 +53,6 @@ class VersionFacts:
         texts = [value for item in fields(VersionFacts) if isinstance(value := getattr(self, item.name), str)]
         _check(not any("\0" in text for text in texts), "a text", "\0", "without NUL characters")
         _check(isinstance(self.routed, bool), "routed", self.routed, "true or false")
-        weight = self.answer_weight
-        number = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
-        _check(weight is None or number, "answer_weight", weight, "a number of at least 0, or None")
         for key in ("peft", "generation", "metrics"):
             _check(isinstance(getattr(self, key), Mapping), key, getattr(self, key), "a mapping")
         for key in ("labels", "tags", "started_from"):
@@ -136,8 +132,7 @@ class Manifest(VersionFacts):
         row = {"schema": MANIFEST_SCHEMA, "name": self.name, "version": self.version, "digest": self.digest} | asdict(self)
         row["labels"] = None if self.labels is None else list(self.labels)
         row["tags"], row["started_from"] = list(self.tags), list(self.started_from)
-        rare = ("purged_at", "source", "revision", "problem_type", "evaluation_digest", "started_from", "answer_weight")
-        for key in rare:    # what most versions lack
+        for key in ("purged_at", "source", "revision", "problem_type", "evaluation_digest", "started_from"):    # what most versions lack
             if row[key] in (None, []):
                 del row[key]
         if self.routed:

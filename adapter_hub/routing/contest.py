@@ -1,9 +1,9 @@
 """Which candidates come so near the best that their own answers shall decide, and what a label weighs. Standard library only.
 
 The router knows inputs of every adapter, and sees them through the frozen encoder alone; an adapter sees more, and knows its own labels
-alone. Of a near input each candidate is asked, and each of its labels is weighed by both: by the router's response to that label, and by
-the probability that the adapter gives it (a product of experts, Hinton 2002). How much the latter counts is measured for each version that
-is learned (`continual.weight`): one that knows no more than the frozen encoder has little to say.
+alone. Of a near input each candidate is asked. Among its own labels both decide: the router's response to a label, and the probability
+that the adapter gives it (a product of experts, Hinton 2002). Among adapters the router's response to those labels does: how sure an
+adapter is of an input that is not its own says nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import math
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.decision import Decision
 
-# On validation rows, by maximum likelihood: benchmarks/LOG.md.
-NEAR = 0.3            # of candidates' scores: 6 % of the inputs are nearer
-TEMPERATURE = 0.05    # of responses, as log probabilities of labels: 0.04 to 0.07 on left-out examples of four registries
-WEIGHT = 3.0          # of an adapter's log probabilities beside them, where it was not measured: of adapters of 90 and more rows a label
+# Both on validation rows, of many examples and of few: benchmarks/LOG.md.
+NEAR = 0.2             # of candidates' scores: 4 % of CLINC150's inputs are nearer
+TEMPERATURE = 0.075    # of responses beside log probabilities
 PROBABILITY_MIN = 1e-12
 DECIMALS = 3    # sums run in another order in a batch than alone, and a response's last bits weigh 1 / TEMPERATURE times as much
 
@@ -29,6 +28,6 @@ def rivals(decision: Decision, ask: int) -> tuple[AdapterRef, ...]:
     return tuple(ref for ref, score in decision.candidates[1:ask] if best - score < NEAR)
 
 
-def evidence(response: float, probability: float, weight: float = WEIGHT) -> float:
+def evidence(response: float, probability: float) -> float:
     """For a label, from the router's response to its label and the probability that its adapter gives it: log odds but for a constant."""
-    return round(response / TEMPERATURE + weight * math.log(max(probability, PROBABILITY_MIN)), DECIMALS)
+    return round(response / TEMPERATURE + math.log(max(probability, PROBABILITY_MIN)), DECIMALS)

@@ -174,13 +174,6 @@ class RoutingState:
         """The exemplars that stay in `succeeded`, in their order; a description gives way to real examples."""
         return [] if self.from_description else self.exemplars.rows_without(newer.exemplars + newer.negatives)
 
-    def without(self, known: Encodings) -> RoutingState:
-        """The state of the exemplars that are none of these; of labels that this leaves without one it knows nothing."""
-        kept = self.exemplars.rows_without(known)
-        numbers, classes = np.unique(self.classes[kept], return_inverse=True)
-        names = tuple(self.class_names[number] for number in numbers)
-        return replace(self, exemplars=self.exemplars[kept], classes=classes.astype(np.int32), class_names=names)
-
     def thinned(self, share: float) -> RoutingState:
         """With about `share` of the exemplars of each class, evenly spread, and at least two: for estimates that need not know all."""
         if share >= 1 or self.from_description:
