@@ -924,7 +924,8 @@ class Hub:
         that cannot be mixed with the best one (a head with other labels, a DoRA, …) are left out, and the others' shares grow in
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         With `ask=k` an accepted input is answered by each of its k best candidates that come near the best (see `routing.contest`), and
-        the label is given that router and adapter together find the likeliest: of classifiers of one label; others are not judged. It
+        of their labels one is given: within an adapter the likeliest by router and adapter, among adapters that to which the router
+        responds most. Of classifiers of one label; others are not judged. It
         need not be the adapter's own first choice; `scores` are the adapter's own. Then `Prediction.adapter` is who knows it, and `asked`
         the router's response to the label of each.
         Where hub.toml says that answers are logged (`observe`), `Prediction.id` is what `feedback` knows one by.
@@ -1037,7 +1038,7 @@ class Hub:
         truncate: bool,
         ask: int,
     ) -> list[Prediction | Exception]:
-        """Each input answered with the label that router and asked adapters together find the likeliest (see `routing.contest`), or why not.
+        """Each input answered with the label that wins among router and asked adapters (see `routing.contest`), or why not.
 
         There is nothing to judge where the chosen one gives no answer that can be weighed.
         """
@@ -1058,18 +1059,18 @@ class Hub:
             if ref and not isinstance(output, Exception) and output.label in self._labels(ref) and (row in said or ref == chosen[row]):
                 said.setdefault(row, []).append((ref, output))
         flat = [(row, ref, output) for row, answers in said.items() for ref, output in answers]
-        weighed: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
+        answered: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
         all_responses = router.label_responses(features[[row for row, _, _ in flat]], [ref for _, ref, _ in flat]) if flat else []
         for (row, ref, output), responses in zip(flat, all_responses, strict=True):
             labels = zip(self._labels(ref), responses.tolist(), strict=True)
             known = ((evidence(response, output.scores[label]), response, label) for label, response in labels if label in output.scores)
             _, response, label = max(known, key=lambda one: one[0])
-            weighed.setdefault(row, []).append((round(response, SCORE_DECIMALS), ref, replace(output, label=label)))
+            answered.setdefault(row, []).append((round(response, SCORE_DECIMALS), ref, replace(output, label=label)))
         found: list[Prediction | Exception] = []
         for row, decision in enumerate(decisions):
-            ranked = sorted(weighed.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
+            ranked = sorted(answered.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
             best = ranked[0][2] if ranked else outputs[row]
-            asked = tuple((ref, weight) for weight, ref, _ in ranked) if len(ranked) > 1 else ()
+            asked = tuple((ref, response) for response, ref, _ in ranked) if len(ranked) > 1 else ()
             found.append(best if isinstance(best, Exception) else Prediction.of(decision, decision.adapter, best, asked))
         return found
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapter_hub.engine.engine import Output
     from adapter_hub.engine.stream import Stream
 
-ASKED = "asked"    # the reason of a row whose near candidates were asked: `adapter` knows the likeliest label
+ASKED = "asked"    # the reason of a row whose near candidates were asked: `adapter` knows the label that won
 
 Answering = AdapterRef | Mixture | None    # who answers an input, resolved; None: the base model
 
@@ -29,7 +29,7 @@ class Prediction:
     """
 
     adapter: AdapterRef | None                  # the version that answered, of a mixture the weightiest; None is the base model. Of several
-                                                # that were asked the one with the likeliest label, which may be another than the decision's
+                                                # that were asked the one whose label won, which may be another than the decision's
     decision: Decision
     label: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)   # label -> probability
@@ -64,7 +64,7 @@ class Prediction:
         """Everything: the decision with its threshold, candidates and calibration, the answer, and the probability of each label."""
         scores = {label: rounded(score) for label, score in self.scores.items()}
         mixture = [{"adapter": str(ref), "weight": rounded(weight)} for ref, weight in self.mixture]
-        asked = [{"adapter": str(ref), "evidence": evidence} for ref, evidence in self.asked]
+        asked = [{"adapter": str(ref), "response": response} for ref, response in self.asked]
         more = {"scores": scores, "mixture": mixture, "asked": asked, "observation": self.id}
         return self.decision.to_json() | self.row() | {key: value for key, value in more.items() if value}
 

@@ -3,10 +3,11 @@
     python benchmarks/continual.py --data DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0] [--device cuda]
 
 DIR holds the folders clinc150, banking77, standard_cl and cl_benchmark. `--work` keeps registries and one record a run: what is
-there is not computed again, so that a run that was cut off goes on. Every LoRA gets the same rows and passes over them, and starts its
-head from a linear probe; the hub's and the joint one choose their epoch on carved rows, the others take the last. What is solved, not
-trained, takes the carved rows in once they have chosen: the hub's router and the heads on the frozen encoder. The joint LoRA, which is
-the bound, has twice the rank and adapts every layer. Accuracy is of the label, among those of all tasks learned so far (where tasks share
+there is not computed again, so that a run that was cut off goes on. Every method gets the same rows, and every LoRA as many passes over
+them and a head that starts from a linear probe. A part of the rows is carved off where something is to be chosen. The hub's LoRAs and
+the joint one choose their epoch on it, and are not trained on it; the router is taught it then, and the heads on the frozen encoder,
+which choose a penalty on it, learn it. The other LoRAs take the last epoch, and are trained on everything. The joint LoRA, which is the
+bound, has twice the rank and adapts every layer. Accuracy is of the label, among those of all tasks learned so far (where tasks share
 labels, whoever gives the right one is right); "named" tells the method which task it is. The test split chooses nothing. The last line
 is JSON.
 """
@@ -294,9 +295,8 @@ def missed(name: str, figures: Figures) -> list[str]:
     means = {figure: float(np.mean(values)) for figure, values in figures.get(HUB, {}).items()}
     if "acc" in means and JOINT in figures:
         means["minus_joint"] = means["acc"] - float(np.mean(figures[JOINT]["acc"]))
-    others = [float(np.mean(figures[method]["acc"])) for method in ONE_BY_ONE if method in figures]
-    if "acc" in means and others:
-        means["minus_others"] = means["acc"] - max(others)
+    if "acc" in means and all(method in figures for method in ONE_BY_ONE):
+        means["minus_others"] = means["acc"] - max(float(np.mean(figures[method]["acc"])) for method in ONE_BY_ONE)
     found = []
     for figure, least in (*BARS.get(name, ()), *ALWAYS):
         if figure not in means:

@@ -40,6 +40,11 @@ class Task:
     test: tuple[Example, ...]
 
     @property
+    def rows(self) -> tuple[Example, ...]:
+        """All that may be learned."""
+        return (*self.train, *self.validation)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return tuple(sorted({str(row.label) for row in self.train}))
 

@@ -32,6 +32,7 @@ from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.engine import Engine, Request
 from adapter_hub.examples import Example, digest_of
 from adapter_hub.refs import AdapterRef
+from adapter_hub.routing.contest import NEAR, TEMPERATURE
 from adapter_hub.routing.encoder import Encoder
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
@@ -51,7 +52,8 @@ INVERSE_PENALTIES = (1.0, 10.0, 100.0)    # of the joint probe
 BATCH_ROWS = 64
 BUCKET = 8                 # batches whose rows are sorted by length together
 ONCE_ROWS = 16             # rows for computing hidden states once
-SETTINGS = (REPLAYED, ELASTICITY, FISHER_ROWS, ORTHOGONALITY, RANDOM_FEATURES)    # what a record depends on beside config and rows
+RECIPE = 2                 # to be raised where the same settings would give another record
+SETTINGS = (RECIPE, REPLAYED, ELASTICITY, FISHER_ROWS, ORTHOGONALITY, RANDOM_FEATURES, PENALTIES, INVERSE_PENALTIES, NEAR, TEMPERATURE)
 
 
 class Scores(Protocol):
@@ -96,7 +98,7 @@ class ClassMean:
         self._sums: dict[str, F32] = {}
 
     def learn(self, tasks: Sequence[Task]) -> None:
-        rows = [row for task in tasks for row in (*task.train, *task.validation)]
+        rows = [row for task in tasks for row in task.rows]
         for row, vector in zip(rows, self._vectors([row.text for row in rows]), strict=True):
             label = str(row.label)
             self._sums[label] = self._sums.get(label, np.zeros_like(vector)) + vector
@@ -163,7 +165,7 @@ class RandomRidge:
 
     @property
     def bytes_stored(self) -> int:
-        return sum(sums.nbytes for sums in self._sums)
+        return sum(sums.nbytes for sums in self._sums) + sum(len(row.text.encode()) for row in self._carved)
 
 
 class JointProbe:
@@ -195,7 +197,9 @@ class JointProbe:
 
 def _ridge(gram: F64, moments: F64, penalty: float) -> F64:
     """(features, c)"""
-    return np.asarray(linalg.solve(gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram)), moments, assume_a="pos", overwrite_a=True))
+    gram = gram.copy()
+    gram[np.diag_indices_from(gram)] += penalty * np.trace(gram) / len(gram)
+    return np.asarray(linalg.solve(gram, moments, assume_a="pos", overwrite_a=True))
 
 
 # ---- one LoRA throughout ------------------------------------------------------------------------------------------------
@@ -223,7 +227,7 @@ class SequentialLora:
         for task in tasks:
             self._start(task)
             self._seen = sorted({*self._seen, *(self._place[label] for label in task.labels)})
-            self._fit(task.train, self._seen)
+            self._fit(task.rows, self._seen)
 
     def _extra(self) -> Tensor | None:
         """What else is in the loss of a batch."""
@@ -231,7 +235,7 @@ class SequentialLora:
 
     def _start(self, task: Task) -> None:
         """The head's rows of a task's labels from a linear probe of what the model makes of its inputs, as the hub's trainer starts its heads."""
-        rows = sorted(task.train, key=lambda row: len(row.text))
+        rows = sorted(task.rows, key=lambda row: len(row.text))
         encoded = self._base.encode([row.text for row in rows])
         inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in encoded]
         batches = (_padded(inputs[at : at + BATCH_ROWS]) for at in range(0, len(inputs), BATCH_ROWS))
@@ -332,8 +336,8 @@ class Replay(SequentialLora):
         for task in tasks:
             self._start(task)
             self._seen = sorted({*self._seen, *(self._place[label] for label in task.labels)})
-            self._fit([*task.train, *self._kept], self._seen)
-            self._kept += self._random.sample(task.train, max(1, round(REPLAYED * len(task.train))))
+            self._fit([*task.rows, *self._kept], self._seen)
+            self._kept += self._random.sample(task.rows, max(1, round(REPLAYED * len(task.rows))))
 
 
 class Elastic(SequentialLora):
@@ -357,7 +361,7 @@ class Elastic(SequentialLora):
     def learn(self, tasks: Sequence[Task]) -> None:
         for task in tasks:
             super().learn([task])
-            rows = self._random.sample(task.train, min(FISHER_ROWS, len(task.train)))
+            rows = self._random.sample(task.rows, min(FISHER_ROWS, len(task.rows)))
             summed = {name: torch.zeros_like(parameter) for name, parameter in self._trained().items()}
             for row in rows:
                 ids = self._base.encode([row.text])[0].ids
@@ -402,7 +406,7 @@ class OrthogonalLora(SequentialLora):
             self._start(task)
             own = sorted(self._place[label] for label in task.labels)
             self._seen = sorted({*self._seen, *own})
-            self._fit(task.train, own)
+            self._fit(task.rows, own)
             with torch.no_grad():
                 for name, module in self._layers():
                     module.get_base_layer().weight += module.get_delta_weight("default")

@@ -131,6 +131,29 @@ def test_the_random_ridge_does_not_depend_on_the_order(
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ClassMean", "RandomRidge", "JointProbe"])
+def test_rows_that_chose_are_learned_then(
+    modules: dict[str, ModuleType], tasks: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    methods = modules["continual_methods"]
+    monkeypatch.setattr(methods, "RANDOM_FEATURES", 64)
+    texts, scores = [row.text for task in tasks for row in task.test], []
+    for carved in (tasks, [replace(task, validation=task.test[:2]) for task in tasks]):
+        method = getattr(methods, name)(methods.Vectors(HashEncoder()), labels_of(tasks), *([0] if name == "RandomRidge" else []))
+        method.learn(carved)
+        scores.append(method.scores(texts))
+    assert not np.allclose(*scores)
+
+
+def test_the_others_are_beaten_where_all_of_them_were_measured(modules: dict[str, ModuleType]) -> None:
+    missed, others = modules["continual"].missed, modules["continual"].ONE_BY_ONE
+    hub = {"acc": [0.6], "bwt_named": [0.0], "golden_same": [1.0], "singles_same": [1.0]}
+    figures = {"hub": hub, "joint": {"acc": [0.6]}, **{name: {"acc": [0.5]} for name in others}}
+    assert missed("standard_cl", figures) == []
+    assert missed("standard_cl", figures | {"ridge": {"acc": [0.61]}}) == ["standard_cl: minus_others -0.0100 < 0"]
+    assert missed("standard_cl", {"hub": hub, "joint": {"acc": [0.6]}, "base": {"acc": [0.1]}}) == ["standard_cl: minus_others was not measured"]
+
+
 def test_a_bar_that_was_not_measured_is_missed(modules: dict[str, ModuleType]) -> None:
     missed = modules["continual"].missed
     assert any("acc was not measured" in line for line in missed("clinc_domains", {}))

@@ -473,7 +473,7 @@ def test_text_is_kept_only_where_the_policy_says_so(filled: Hub, tmp_path: Path)
     assert not list((tmp_path / "registry").rglob("exemplars.jsonl"))
 
 
-def test_of_near_candidates_the_one_with_the_likeliest_label_answers(hub: Hub, tmp_path: Path) -> None:
+def test_of_near_candidates_the_one_whose_label_the_router_responds_to_most_answers(hub: Hub, tmp_path: Path) -> None:
     """Two adapters that the router cannot tell apart, but by the labels that they answer."""
     rows = [{"text": f"{word} {i}", "label": label} for i, word in enumerate(("gate", "roof", "door")) for label in ("one", "two")]
     for name, seed in (("first", 1), ("second", 0)):
@@ -495,7 +495,7 @@ def test_of_near_candidates_the_one_with_the_likeliest_label_answers(hub: Hub, t
             labels[ref] = max(by_both, key=by_both.__getitem__)
             assert response_to_label == pytest.approx(responses[labels[ref]], abs=1e-4)
         assert one.label == labels[one.adapter]
-        assert one.to_json()["asked"][0]["adapter"] == str(one.adapter)
+        assert one.to_json()["asked"][0] == {"adapter": str(one.adapter), "response": one.asked[0][1]}
     assert {str(one.adapter) for one in asked} == {"first@1", "second@1"} and [one.adapter for one in asked] != [one.adapter for one in alone]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     hub.run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_false_reject=0, ask=2)
@@ -504,6 +504,20 @@ def test_of_near_candidates_the_one_with_the_likeliest_label_answers(hub: Hub, t
     rows = [{"text": text, "label": one.label, "adapter": one.adapter.name} for text, one in zip(texts, asked, strict=True) if one.adapter]
     once, judged = (hub.evaluate(rows, ask=ask) for ask in (1, 2))
     assert judged["accuracy"] == judged["routing_accuracy"] == 1 > once["routing_accuracy"]
+
+
+def test_negatives_count_also_where_near_candidates_are_asked(hub: Hub, tmp_path: Path) -> None:
+    """Previously the one that was taught to refuse an input answered it, where it came near."""
+    twins(hub, tmp_path)
+    text = "paint the wall red"
+    before = dict(hub.predict([text], max_false_reject=0, ask=3)[0].asked)
+    hub.teach("first", negatives=[text])
+    after = dict(hub.predict([text], max_false_reject=0, ask=3)[0].asked)
+    [taught] = [ref for ref in after if ref.name == "first"] or [None]
+    assert taught is None or after[taught] < before[AdapterRef("first", 1)]
+    router, features = hub.settle(), extract(hub.encoder, [text])
+    first, second = (router.label_responses(features, [hub.registry.resolve(name)])[0] for name in ("first", "second"))
+    assert (first < second).all()
 
 
 def test_a_label_that_the_router_alone_knows_is_not_judged(filled: Hub, tmp_path: Path) -> None:

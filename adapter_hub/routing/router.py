@@ -298,17 +298,16 @@ class Router:
         return next(segment for segment in self._segments if ref in segment.place)
 
     def label_responses(self, features: Features, refs: Sequence[AdapterRef]) -> list[F32]:
-        """Of each of n inputs the responses (c,) to the labels of the adapter named beside it, in alphabetical order."""
+        """Of each of n inputs the responses (c,) to the labels of the adapter named beside it, in alphabetical order; negatives take off all of them."""
         assert self.calibration is not None
         solved, found = self.head.responses(features) if self.head else None, []
         for row, ref in enumerate(refs):
             number = next(number for number, segment in enumerate(self._segments) if ref in segment.place)
             own = slice(row, row + 1)
-            found.append(
-                self._segments[number].label_responses(
-                    features.dense[own], None if solved is None else solved[own], self._columns[number], self.calibration.scoring, ref
-                )[0]
-            )
+            responses = self._segments[number].label_responses(
+                features.dense[own], None if solved is None else solved[own], self._columns[number], self.calibration.scoring, ref
+            )[0]
+            found.append(responses - self._contrasts[ref].penalties(features[own])[0] if ref in self._contrasts else responses)
         return found
 
     def _candidates(self, features: Features, wanted: int) -> list[list[tuple[AdapterRef, float]]]:

@@ -1,4 +1,4 @@
-"""Which candidates are asked beside the best, and what an answer weighs."""
+"""Which candidates are asked beside the best, and what a label of one of them weighs among its own."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ def test_only_what_comes_near_the_best_is_asked_beside_it() -> None:
     assert rivals(far, 3) == () == rivals(decided(1.0), 2) == rivals(decided(1.0, 1.0, accepted=False), 2) == rivals(Decision.named(A), 2)
 
 
-def test_an_answer_weighs_more_the_surer_its_adapter_and_the_more_the_router_responds_to_its_label() -> None:
+def test_a_label_weighs_more_the_surer_its_adapter_and_the_more_the_router_responds_to_its_label() -> None:
     assert evidence(0.5, 0.9) > evidence(0.5, 0.6) > evidence(0.4, 0.6)
     assert math.isfinite(evidence(0.5, 0.0))
