@@ -32,6 +32,7 @@ import torch
 from continual_data import ORDERS, SEQUENCES, Task, TaskSequence, load
 from continual_hub import ASKED, HubRun, golden_same
 from continual_methods import (
+    RECIPE,
     SETTINGS,
     Alone,
     ClassMean,
@@ -330,16 +331,16 @@ def main() -> int:
 
     console, base = Console(width=150), FrozenBase.load(DEFAULT_MODEL, device=arguments.device)
     vectors = Vectors(load_encoder(DEFAULT_MODEL, arguments.device))
+    path = arguments.out / f"continual_{arguments.budget}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["sequences"] if path.exists() else {}
     results: dict[str, Any] = {}
+    how = {"machine": machine_of(base), "seeds": seeds, "orders": orders, "recipe": RECIPE}
     for name in names:
         figures = measured(name, arguments, methods, seeds, orders, base, vectors, console)
         console.print(table_of(f"{name}, {arguments.budget}", figures))
-        bars = [] if small else missed(name, figures)
-        results[name] = {"machine": machine_of(base), "seeds": seeds, "orders": orders, "figures": figures, "missed": bars}
-    path = arguments.out / f"continual_{arguments.budget}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["sequences"] if path.exists() else {}
-    for name, found in results.items():    # of methods that were not asked for now, what was measured before
-        found["figures"] = before.get(name, {}).get("figures", {}) | found["figures"]
+        earlier = before.get(name, {})    # of methods that were not asked for now, what was measured before
+        known = {key: earlier.get(key, {}) | now for key, now in (("figures", figures), ("runs", dict.fromkeys(figures, how)))}
+        results[name] = known | {"missed": [] if small else missed(name, known["figures"])}
     report = {"benchmark": "continual", "budget": arguments.budget, "sequences": before | results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -298,7 +298,7 @@ class Router:
         return next(segment for segment in self._segments if ref in segment.place)
 
     def label_responses(self, features: Features, refs: Sequence[AdapterRef]) -> list[F32]:
-        """Of each of n inputs the responses (c,) to the labels of the adapter named beside it, in alphabetical order; negatives take off all of them."""
+        """Of each of n inputs the responses (c,) to the labels of the adapter beside it, in alphabetical order, less what its negatives take off."""
         assert self.calibration is not None
         solved, found = self.head.responses(features) if self.head else None, []
         for row, ref in enumerate(refs):
