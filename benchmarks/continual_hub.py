@@ -50,8 +50,7 @@ class HubRun:
         found |= {kind: [one.label for one in answers] for kind, answers in (("routed", routed), ("alone", alone), ("named", named))}
         found["right_adapter"] = [one.adapter is not None and one.adapter.name == home for one, home in zip(routed, homes, strict=True)]
         found["golden"] = {one.name: self._golden(one) for one in tasks}
-        version = self.hub.registry.open_version(self.hub.registry.resolve(task.name))
-        found["bytes"] = sum(file.stat().st_size for file in version.iterdir())
+        found["bytes"] = self._stored(task.name)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(found))
         part.replace(path)
@@ -80,6 +79,14 @@ class HubRun:
         self.hub.calibrate()
         self.hub.settle()
         return {"seconds": time.perf_counter() - started, "verdict": None}
+
+    def _stored(self, name: str) -> int:
+        """Bytes of all versions of a name; what several have lies there once."""
+        sizes: dict[str, int] = {}
+        for row in self.hub.registry.versions(name):
+            folder, files = self.hub.registry.open_version(row.ref), self.hub.registry.manifest(row.ref).files
+            sizes |= {sha256: (folder / file).stat().st_size for file, sha256 in files.items()}
+        return sum(sizes.values())
 
     def at_random(self, rows: Sequence[Example], seed: int) -> list[str | None]:
         """Each by an adapter drawn for it."""
