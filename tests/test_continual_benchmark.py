@@ -47,20 +47,24 @@ def labels_of(tasks: tuple[Any, ...]) -> list[str]:
     return sorted(label for task in tasks for label in task.labels)
 
 
+@pytest.mark.parametrize("taught", [True, False])
 def test_a_run_that_was_cut_off_goes_on_behind_its_last_stage(
-    modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...], tmp_path: Path
+    modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...], tmp_path: Path, taught: bool
 ) -> None:
     module, models = modules["continual_hub"], {"base_model": bert, "encoder": "hash"}
 
-    def stages(run: Any, numbers: range) -> list[dict[str, Any]]:
+    def stages(run: Any, numbers: range, other: Path | None = None) -> list[dict[str, Any]]:
         asked = [[(row, task.name) for task in tasks[: number + 1] for row in task.test] for number in (0, 1)]
-        return [run.stage(n, tasks[: n + 1], ([row for row, _ in asked[n]], [name for _, name in asked[n]])) for n in numbers]
+        return [run.stage(n, tasks[: n + 1], ([row for row, _ in asked[n]], [name for _, name in asked[n]]), other) for n in numbers]
 
     whole = stages(module.HubRun(tmp_path / "whole", CONFIG, **models), range(2))
     assert module.golden_same(whole) and [one["verdict"] for one in whole]
     cut = module.HubRun(tmp_path / "cut", CONFIG, **models)
     stages(cut, range(1))
-    cut._learned(tasks[1])    # and killed before it was measured
+    if taught:
+        cut._learned(tasks[1])    # and killed before it was measured
+    else:
+        cut.hub.learn(tasks[1].name, tasks[1].train, tasks[1].validation, config=CONFIG, promote="always", start="cold")
     again = module.HubRun(tmp_path / "cut", CONFIG)
     asked: list[str] = []
     learned = again._learned
@@ -68,6 +72,9 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_stage(
     resumed = stages(again, range(2))
     assert asked == ["animals"]
     for before, after in zip(whole, resumed, strict=True):
+        assert [before[key] for key in ("routed", "alone", "named", "golden")] == [after[key] for key in ("routed", "alone", "named", "golden")]
+    taken = stages(module.HubRun(tmp_path / "other", CONFIG, **models), range(2), tmp_path / "whole")    # as another order does
+    for before, after in zip(whole, taken, strict=True):
         assert [before[key] for key in ("routed", "alone", "named", "golden")] == [after[key] for key in ("routed", "alone", "named", "golden")]
     damaged = [resumed[0], resumed[1] | {"golden": {name: ["other"] for name in resumed[1]["golden"]}}]
     assert not module.golden_same(damaged)
