@@ -925,9 +925,8 @@ class Hub:
         proportion; a DoRA that is best answers alone. An abstained row is the base model's. `Prediction.mixture` says who answered.
         With `ask=k` an accepted input is answered by each of its k best candidates that come near the best (see `routing.contest`), and
         of their labels one is given: within an adapter the likeliest by router and adapter, among adapters that to which the router
-        responds most. Of classifiers of one label; others are not judged. It
-        need not be the adapter's own first choice; `scores` are the adapter's own. Then `Prediction.adapter` is who knows it, and `asked`
-        the router's response to the label of each.
+        responds most. Classifiers of one label are judged so, others are not. The label need not be the adapter's own first choice; `scores`
+        are the adapter's own. Then `Prediction.adapter` is who knows it, and `asked` has the router's response to the label of each.
         Where hub.toml says that answers are logged (`observe`), `Prediction.id` is what `feedback` knows one by.
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """

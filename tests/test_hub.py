@@ -509,15 +509,11 @@ def test_of_near_candidates_the_one_whose_label_the_router_responds_to_most_answ
 def test_negatives_count_also_where_near_candidates_are_asked(hub: Hub, tmp_path: Path) -> None:
     """Previously the one that was taught to refuse an input answered it, where it came near."""
     twins(hub, tmp_path)
-    text = "paint the wall red"
-    before = dict(hub.predict([text], max_false_reject=0, ask=3)[0].asked)
+    text = "paint the gate red"    # no exemplar: only as a negative does it tell the three apart
     hub.teach("first", negatives=[text])
-    after = dict(hub.predict([text], max_false_reject=0, ask=3)[0].asked)
-    [taught] = [ref for ref in after if ref.name == "first"] or [None]
-    assert taught is None or after[taught] < before[AdapterRef("first", 1)]
     router, features = hub.settle(), extract(hub.encoder, [text])
-    first, second = (router.label_responses(features, [hub.registry.resolve(name)])[0] for name in ("first", "second"))
-    assert (first < second).all()
+    taught, other = (router.label_responses(features, [hub.registry.resolve(name)])[0] for name in ("first", "second"))
+    assert (taught < 0).all() and (other > 0).all()
 
 
 def test_a_label_that_the_router_alone_knows_is_not_judged(filled: Hub, tmp_path: Path) -> None:
