@@ -13,7 +13,6 @@ import shlex
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from adapter_hub.adapters.config import ProblemType, TaskType
-from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles, fetch_adapter
+from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
@@ -33,23 +32,32 @@ from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
-    CorruptVersion,
     HubError,
     InvalidInput,
     InvalidName,
     ModelChanged,
-    ModelNotFound,
     NotRoutable,
     RegistryError,
     RegistryExists,
-    WrongBase,
 )
-from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, jsonl_of, measuring, measuring_digest, read_examples, targets_of
+from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, measuring, measuring_digest, read_examples, targets_of
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
+from adapter_hub.registering import (
+    Prepared,
+    by_name,
+    effect_of,
+    effect_of_next,
+    prepare,
+    routing_files,
+    sound_states,
+    store,
+    warn_of_labels,
+    warn_of_twins,
+)
 from adapter_hub.registry.config import RegistryConfig, check_policy, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
-from adapter_hub.registry.manifest import Manifest, VersionFacts
+from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
@@ -77,7 +85,7 @@ if TYPE_CHECKING:
     from adapter_hub.lifelong import MaintenanceReport
     from adapter_hub.merging import MergeReport
     from adapter_hub.routing.calibration import Calibration
-    from adapter_hub.routing.effect import Effect, Taken
+    from adapter_hub.routing.effect import Effect
     from adapter_hub.routing.encoder import Encoder
     from adapter_hub.routing.explain import Explanation
     from adapter_hub.routing.live import LiveRouter
@@ -92,9 +100,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("adapter_hub")
 
 _Found = TypeVar("_Found", bound=Prediction | HubError)
-LABELS_SHOWN = 6    # in one warning
 LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))
-_IMPORTING = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,21 +126,13 @@ class LearnReport:
         return facts | ({"transfer": self.transfer.to_json()} if self.transfer else {})
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """An adapter that was checked, and all that is stored of it."""
-
-    adapter: Adapter
-    facts: VersionFacts
-    files: dict[str, Path | bytes]
-    state: RoutingState
-
-
 class Hub:
     """An adapter registry with its router and its engine. Open one with `Hub.open`, make one with `Hub.create`.
 
     Models are loaded when first needed: opening, listing and promoting cost no forward. Safe to share between threads.
     """
+
+    importing = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
 
     def __init__(
         self,
@@ -309,7 +307,7 @@ class Hub:
     @property
     def base(self) -> FrozenBase:
         """The frozen base model. Raises ModelNotFound, InvalidInput, ModelChanged if it is not the one this registry was made for."""
-        with self._lock, _IMPORTING:
+        with self._lock, self.importing:
             if self._base is None:
                 from adapter_hub.base_model import FrozenBase
 
@@ -324,7 +322,7 @@ class Hub:
     def encoder(self) -> Encoder:
         """The router's text encoder. Raises ModelNotFound, ModelChanged; that too where hub.toml has come to name another one."""
         self._check_settings()
-        with self._lock, _IMPORTING:
+        with self._lock, self.importing:
             if self._encoder is None or self._encoder.fingerprint != (self.config.encoder_fingerprint or self._encoder.fingerprint):
                 from adapter_hub.routing.encoder import load_encoder
 
@@ -351,7 +349,7 @@ class Hub:
     @property
     def _gathered(self) -> Encoder:
         """The same encoder, for `submit`: what threads ask at once is encoded together."""
-        with self._lock, _IMPORTING:
+        with self._lock, self.importing:
             if self._gathering is None:
                 from adapter_hub.routing.encoder import GatheringEncoder
 
@@ -361,7 +359,7 @@ class Hub:
     @property
     def engine(self) -> Engine:
         self._check_open()
-        with self._lock, _IMPORTING:
+        with self._lock, self.importing:
             if self._engine is None:
                 from adapter_hub.engine.engine import Engine
 
@@ -380,7 +378,7 @@ class Hub:
     def queue(self) -> RequestQueue:
         """Of `submit`, made when it is first needed."""
         self._check_open()
-        with self._lock, _IMPORTING:
+        with self._lock, self.importing:
             if self._queue is None:
                 from adapter_hub.engine.queue import RequestQueue
 
@@ -388,9 +386,10 @@ class Hub:
             return self._queue
 
     @property
-    def _live(self) -> LiveRouter:
+    def live(self) -> LiveRouter:
+        """The router as it follows the registry."""
         self._check_open()
-        with self._lock, _IMPORTING:
+        with self._lock, self.importing:
             if self._router is None:
                 from adapter_hub.routing.live import LiveRouter
 
@@ -401,7 +400,7 @@ class Hub:
         """The adapter of a version, from the bytes that were checked against their digests; or of a candidate, which is not stored yet."""
         if candidate := self._candidates.get(ref):
             return candidate
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.adapters.weights import adapter_of
 
         manifest = self.registry.manifest(ref)
@@ -456,169 +455,13 @@ class Hub:
         """
         check_name(name)
         rows, held_out, refused = as_examples(examples), as_examples(evaluation), as_examples(negatives)
-        prepared = self._prepared(
-            name, source, rows, held_out, refused, description=description, labels=labels, tags=tags, assume_base=assume_base,
+        prepared = prepare(
+            self, name, source, rows, held_out, refused, description=description, labels=labels, tags=tags, assume_base=assume_base,
             license=license, prompt_template=prompt_template, generation=generation, metrics=metrics, parent=parent,
             training_data_digest=training_data_digest, problem_type=problem_type,
         )  # fmt: skip
-        prepared = prepared if routed else self._by_name(prepared)
-        return self._added(name, prepared.facts, prepared.files, prepared.state, promote=promote)
-
-    def _by_name(self, prepared: _Prepared) -> _Prepared:
-        """The same, and the router knows nothing of it."""
-        from adapter_hub.routing.live import ROUTING_FILE
-        from adapter_hub.routing.statistics import build_state
-
-        nothing = build_state(self.encoder, ())
-        return replace(
-            prepared, facts=replace(prepared.facts, routed=False), files=prepared.files | {ROUTING_FILE: nothing.to_bytes()}, state=nothing
-        )
-
-    def _prepared(
-        self,
-        name: str,
-        source: str | Path | PeftModel,
-        rows: Sequence[Example],
-        held_out: Sequence[Example],
-        refused: Sequence[Example],
-        *,
-        description: str = "",
-        labels: Sequence[str] | None = None,
-        tags: Iterable[str] = (),
-        assume_base: bool = False,
-        license: str | None = None,
-        prompt_template: str | None = None,
-        generation: Mapping[str, Any] | None = None,
-        metrics: Mapping[str, float] | None = None,
-        parent: AdapterRef | None = None,
-        started_from: Sequence[AdapterRef] = (),
-        training_data_digest: str | None = None,
-        problem_type: str | None = None,
-        state: RoutingState | None = None,
-    ) -> _Prepared:
-        """What `register` stores, checked. `state` is that of the rows where there is one already. Raises as `register`; stores nothing."""
-        with _IMPORTING:
-            from adapter_hub.adapters.checks import check_acts, check_fits, without_copies
-            from adapter_hub.adapters.weights import adapter_of, settings_of
-            from adapter_hub.routing.statistics import build_state, unknown
-
-        tags = texts_of("tags", tags)
-        names = texts_of("labels", labels) if labels is not None else None
-        found = fetch_adapter(source)
-        self._check_named_base(settings_of(found).base_model_name_or_path, assume_base)
-        found = without_copies(found, self.base)
-        adapter = adapter_of(
-            found,
-            labels=names or found.labels,
-            prompt_template=prompt_template,
-            generation=generation,
-            problem_type=problem_type or found.problem_type,
-        )
-        settings = self.engine.check(adapter)
-        check_fits(adapter, self.base)
-        check_acts(adapter, self.base)
-        # Tags of tokens name pieces of an input, and a number's name says what is measured: not what an input is about.
-        names_topics = adapter.problem_type in (ProblemType.SINGLE, ProblemType.MULTI)
-        label_names = (adapter.labels or ()) if names_topics else ()
-        state = state or build_state(self.encoder, rows, description, held_out, label_names, refused)
-        facts = VersionFacts(
-            base_model=self.base.id,
-            base_fingerprint=self.base.fingerprint,
-            encoder_fingerprint=self.encoder.fingerprint,
-            peft=adapter.settings.raw,
-            task_type=str(adapter.settings.task_type) if adapter.settings.task_type else None,
-            labels=adapter.labels,
-            problem_type=None if adapter.problem_type in (None, ProblemType.SINGLE) else str(adapter.problem_type),
-            prompt_template=prompt_template,
-            generation=settings,
-            metrics=dict(metrics or {}),
-            training_data_digest=training_data_digest,
-            parent=str(parent) if parent else None,
-            started_from=tuple(map(str, started_from)),
-            license=license,
-            description=description,
-            tags=tags,
-            source=found.repository,
-            revision=found.revision,
-        )
-        _warn_of_labels(name, rows, label_names)
-        for what, given, kept in (("evaluation inputs", held_out, state.evaluation), ("negatives", refused, state.negatives)):
-            if dropped := len(given) - len(kept):
-                log.warning("%d of the %d %s of %s are among its examples or negatives, and dropped.", dropped, len(given), what, name)
-        if not state.count:
-            log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
-        if len(state.evaluation) < len(held_out):
-            held_out = unknown(self.encoder, held_out, state.exemplars, state.negatives)
-        facts = replace(facts, evaluation_digest=measuring_digest(held_out))
-        files: dict[str, Path | bytes] = {ADAPTER_CONFIG: found.config, ADAPTER_WEIGHTS: found.weights}
-        return _Prepared(adapter, facts, files | self._routing_files(state, rows, held_out, refused), state)
-
-    def _added(
-        self, name: str, facts: VersionFacts, files: Mapping[str, Path | bytes], state: RoutingState, *, promote: bool, reason: str = ""
-    ) -> AdapterRef:
-        """Stored, and promoted if that is wanted and takes no more from the others than hub.toml allows: decided first, then one act."""
-        self._warn_of_twins(name, state)
-        worst = self._loses_too_much(name, state) if promote else None
-        ref = self.registry.add(name, facts, files, promote=promote and worst is None, reason=reason)
-        if worst is not None:
-            log.warning("%s is registered and not promoted: %s.", ref, self._losing(worst))
-        return ref
-
-    def _warn_of_twins(self, name: str, state: RoutingState, gone: Collection[AdapterRef] = ()) -> None:
-        for other, count in self._live.twins(name, state).items():
-            if other in gone:
-                continue
-            log.warning("%d of the examples of %s are those of %s too, and go to either: an example should belong to one.", count, name, other)
-
-    def _loses_too_much(self, name: str, state: RoutingState) -> Taken | None:
-        """Of the adapters in production, the one that loses most to a newcomer, if that is more than hub.toml allows."""
-        if self.config.max_taken >= 1 or not state.count:    # without exemplars it takes nothing
-            return None
-        found = self._effect_of(name, state)
-        return found.others[0] if found.most_taken > self.config.max_taken else None
-
-    def _effect_of(self, name: str, state: RoutingState, exemplars_max: int | None = None, gone: Collection[AdapterRef] = ()) -> Effect:
-        """Of a version that is not stored yet; with `exemplars_max` estimated on so many exemplars of all adapters together."""
-        now = self._live.snapshot()
-        version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
-        return self._effect(now, AdapterRef(name, version + 1), state, exemplars_max, gone)    # the number it gets is not known yet
-
-    def _losing(self, worst: Taken) -> str:
-        allowed = f"hub.toml allows {100 * self.config.max_taken:.1f} %"
-        return f"it would take {100 * worst.taken:.1f} % of the inputs of {worst.adapter}, {allowed}"
-
-    def _routing_files(
-        self, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example], refused: Sequence[Example]
-    ) -> dict[str, Path | bytes]:
-        from adapter_hub.routing.live import ROUTING_FILE
-
-        files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}
-        if self.config.keep == "text":
-            texts = ((EXEMPLARS_FILE, rows), (EVALUATION_FILE, held_out), (NEGATIVES_FILE, refused))
-            files |= {file: jsonl_of(given) for file, given in texts if given}
-        return files
-
-    def _check_named_base(self, named: str | None, assume_base: bool) -> None:
-        """The base that adapter_config.json names must have this base's content. Raises WrongBase."""
-        if assume_base or named == self.base.id:
-            return
-        hint = "If it was trained on the same weights, pass assume_base=True (`--assume-base`)."
-        if not named:
-            raise WrongBase("adapter_config.json does not name its base model.", hint=hint)
-        from adapter_hub.base_model import FrozenBase
-
-        try:
-            other = FrozenBase.load(named, local=True)    # a file from elsewhere names it: nothing is downloaded for that
-        except ModelNotFound:
-            raise WrongBase(f"the adapter was made for {named!r}, this registry serves {self.base.id!r}.", hint=hint) from None
-        if other.fingerprint != self.base.fingerprint:
-            differing = self.base.differences(other)
-            if not {"weights", "config", "tokenizer"} & set(differing):
-                hint = "The weights are the same: to run it with this base's, pass assume_base=True (`--assume-base`)."
-            else:
-                hint = "Open its registry."
-            fact = f"the adapter was made for {named!r}, which differs from {self.base.id!r} in its {' and '.join(differing)}"
-            raise WrongBase(f"{fact}.", hint=hint)
+        prepared = prepared if routed else by_name(self, prepared)
+        return store(self, name, prepared.facts, prepared.files, prepared.state, promote=promote)
 
     def learn(
         self,
@@ -663,7 +506,7 @@ class Hub:
         if promote not in ("auto", "always", "never"):
             raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
         check_name(name)
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.continual.learner import plan_lesson, transferred
             from adapter_hub.continual.measures import Kind
             from adapter_hub.routing.statistics import build_state
@@ -718,16 +561,16 @@ class Hub:
             started_from = tuple(dict.fromkeys((*lesson.started_from, *gone)))
             lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": started_from}
             facts = {"metrics": result.metrics} | lineage | facts
-            prepared = self._prepared(
-                name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
+            prepared = prepare(
+                self, name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
                 problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
             )  # fmt: skip
         prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
-        prepared = prepared if routed else self._by_name(prepared)
+        prepared = prepared if routed else by_name(self, prepared)
         report = judge(self._evidence(name, prepared, lesson, result, current, gone), self._policy())
         good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
         reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
-        self._warn_of_twins(name, prepared.state, gone)
+        warn_of_twins(self, name, prepared.state, gone)
         stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
         gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
         ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
@@ -739,7 +582,7 @@ class Hub:
         from adapter_hub.routing.statistics import build_state
 
         if (manifest := self.registry.manifest(ref)).routed:
-            return self._live.state(ref)
+            return self.live.state(ref)
         rows, held_out, refused = (self.kept(ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
         return build_state(self.encoder, Kind.of(manifest).routed(rows), "", held_out, (), refused)
 
@@ -747,17 +590,7 @@ class Hub:
         """The closest to `state` of the adapters in production of other names."""
         from adapter_hub.routing.nearest import nearest
 
-        return nearest(state, self._sound(ref for ref in self._live.snapshot().refs if ref.name != name))
-
-    def _sound(self, refs: Iterable[AdapterRef]) -> Iterator[tuple[AdapterRef, RoutingState]]:
-        """Their states, one after the other; one that is damaged or was purged meanwhile is left out with a warning."""
-        for ref in refs:
-            try:
-                state = self._live.state(ref)
-            except (CorruptVersion, NotRoutable) as error:
-                log.warning("%s is left out of the comparison: %s", ref, error)
-            else:
-                yield ref, state
+        return nearest(state, sound_states(self, (ref for ref in self.live.snapshot().refs if ref.name != name)))
 
     def _current(self, name: str) -> Current | None:
         """The version in production."""
@@ -772,7 +605,7 @@ class Hub:
 
     def _with_memory(
         self,
-        prepared: _Prepared,
+        prepared: Prepared,
         lesson: Lesson,
         result: TrainResult,
         before: RoutingState | None,
@@ -781,7 +614,7 @@ class Hub:
         refused: Sequence[Example],
         *,
         given: bool,
-    ) -> _Prepared:
+    ) -> Prepared:
         """What the version that it was learned from knew, it knows too; and where texts are kept, those that measured it.
 
         Where validation rows were `given`, those that chose the epoch are kept for the thresholds alone. Else training rows were held out:
@@ -802,12 +635,12 @@ class Hub:
         choosing = set(map(key, (*(lesson.validation or ()), *filter(chose, old)))) - measured
         held = {key(row): row for row in (*old, *new, *(() if given else result.validation)) if key(row) not in learned}
         marked = [replace(row, extra={**row.extra, CHOSE: known in choosing}) for known, row in held.items()]
-        files = self._routing_files(state, [*kept, *rows], marked, [*negatives, *refused])
+        files = routing_files(self, state, [*kept, *rows], marked, [*negatives, *refused])
         facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))
         return replace(prepared, facts=facts, files=prepared.files | files, state=state)
 
     def _evidence(
-        self, name: str, prepared: _Prepared, lesson: Lesson, result: TrainResult, current: Current | None, gone: Collection[AdapterRef]
+        self, name: str, prepared: Prepared, lesson: Lesson, result: TrainResult, current: Current | None, gone: Collection[AdapterRef]
     ) -> Evidence:
         """What the gate judges by: the candidate is asked before it is stored."""
         from adapter_hub.continual.learner import EXEMPLARS_MAX, Asked, evidence_of, routed_of
@@ -821,7 +654,7 @@ class Hub:
         theirs = None if current is None else measure.asked(self.engine, rows, current.ref)
         base = measure.asked(self.engine, result.validation, None) if lesson.kind.writes else {}
         whole = self.config.max_taken < 1    # a limit is held to exactly
-        effect = self._effect_of(name, prepared.state, None if whole else EXEMPLARS_MAX, gone) if prepared.state.count else None
+        effect = effect_of_next(self, name, prepared.state, None if whole else EXEMPLARS_MAX, gone) if prepared.state.count else None
         # In fewer bits more rows go another way, and that is no fault.
         trained = result.metrics if self.precision == "float32" else None
         asked = Asked(result.validation, slices, mine, theirs, base, routed_of(effect) if effect else (), trained)
@@ -859,7 +692,7 @@ class Hub:
         What is given now holds against what was given before: an example among the `negatives` is one no more, and the other way round.
         By default it takes over `production` where the version that was taught has it, and nowhere else. Raises InvalidInput.
         """
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.routing.statistics import unknown
 
         old = self.registry.resolve(ref)
@@ -869,8 +702,8 @@ class Hub:
             raise InvalidInput(f"{old} is reached by its name alone, and the router is not to know it.", hint=hint)
         if not rows and not refused:
             raise InvalidInput("there is nothing to teach: no texts were given.")
-        _warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
-        before = self._live.state(old)
+        warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
+        before = self.live.state(old)
         single = manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type in (None, ProblemType.SINGLE)
         state = before.extended(self.encoder, rows if single or before.from_description else before.as_known(rows), refused)
         folder = self.registry.open_version(old)
@@ -882,12 +715,12 @@ class Hub:
         held_out = unknown(self.encoder, texts_of[EVALUATION_FILE], state.exemplars.without(before.exemplars), state.negatives)
         fewer = len(state.evaluation) < len(before.evaluation)
         digest = measuring_digest(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
-        files |= self._routing_files(state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
+        files |= routing_files(self, state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
         if promote is None:
             promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
         reason = f"taught {len(rows)} texts" + (f", and {len(refused)} that are none of its" if refused else "")
         facts = manifest.facts(parent=str(old), evaluation_digest=digest)
-        return self._added(old.name, facts, files, state, promote=promote, reason=reason)
+        return store(self, old.name, facts, files, state, promote=promote, reason=reason)
 
     # ---- route and run ------------------------------------------------------------------------------------------
 
@@ -898,7 +731,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self._live.snapshot(), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
+        return self._route(self.live.snapshot(), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
 
     def predict(
         self,
@@ -947,7 +780,7 @@ class Hub:
         if _checked_ask(ask) > 1:
             if adapters is not None or mix != 1:
                 raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
-            router, rate = self._live.snapshot(), self._rate(max_false_reject)
+            router, rate = self.live.snapshot(), self._rate(max_false_reject)
             return [_raised(one) for one in self._contested(router, self._encoder_of(router), found, generation, rate, truncate, ask)]
         decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
         outputs = self.engine.predict(_requests(found, answering, truncate), generation=generation)
@@ -1018,7 +851,7 @@ class Hub:
         if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
             raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
         if adapters is None:
-            router, questions = self._live.snapshot(), [question_of(text) for text in texts]
+            router, questions = self.live.snapshot(), [question_of(text) for text in texts]
             encoder = self._encoder_of(router)
             decisions = self._route(router, questions, mix, max_false_reject, self._gathered if gathered else encoder)
             return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
@@ -1081,7 +914,7 @@ class Hub:
             manifest = self.registry.manifest(ref)
             single = manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type is None and manifest.labels
             try:
-                names = self._live.state(ref).class_names if single else ()
+                names = self.live.state(ref).class_names if single else ()
             except HubError:    # its routing file was damaged since it was indexed: whoever asks for it is told, and it is no rival
                 return ()
             self._label_names[ref] = tuple(name for name in names if name is not None)
@@ -1146,7 +979,7 @@ class Hub:
         started = interrupted(output) if resume else None
         options = {"precision": str(self.precision), "device": self.device.partition(":")[0]}
         _check_options(started or {}, options)
-        router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self._live.snapshot(settled=True)
+        router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self.live.snapshot(settled=True)
         encoder, rate = self._encoder_of(router), self._rate(max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
@@ -1188,7 +1021,7 @@ class Hub:
 
     def _router_of(self, versions: Iterable[str | AdapterRef], calibration: int | None) -> Router:
         """The router over these versions under a stored calibration: what it was when they were in production."""
-        return self._live.of(map(self.registry.resolve, versions), calibration)
+        return self.live.of(map(self.registry.resolve, versions), calibration)
 
     def answered(self, rows: Sequence[Example], homes: Sequence[AdapterRef], versions: Iterable[AdapterRef] | None = None) -> list[bool]:
         """Whether each row's home gives it its label, and were `versions` in production and calibrated, the row would reach it.
@@ -1206,7 +1039,7 @@ class Hub:
         """Whether each row would reach its home, were `versions` in production and calibrated."""
         if not rows:
             return []
-        decisions = self._route(self._live.calibrated(versions), [row.text for row in rows], 1, None)
+        decisions = self._route(self.live.calibrated(versions), [row.text for row in rows], 1, None)
         return [decision.adapter == home for decision, home in zip(decisions, homes, strict=True)]
 
     # ---- the log of what was answered ---------------------------------------------------------------------------
@@ -1376,7 +1209,7 @@ class Hub:
         """
         from adapter_hub.lifelong import maintain
 
-        with self._live.rehearsing() if dry_run else nullcontext():
+        with self.live.rehearsing() if dry_run else nullcontext():
             return maintain(self, names=names, dry_run=dry_run, sinks=sinks, config=config, now=now)
 
     def merge(self, names: Iterable[str], into: str, config: TrainConfig | str | None = None, reason: str = "") -> MergeReport:
@@ -1408,10 +1241,10 @@ class Hub:
         if self.config.observe != "text":
             hint = 'Set observe = "text" and keep = "text" in hub.toml, and restart what serves: what is logged from then on is looked through.'
             raise InvalidInput(f'the log of answers keeps no texts: hub.toml says observe = "{self.config.observe}".', hint=hint)
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.continual.proposals import Encoded
 
-        router, rate = self._live.snapshot(), self._rate(None)
+        router, rate = self.live.snapshot(), self._rate(None)
         encoder = self._encoder_of(router)
         with self._looking, self.registry.deciding():
             if self._looked is None or self._looked.encoder is not encoder:
@@ -1453,7 +1286,7 @@ class Hub:
             hint = f"It is proposed to teach {proposed}: name it (`--name {proposed}`)." if proposed else "Name the skill (`--name`)."
             raise InvalidInput("these proposals have no name.", hint=f"{hint} A registered adapter is taught them, or with labels learns on.")
         check_name(known)
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.continual.proposals import Accepted, State, labelled
 
         if not rows and train is None:
@@ -1481,7 +1314,7 @@ class Hub:
 
     def _proposals(self, config: DiscoveryConfig | None = None) -> Proposals:
         self._check_open()
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.continual.proposals import Proposals
 
         return Proposals(self._log, self.registry.notes, config)
@@ -1537,11 +1370,11 @@ class Hub:
         from adapter_hub.routing.features import extract
 
         rate = self._rate(max_false_reject)
-        router = self._live.snapshot()
+        router = self.live.snapshot()
         features = extract(self._encoder_of(router), [question_of(one) for one in inputs_of([text])])
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
-        states = {ref: self._live.state(ref) for ref in refs}
+        states = {ref: self.live.state(ref) for ref in refs}
         texts = {ref: [row.text for row in kept] for ref in refs if (kept := self.kept(ref, EXEMPLARS_FILE))}
         texts |= {ref: [self.registry.manifest(ref).description] for ref in refs if states[ref].from_description}    # it is the first
         return explain(decision, features, states, texts, rate)
@@ -1552,7 +1385,7 @@ class Hub:
 
     def state(self, ref: str | AdapterRef) -> RoutingState:
         """What a version brings to the router: exemplars and evaluation inputs as vectors. Raises AdapterNotFound, ModelChanged, CorruptVersion."""
-        return self._live.state(self.registry.resolve(ref))
+        return self.live.state(self.registry.resolve(ref))
 
     def effect(self, ref: str | AdapterRef) -> Effect:
         """What a version takes, or would take, from each adapter in production, on their evaluation inputs or exemplars.
@@ -1562,31 +1395,11 @@ class Hub:
         0 inputs. Both sides, without the version and with it, are solved in full: some seconds for thousands of exemplars.
         Raises AdapterNotFound, NotRoutable, InvalidInput.
         """
-        newcomer = self.registry.resolve(ref)
-        state = self._live.state(newcomer)
-        if not state.count:
-            raise InvalidInput(f"{newcomer} has no examples and no description: it takes nothing.", hint="Only its name reaches it.")
-        return self._effect(self._live.snapshot(), newcomer, state)
-
-    def _effect(
-        self, now: Router, newcomer: AdapterRef, state: RoutingState, exemplars_max: int | None = None, gone: Collection[AdapterRef] = ()
-    ) -> Effect:
-        from adapter_hub.routing.effect import effect
-        from adapter_hub.routing.scoring import Scoring
-
-        others = [ref for ref in now.refs if ref != newcomer and ref not in gone]
-        # An estimate may go without a damaged one; a limit is held to exactly, or not at all.
-        states = {ref: self._live.state(ref) for ref in others} if exemplars_max is None else dict(self._sound(others))
-        states[newcomer] = state
-        if exemplars_max is not None:
-            share = exemplars_max / max(1, sum(one.count for one in states.values()))
-            states = {ref: one.thinned(share) for ref, one in states.items()}
-        state = states.pop(newcomer)
-        return effect(states, newcomer, state, now.calibration.scoring if now.calibration else Scoring())
+        return effect_of(self, ref)
 
     def settle(self) -> Router:
         """Wait until the router's head knows every version in production; returns that router, an immutable snapshot."""
-        return self._live.snapshot(settled=True)
+        return self.live.snapshot(settled=True)
 
     def evaluate(
         self,
@@ -1615,7 +1428,7 @@ class Hub:
         Raises InvalidInput for rows without the target that their adapter gives, rows that name none and go to an adapter that gives neither
         a label nor a text, no `names`, or where no set is kept; AdapterNotFound, NotRoutable.
         """
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.evaluation import Task, check_packages, check_rows, report
 
         _checked_ask(ask)
@@ -1640,7 +1453,7 @@ class Hub:
             for row, home in zip(rows, homes, strict=True):
                 by_home.setdefault(home, []).append(row)
             groups = by_home.items()
-        router, parts, without = self._live.snapshot(), [], []
+        router, parts, without = self.live.snapshot(), [], []
         for home, group in groups:
             if group:
                 parts.append(self._measured(router, home, group, max_false_reject, ask))
@@ -1700,7 +1513,7 @@ class Hub:
 
     def calibrate(self, reason: str = "asked for") -> Calibration:
         """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
-        return self._live.calibrate(reason)
+        return self.live.calibrate(reason)
 
     def reembed(self, encoder: str | Path, reason: str = "") -> Reembedded:
         """Go over to another encoder: each version in production becomes a new one, with the same weights (stored once), encoded by it.
@@ -1710,7 +1523,7 @@ class Hub:
         another policy the new versions keep no texts. The way back is the same: to the old encoder. Other open hubs raise ModelChanged.
         Raises ModelNotFound, RegistryError with the names of the versions whose texts are not kept: nothing has changed then.
         """
-        with _IMPORTING:
+        with self.importing:
             from adapter_hub.routing.encoder import load_encoder
             from adapter_hub.routing.reembed import Reembedded, reembed
 
@@ -1719,10 +1532,10 @@ class Hub:
         versions = reembed(self.registry, wanted, reason)
         with self._lock:
             self._encoder, self._router, self._settings = wanted, None, None
-        calibration = self._live.latest()
+        calibration = self.live.latest()
         if calibration is None:
             with suppress(InvalidInput):    # nothing to calibrate on
-                calibration = self._live.calibrate(reason)
+                calibration = self.live.calibrate(reason)
         return Reembedded(wanted.id, wanted.fingerprint, tuple(versions), calibration.id if calibration else None)
 
     def _check_state(self, state: RoutingState) -> None:
@@ -1781,7 +1594,7 @@ class Hub:
         Raises AdapterNotFound, DataRemains where there are such versions and `descendants` is False.
         """
         gone = self.registry.purge(ref, reason, descendants=descendants)
-        self._live.forget()
+        self.live.forget()
         for each in gone:
             if self._engine is not None:
                 self._engine.evict(each)
@@ -1857,7 +1670,7 @@ def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering
     """Raises InvalidInput."""
     if not isinstance(truncate, bool):
         raise InvalidInput(f"truncate={truncate!r} is neither True nor False.", hint="False refuses what is too long.")
-    with _IMPORTING:
+    with Hub.importing:
         from adapter_hub.engine.engine import Request
 
     return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
@@ -1915,15 +1728,3 @@ def _fault(check: Callable[[], None]) -> HubError | None:
     except HubError as error:
         return error
     return None
-
-
-def _warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) -> None:
-    """Of a text classifier. Labels that its head has not may be meant: the router may know finer classes."""
-    unknown = Counter(row.label for row in rows if row.label is not None and row.label not in labels) if labels else Counter()
-    if unknown:
-        shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(LABELS_SHOWN))
-        more = f", … ({len(unknown)} labels)" if len(unknown) > LABELS_SHOWN else ""
-        log.warning(
-            "%d of the %d examples of %s have a label that its head does not know, and are classes for the router alone: %s%s.",
-            unknown.total(), len(rows), name, shown, more,
-        )    # fmt: skip

@@ -481,7 +481,7 @@ def test_of_near_candidates_the_one_whose_label_the_router_responds_to_most_answ
     texts = [f"{word} {i} again" for word in ("gate", "roof", "door") for i in range(8)]
     alone, asked = hub.predict(texts, max_false_reject=0), hub.predict(texts, max_false_reject=0, ask=2)
     named = {name: hub.predict(texts, adapters=name) for name in ("first", "second")}
-    router, features = hub._live.snapshot(), extract(hub.encoder, texts)
+    router, features = hub.live.snapshot(), extract(hub.encoder, texts)
     assert all(one.decision.adapter == before.decision.adapter and not before.asked for one, before in zip(asked, alone, strict=True))
     for row, one in enumerate(asked):
         assert one.asked[0][0] == one.adapter and {ref.name for ref, _ in one.asked} == {"first", "second"}
