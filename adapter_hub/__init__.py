@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adapter_hub.errors import HubError as HubError
     from adapter_hub.examples import Example as Example
     from adapter_hub.hub import Hub as Hub
-    from adapter_hub.hub import LearnReport as LearnReport
+    from adapter_hub.learning import LearnReport as LearnReport
     from adapter_hub.prediction import Prediction as Prediction
     from adapter_hub.prediction import PredictionStream as PredictionStream
     from adapter_hub.refs import AdapterRef as AdapterRef
@@ -29,7 +29,7 @@ _HOMES = {
     "Hub": "hub",
     "Prediction": "prediction",
     "PredictionStream": "prediction",
-    "LearnReport": "hub",
+    "LearnReport": "learning",
     "Decision": "routing.decision",
     "Reason": "routing.decision",
     "AdapterRef": "refs",

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import json
 import logging
 import shlex
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -26,9 +24,8 @@ from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
-from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.chat import Conversation, question_of
-from adapter_hub.engine.generation import check_generation, merged
+from adapter_hub.engine.generation import check_generation
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
@@ -40,23 +37,18 @@ from adapter_hub.errors import (
     RegistryError,
     RegistryExists,
 )
-from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, measuring, measuring_digest, read_examples, targets_of
+from adapter_hub.examples import Example, as_examples, measuring, read_examples, targets_of
+from adapter_hub.learning import LearnReport, learn, teach
 from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registering import (
-    Prepared,
     by_name,
     effect_of,
-    effect_of_next,
     prepare,
-    routing_files,
-    sound_states,
     store,
-    warn_of_labels,
-    warn_of_twins,
 )
 from adapter_hub.registry.config import RegistryConfig, check_policy, read_config
-from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE, NUMBER_MAX, Layout
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
@@ -66,8 +58,6 @@ from adapter_hub.routing.decision import Decision
 
 # What needs torch is imported by the methods that need it: listing and promoting take no seconds and no memory for models.
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from peft import PeftModel
 
     from adapter_hub.adapters.weights import Adapter
@@ -76,7 +66,6 @@ if TYPE_CHECKING:
     from adapter_hub.continual.discovery import DiscoveryConfig
     from adapter_hub.continual.drift import Alarm
     from adapter_hub.continual.knowledge_map import KnowledgeMap, Limits
-    from adapter_hub.continual.learner import Current, Lesson
     from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
     from adapter_hub.continual.space import Space
     from adapter_hub.engine.engine import Engine, Output, Request
@@ -93,37 +82,10 @@ if TYPE_CHECKING:
     from adapter_hub.routing.router import Router
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
-    from adapter_hub.training.report import DataReport
-    from adapter_hub.training.train import TrainResult
-    from adapter_hub.training.transfer import Transfer
 
 log = logging.getLogger("adapter_hub")
 
 _Found = TypeVar("_Found", bound=Prediction | HubError)
-LEARN_FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))
-
-
-@dataclass(frozen=True, slots=True)
-class LearnReport:
-    """What `learn` made, and why it was or was not promoted."""
-
-    ref: AdapterRef
-    promoted: bool
-    reason: str
-    metrics: Mapping[str, float]
-    gate: GateReport    # stored with the version as gate.json
-    data: DataReport    # contradictions, leaks and imbalance among the rows; not stored
-    transfer: Transfer | None = None    # with start="transfer": what each start gained
-
-    @property
-    def verdict(self) -> Verdict:
-        """The gate's: what "auto" does."""
-        return self.gate.verdict
-
-    def to_json(self) -> dict[str, Any]:
-        facts = {"ref": str(self.ref), "promoted": self.promoted, "verdict": str(self.verdict), "reason": self.reason}
-        facts |= {"metrics": dict(self.metrics), "gate": self.gate.to_json(), "data": self.data.to_json()}
-        return facts | ({"transfer": self.transfer.to_json()} if self.transfer else {})
 
 
 class Hub:
@@ -363,7 +325,7 @@ class Hub:
             if self._engine is None:
                 from adapter_hub.engine.engine import Engine
 
-                self._engine = Engine(self.base, self._load, **self._limits)
+                self._engine = Engine(self.base, self.load, **self._limits)
             return self._engine
 
     def pin(self, *refs: str | AdapterRef) -> None:
@@ -396,7 +358,7 @@ class Hub:
                 self._router = LiveRouter(self._registry, self._check_state)
             return self._router
 
-    def _load(self, ref: AdapterRef) -> Adapter:
+    def load(self, ref: AdapterRef) -> Adapter:
         """The adapter of a version, from the bytes that were checked against their digests; or of a candidate, which is not stored yet."""
         if candidate := self._candidates.get(ref):
             return candidate
@@ -413,6 +375,17 @@ class Hub:
             generation=manifest.generation,
             problem_type=manifest.problem_type,
         )
+
+    @contextmanager
+    def candidate(self, name: str, adapter: Adapter) -> Iterator[AdapterRef]:
+        """A reference that the engine knows an adapter by which is not stored: of a number that no version has."""
+        ref = AdapterRef(name, next(self._numbers))
+        self._candidates[ref] = adapter
+        try:
+            yield ref
+        finally:
+            del self._candidates[ref]
+            self.engine.evict(ref)
 
     # ---- add ----------------------------------------------------------------------------------------------------
 
@@ -503,182 +476,11 @@ class Hub:
         The base stays frozen: training happens on a copy. Raises InvalidInput, also for another kind of task than the version in production
         has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """
-        if promote not in ("auto", "always", "never"):
-            raise InvalidInput(f"promote={promote!r} is not a rule.", hint="Use 'auto', 'always' or 'never'.")
-        check_name(name)
-        with self.importing:
-            from adapter_hub.continual.learner import plan_lesson, transferred
-            from adapter_hub.continual.measures import Kind
-            from adapter_hub.routing.statistics import build_state
-            from adapter_hub.training.config import TrainConfig
-            from adapter_hub.training.train import train_adapter
+        return learn(
+            self, name, train, validation, config, promote, start, checkpoint_folder, task_type, problem_type, prompt_template, instead_of,
+            routed, facts,
+        )  # fmt: skip
 
-        config = None if config is None else TrainConfig.of(config)
-        if unknown := sorted(set(facts) - LEARN_FACTS):    # before it is trained
-            raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=f"Facts to register with it: {', '.join(sorted(LEARN_FACTS))}.")
-        merged({}, check_generation(facts.get("generation") or {}))
-        rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
-        gone = [self.registry.resolve(ref) for ref in instead_of]
-        evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
-        current = self._current(name)
-        newer, before, seen = None, None, []
-        if task_type is not None:
-            task_type = task_type_of(task_type)
-        kind = Kind.wanted(task_type, problem_type, prompt_template, None if current is None else current.kind)
-        key = kind.task.key
-        evaluation = [*{key(row): row for row in evaluation}.values()]
-        if current is not None and current.kind == kind and start != "cold":
-            # What reads like a new row to the router, and asks for something else, is given again: the router keeps one side of equal texts.
-            texts, keys = {row.text for row in rows}, set(map(key, rows))
-            rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]
-        encoded = partial(build_state, self.encoder, kind.routed(rows), "", evaluation, (), refused)
-        if current is not None and start not in ("cold", "transfer"):
-            before, newer = self._known(current.ref), encoded()
-            known = set(before.exemplars.keys)
-            seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
-        lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)
-        newer = newer or encoded()
-        if routed is None:
-            routed = current is None or self.registry.manifest(current.ref).routed
-        if current is not None and current.kind != kind:
-            current = None    # nothing of it compares
-        labels: Sequence[str] = ()
-        if lesson.parent is not None:
-            manifest = self.registry.manifest(lesson.parent)
-            kept = {"description": manifest.description, "tags": manifest.tags, "license": manifest.license}
-            facts = kept | ({"generation": manifest.generation} if manifest.generation else {}) | facts
-            labels = manifest.labels or ()    # a number may have a name
-        with tempfile.TemporaryDirectory(prefix="learn-") as folder:
-            if start == "transfer":
-                lesson = transferred(name, lesson, self._nearest(name, newer), self.base, self._load, Path(folder) / "starts")
-            result = train_adapter(
-                self.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start,
-                checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),
-                task_type=kind.task.task_type, problem_type=kind.problem_type, prompt_template=kind.prompt_template,
-            )  # fmt: skip
-            for said in result.report.warnings:
-                log.warning("%s: %s.", name, said)
-            started_from = tuple(dict.fromkeys((*lesson.started_from, *gone)))
-            lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": started_from}
-            facts = {"metrics": result.metrics} | lineage | facts
-            prepared = prepare(
-                self, name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
-                problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
-            )  # fmt: skip
-        prepared = self._with_memory(prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
-        prepared = prepared if routed else by_name(self, prepared)
-        report = judge(self._evidence(name, prepared, lesson, result, current, gone), self._policy())
-        good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
-        reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
-        warn_of_twins(self, name, prepared.state, gone)
-        stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
-        gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
-        ref = self.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
-        return LearnReport(ref, good, reason, result.metrics, report, result.report, lesson.transfer)
-
-    def _known(self, ref: AdapterRef) -> RoutingState:
-        """What the router knows of a version, or would, were it routed."""
-        from adapter_hub.continual.measures import Kind
-        from adapter_hub.routing.statistics import build_state
-
-        if (manifest := self.registry.manifest(ref)).routed:
-            return self.live.state(ref)
-        rows, held_out, refused = (self.kept(ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
-        return build_state(self.encoder, Kind.of(manifest).routed(rows), "", held_out, (), refused)
-
-    def _nearest(self, name: str, state: RoutingState) -> Sequence[tuple[AdapterRef, float]]:
-        """The closest to `state` of the adapters in production of other names."""
-        from adapter_hub.routing.nearest import nearest
-
-        return nearest(state, sound_states(self, (ref for ref in self.live.snapshot().refs if ref.name != name)))
-
-    def _current(self, name: str) -> Current | None:
-        """The version in production."""
-        from adapter_hub.continual.learner import Current
-
-        version = self.registry.aliases(name).get(PRODUCTION) if name in self.registry.names() else None
-        if version is None:
-            return None
-        manifest = self.registry.manifest(AdapterRef(name, version))
-        kept = (self.kept(manifest.ref, file) for file in (EXEMPLARS_FILE, EVALUATION_FILE))
-        return Current.of(manifest, self.registry.open_version(manifest.ref), *kept)
-
-    def _with_memory(
-        self,
-        prepared: Prepared,
-        lesson: Lesson,
-        result: TrainResult,
-        before: RoutingState | None,
-        rows: Sequence[Example],
-        evaluation: Sequence[Example],
-        refused: Sequence[Example],
-        *,
-        given: bool,
-    ) -> Prepared:
-        """What the version that it was learned from knew, it knows too; and where texts are kept, those that measured it.
-
-        Where validation rows were `given`, those that chose the epoch are kept for the thresholds alone. Else training rows were held out:
-        the router knows them, and they are kept all the same, so that no later training meets them.
-        """
-        from adapter_hub.routing.statistics import unknown
-
-        newer, parent = prepared.state, lesson.parent
-        state = before.succeeded(self.encoder, newer) if before is not None and parent is not None else newer
-        kept, held_out, negatives = (self.kept(parent, file) if parent else [] for file in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE))
-        if before is not None and len(kept) == before.count:
-            kept = [kept[row] for row in before.rows_before(newer)]
-        key = lesson.kind.task.key
-        measured = set(map(key, result.validation))
-        learned = set(map(key, lesson.train)) - measured
-        old = unknown(self.encoder, held_out, newer.exemplars, state.negatives)
-        new = unknown(self.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
-        choosing = set(map(key, (*(lesson.validation or ()), *filter(chose, old)))) - measured
-        held = {key(row): row for row in (*old, *new, *(() if given else result.validation)) if key(row) not in learned}
-        marked = [replace(row, extra={**row.extra, CHOSE: known in choosing}) for known, row in held.items()]
-        files = routing_files(self, state, [*kept, *rows], marked, [*negatives, *refused])
-        facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))
-        return replace(prepared, facts=facts, files=prepared.files | files, state=state)
-
-    def _evidence(
-        self, name: str, prepared: Prepared, lesson: Lesson, result: TrainResult, current: Current | None, gone: Collection[AdapterRef]
-    ) -> Evidence:
-        """What the gate judges by: the candidate is asked before it is stored."""
-        from adapter_hub.continual.learner import EXEMPLARS_MAX, Asked, evidence_of, routed_of
-
-        measure = lesson.kind.measure
-        measured = set(map(measure.key, result.validation))
-        slices = {what: [row for row in given if measure.key(row) not in measured] for what, given in lesson.slices.items()}
-        rows = [*result.validation, *itertools.chain(*slices.values())]
-        with self._candidate(name, prepared.adapter) as ref:
-            mine = measure.asked(self.engine, rows, ref)
-        theirs = None if current is None else measure.asked(self.engine, rows, current.ref)
-        base = measure.asked(self.engine, result.validation, None) if lesson.kind.writes else {}
-        whole = self.config.max_taken < 1    # a limit is held to exactly
-        effect = effect_of_next(self, name, prepared.state, None if whole else EXEMPLARS_MAX, gone) if prepared.state.count else None
-        # In fewer bits more rows go another way, and that is no fault.
-        trained = result.metrics if self.precision == "float32" else None
-        asked = Asked(result.validation, slices, mine, theirs, base, routed_of(effect) if effect else (), trained)
-        return evidence_of(lesson, asked, current, self._vectors)
-
-    def _vectors(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        from adapter_hub.routing.features import extract
-
-        return extract(self.encoder, texts).dense
-
-    @contextmanager
-    def _candidate(self, name: str, adapter: Adapter) -> Iterator[AdapterRef]:
-        """A reference that the engine knows an adapter by which is not stored: of a number that no version has."""
-        ref = AdapterRef(name, next(self._numbers))
-        self._candidates[ref] = adapter
-        try:
-            yield ref
-        finally:
-            del self._candidates[ref]
-            self.engine.evict(ref)
-
-    def _policy(self) -> GatePolicy:
-        config = self.config
-        return GatePolicy(config.gate_level, config.gate_margin, config.gate_routed_margin, config.max_taken)
     def teach(
         self,
         ref: str | AdapterRef,
@@ -692,35 +494,7 @@ class Hub:
         What is given now holds against what was given before: an example among the `negatives` is one no more, and the other way round.
         By default it takes over `production` where the version that was taught has it, and nowhere else. Raises InvalidInput.
         """
-        with self.importing:
-            from adapter_hub.routing.statistics import unknown
-
-        old = self.registry.resolve(ref)
-        manifest, rows, refused = self.registry.manifest(old), as_examples(texts), as_examples(negatives)
-        if not manifest.routed:
-            hint = "To route it, learn or register its next version with routed=True (`--routed`)."
-            raise InvalidInput(f"{old} is reached by its name alone, and the router is not to know it.", hint=hint)
-        if not rows and not refused:
-            raise InvalidInput("there is nothing to teach: no texts were given.")
-        warn_of_labels(old.name, rows, (manifest.labels or ()) if manifest.task_type == TaskType.SEQ_CLS else ())
-        before = self.live.state(old)
-        single = manifest.task_type == TaskType.SEQ_CLS and manifest.problem_type in (None, ProblemType.SINGLE)
-        state = before.extended(self.encoder, rows if single or before.from_description else before.as_known(rows), refused)
-        folder = self.registry.open_version(old)
-        files: dict[str, Path | bytes] = {file: folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)}
-        texts_of = {f: read_examples(folder / f) if f in manifest.files else [] for f in (EXEMPLARS_FILE, EVALUATION_FILE, NEGATIVES_FILE)}
-        kept = texts_of[EXEMPLARS_FILE]
-        kept = [kept[row] for row in before.exemplars.rows_without(state.negatives)] if len(kept) == before.count else kept
-        # What is taught now measures no more; where the texts are not kept, nobody can say which are left.
-        held_out = unknown(self.encoder, texts_of[EVALUATION_FILE], state.exemplars.without(before.exemplars), state.negatives)
-        fewer = len(state.evaluation) < len(before.evaluation)
-        digest = measuring_digest(held_out) if texts_of[EVALUATION_FILE] else None if fewer else manifest.evaluation_digest
-        files |= routing_files(self, state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
-        if promote is None:
-            promote = self.registry.aliases(old.name).get(PRODUCTION) == old.version
-        reason = f"taught {len(rows)} texts" + (f", and {len(refused)} that are none of its" if refused else "")
-        facts = manifest.facts(parent=str(old), evaluation_digest=digest)
-        return store(self, old.name, facts, files, state, promote=promote, reason=reason)
+        return teach(self, ref, texts, negatives, promote)
 
     # ---- route and run ------------------------------------------------------------------------------------------
 

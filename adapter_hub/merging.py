@@ -19,7 +19,8 @@ from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
 from adapter_hub.registry.moves import REASON_CHARS_MAX, check_reason
 
 if TYPE_CHECKING:
-    from adapter_hub.hub import Hub, LearnReport
+    from adapter_hub.hub import Hub
+    from adapter_hub.learning import LearnReport
     from adapter_hub.training.config import TrainConfig
 
 log = logging.getLogger("adapter_hub")
