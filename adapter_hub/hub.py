@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
-from adapter_hub.arguments import Generation, Input, Named, aligned, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
+from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, contest, predict, raised, requests_of, route
+from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import (
     AdapterNotFound,
     HubError,
@@ -39,21 +39,16 @@ from adapter_hub.errors import (
 )
 from adapter_hub.examples import Example, as_examples, measuring, read_examples, targets_of
 from adapter_hub.learning import LearnReport, learn, teach
-from adapter_hub.prediction import Answering, Prediction, PredictionStream, foremost
+from adapter_hub.prediction import Prediction, PredictionStream
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
-from adapter_hub.registering import (
-    by_name,
-    effect_of,
-    prepare,
-    store,
-)
+from adapter_hub.registering import by_name, effect_of, prepare, store
 from adapter_hub.registry.config import RegistryConfig, check_policy, read_config
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
 from adapter_hub.registry.verify import Problem
-from adapter_hub.routing.contest import NEAR, TEMPERATURE, evidence, rivals
+from adapter_hub.routing.contest import NEAR, TEMPERATURE
 from adapter_hub.routing.decision import Decision
 
 # What needs torch is imported by the methods that need it: listing and promoting take no seconds and no memory for models.
@@ -68,7 +63,7 @@ if TYPE_CHECKING:
     from adapter_hub.continual.knowledge_map import KnowledgeMap, Limits
     from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
     from adapter_hub.continual.space import Space
-    from adapter_hub.engine.engine import Engine, Output, Request
+    from adapter_hub.engine.engine import Engine, Output
     from adapter_hub.engine.queue import RequestQueue
     from adapter_hub.evaluation import Part
     from adapter_hub.lifelong import MaintenanceReport
@@ -309,7 +304,7 @@ class Hub:
             self._settings = seen
 
     @property
-    def _gathered(self) -> Encoder:
+    def gathered(self) -> Encoder:
         """The same encoder, for `submit`: what threads ask at once is encoded together."""
         with self._lock, self.importing:
             if self._gathering is None:
@@ -505,7 +500,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return self._route(self.live.snapshot(), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
+        return route(self, self.live.snapshot(), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
 
     def predict(
         self,
@@ -538,27 +533,7 @@ class Hub:
         Raises InvalidInput, also for named adapters that do not mix (it is said why), AdapterNotFound, NotRoutable.
         """
         started, found = time.perf_counter(), inputs_of(texts)
-        return self._observed(found, self._predict(found, adapters, max_false_reject, generation, mix, truncate, ask), started)
-
-    def _predict(
-        self,
-        found: Sequence[str | Conversation],
-        adapters: Sequence[Named] | Named = None,
-        max_false_reject: float | None = None,
-        generation: Generation = None,
-        mix: int = 1,
-        truncate: bool = True,
-        ask: int = 1,
-    ) -> list[Prediction]:
-        """`predict`, and nothing is logged: what the hub asks itself is not what it is asked."""
-        if _checked_ask(ask) > 1:
-            if adapters is not None or mix != 1:
-                raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
-            router, rate = self.live.snapshot(), self._rate(max_false_reject)
-            return [_raised(one) for one in self._contested(router, self._encoder_of(router), found, generation, rate, truncate, ask)]
-        decisions, answering = self._chosen(found, adapters, max_false_reject, mix)
-        outputs = self.engine.predict(_requests(found, answering, truncate), generation=generation)
-        return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
+        return self._observed(found, predict(self, found, adapters, max_false_reject, generation, mix, truncate, ask), started)
 
     def stream(
         self,
@@ -575,8 +550,8 @@ class Hub:
         Raises what `predict` raises, and InvalidInput for what has no pieces: beams, labels, vectors.
         """
         found = inputs_of([text])
-        [decision], [answering] = self._chosen(found, adapters, max_false_reject, mix)
-        [request] = _requests(found, [answering], truncate)
+        [decision], [answering] = choose(self, found, adapters, max_false_reject, mix)
+        [request] = requests_of(self, found, [answering], truncate)
         pieces = self.engine.stream(request, generation=generation)
         [seen] = self._observed(found, [Prediction(decision.adapter, decision)], None)
         return PredictionStream(decision, answering, pieces, seen.id)
@@ -602,85 +577,15 @@ class Hub:
         Raises QueueFull, and as `predict`.
         """
         started, texts = time.perf_counter(), inputs_of([text])
-        [decision], [answering] = self._chosen(texts, adapter, max_false_reject, mix, gathered=True)
-        [request] = _requests(texts, [answering], truncate)
+        [decision], [answering] = choose(self, texts, adapter, max_false_reject, mix, gathered=True)
+        [request] = requests_of(self, texts, [answering], truncate)
 
         def answered(output: Output) -> Prediction:
             return self._observed(texts, [Prediction.of(decision, answering, output)], started)[0]
 
         return self.queue.submit(request, generation, timeout=timeout, then=answered)
 
-    def _chosen(
-        self,
-        texts: Sequence[str | Conversation],
-        adapters: Sequence[Named] | Named,
-        max_false_reject: float | None,
-        mix: int,
-        *,
-        gathered: bool = False,
-    ) -> tuple[list[Decision], list[Answering]]:
-        """What answers each, and why."""
-        if adapters is not None and max_false_reject is not None:
-            raise InvalidInput("adapters and max_false_reject exclude each other.", hint="Where the adapters are named, nothing is routed.")
-        if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
-            raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
-        if adapters is None:
-            router, questions = self.live.snapshot(), [question_of(text) for text in texts]
-            encoder = self._encoder_of(router)
-            decisions = self._route(router, questions, mix, max_false_reject, self._gathered if gathered else encoder)
-            return decisions, [self._mixed(decision) if mix > 1 else decision.adapter for decision in decisions]
-        if mix > 1:
-            raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
-        answering = [self._resolved(named) for named in aligned(adapters, len(texts))]
-        return [Decision.named(foremost(adapter)) for adapter in answering], answering
-
-    def _contested(
-        self,
-        router: Router,
-        encoder: Encoder,
-        texts: Sequence[str | Conversation],
-        generation: Generation,
-        rate: float,
-        truncate: bool,
-        ask: int,
-    ) -> list[Prediction | Exception]:
-        """Each input answered with the label that wins among router and asked adapters (see `routing.contest`), or why not.
-
-        There is nothing to judge where the chosen one gives no answer that can be weighed.
-        """
-        from adapter_hub.routing.features import extract
-        from adapter_hub.routing.router import SCORE_DECIMALS
-
-        if not texts:
-            return []
-        features = extract(encoder, [question_of(text) for text in texts])
-        decisions = router.route_features(features, k=ask, max_false_reject=rate)
-        chosen = [decision.adapter for decision in decisions]
-        near = [(row, ref) for row, one in enumerate(decisions) if (them := rivals(one, ask)) and self._labels(chosen[row]) for ref in them]
-        pairs = [*enumerate(chosen), *near]    # the chosen one's answer comes first
-        calls = [*generation, *[None] * len(near)] if isinstance(generation, Sequence) else generation
-        outputs = self.engine.answers(_requests([texts[row] for row, _ in pairs], [ref for _, ref in pairs], truncate), generation=calls)
-        said: dict[int, list[tuple[AdapterRef, Output]]] = {}
-        for (row, ref), output in zip(pairs, outputs, strict=True):
-            if ref and not isinstance(output, Exception) and output.label in self._labels(ref) and (row in said or ref == chosen[row]):
-                said.setdefault(row, []).append((ref, output))
-        flat = [(row, ref, output) for row, answers in said.items() for ref, output in answers]
-        answered: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
-        all_responses = router.label_responses(features[[row for row, _, _ in flat]], [ref for _, ref, _ in flat]) if flat else []
-        for (row, ref, output), responses in zip(flat, all_responses, strict=True):
-            labels = zip(self._labels(ref), responses.tolist(), strict=True)
-            known = ((evidence(response, output.scores[label]), response, label) for label, response in labels if label in output.scores)
-            _, response, label = max(known, key=lambda one: one[0])
-            answered.setdefault(row, []).append((round(response, SCORE_DECIMALS), ref, replace(output, label=label)))
-        found: list[Prediction | Exception] = []
-        for row, decision in enumerate(decisions):
-            ranked = sorted(answered.get(row, ()), key=lambda one: -one[0])    # of equal ones the router's order
-            best = ranked[0][2] if ranked else outputs[row]
-            asked = tuple((ref, response) for response, ref, _ in ranked) if len(ranked) > 1 else ()
-            found.append(best if isinstance(best, Exception) else Prediction.of(decision, decision.adapter, best, asked))
-        return found
-
-    def _labels(self, ref: AdapterRef | None) -> tuple[str, ...]:
+    def labels_of(self, ref: AdapterRef | None) -> tuple[str, ...]:
         """Of a classifier of one label those that the router has examples of, in the order of `Router.label_responses`; none of others."""
         if ref is None:
             return ()
@@ -694,39 +599,11 @@ class Hub:
             self._label_names[ref] = tuple(name for name in names if name is not None)
         return self._label_names[ref]
 
-    def _route(
-        self, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
-    ) -> list[Decision]:
-        from adapter_hub.routing.features import extract
-
-        rate = self._rate(max_false_reject)
-        if not isinstance(k, int) or k < 1:
-            raise InvalidInput(f"k={k!r} is not a positive count of candidates.")
-        return router.route_features(extract(encoder or self._encoder_of(router), texts), k=k, max_false_reject=rate) if texts else []
-
-    def _encoder_of(self, router: Router) -> Encoder:
+    def encoder_of(self, router: Router) -> Encoder:
         """The registry's encoder. Raises ModelChanged where hub.toml has come to name another than this router's exemplars had."""
         if router.calibration is not None:
             self._check_encoded(router.calibration.encoder_fingerprint)
         return self.encoder
-
-    def _rate(self, max_false_reject: float | None) -> float:
-        """The rate that is meant. Raises InvalidInput."""
-        from adapter_hub.routing.calibration import check_rate
-
-        return check_rate(self.config.max_false_reject if max_false_reject is None else max_false_reject)
-
-    def _mixed(self, decision: Decision) -> Answering:
-        """The candidates that mix with the one that was accepted, by their weights; None where none was."""
-        if decision.adapter is None:
-            return None
-        weights = {ref: weight for (ref, _), weight in zip(decision.candidates, decision.weights, strict=True)}
-        return Mixture.of((ref, weights[ref]) for ref in self.engine.mixable(list(weights)))
-
-    def _resolved(self, named: Named) -> Answering:
-        if isinstance(named, Mapping):
-            return Mixture.of([(self.registry.resolve(ref), weight) for ref, weight in named.items()])
-        return None if named is None else self.registry.resolve(named)
 
     def run(
         self,
@@ -754,7 +631,7 @@ class Hub:
         options = {"precision": str(self.precision), "device": self.device.partition(":")[0]}
         _check_options(started or {}, options)
         router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self.live.snapshot(settled=True)
-        encoder, rate = self._encoder_of(router), self._rate(max_false_reject)
+        encoder, rate = self.encoder_of(router), checked_rate(self, max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,
             "encoder": self.config.encoder_fingerprint,
@@ -765,29 +642,15 @@ class Hub:
             "generation": check_generation(generation or {}),    # a wrong setting would fail every row by itself
             "truncate": truncate,
             **({"observation": True} if self._observes else {}),    # a column more
-            **({"ask": [ask, NEAR, TEMPERATURE]} if _checked_ask(ask) > 1 else {}),
+            **({"ask": [ask, NEAR, TEMPERATURE]} if checked_ask(ask) > 1 else {}),
         }
         calibration = router.calibration.id if router.calibration else None
         facts = {"versions": [str(ref) for ref in router.versions], "calibration": calibration, **options}
 
         def answer(texts: Sequence[str | Conversation]) -> list[dict[str, Any] | HubError]:
             started = time.perf_counter()
-            found: Sequence[Prediction | Exception]
-            if ask > 1:
-                found = self._contested(router, encoder, texts, generation, rate, truncate, ask)
-            else:
-                decisions = self._route(router, [question_of(text) for text in texts], 1, rate, encoder)
-                outputs = self.engine.answers(_requests(texts, [decision.adapter for decision in decisions], truncate), generation=generation)
-                found = [
-                    one if isinstance(one, Exception) else Prediction.of(decision, decision.adapter, one)
-                    for decision, one in zip(decisions, outputs, strict=True)
-                ]
-            known: list[Prediction | HubError] = []
-            for one in found:
-                if isinstance(one, Exception) and not isinstance(one, HubError):
-                    raise one    # not a row's fault: the job stops, and can be resumed
-                known.append(one)
-            answered = self._observed(texts, known, started)
+            found = answer_each(self, router, encoder, texts, generation, rate, truncate, ask)
+            answered = self._observed(texts, found, started)
             return [one if isinstance(one, HubError) else one.row() | ({"observation": one.id} if self._observes else {}) for one in answered]
 
         how: dict[str, Any] = {"settings": settings, "facts": facts, "resume": resume, "overwrite": overwrite, "progress": progress}
@@ -805,7 +668,7 @@ class Hub:
         reached: Sequence[int] = range(len(rows))
         if versions is not None:
             reached = [number for number, reaches in enumerate(self.reached(rows, homes, versions)) if reaches]
-        outputs = self.engine.predict(_requests([rows[number].text for number in reached], [homes[number] for number in reached], True))
+        outputs = self.engine.predict(requests_of(self, [rows[number].text for number in reached], [homes[number] for number in reached], True))
         right = {number for number, output in zip(reached, outputs, strict=True) if output.label == rows[number].label}
         return [number in right for number in range(len(rows))]
 
@@ -813,7 +676,7 @@ class Hub:
         """Whether each row would reach its home, were `versions` in production and calibrated."""
         if not rows:
             return []
-        decisions = self._route(self.live.calibrated(versions), [row.text for row in rows], 1, None)
+        decisions = route(self, self.live.calibrated(versions), [row.text for row in rows], 1, None)
         return [decision.adapter == home for decision, home in zip(decisions, homes, strict=True)]
 
     # ---- the log of what was answered ---------------------------------------------------------------------------
@@ -1018,8 +881,8 @@ class Hub:
         with self.importing:
             from adapter_hub.continual.proposals import Encoded
 
-        router, rate = self.live.snapshot(), self._rate(None)
-        encoder = self._encoder_of(router)
+        router, rate = self.live.snapshot(), checked_rate(self, None)
+        encoder = self.encoder_of(router)
         with self._looking, self.registry.deciding():
             if self._looked is None or self._looked.encoder is not encoder:
                 self._looked = Encoded(encoder)
@@ -1103,7 +966,7 @@ class Hub:
         manifest = self.registry.manifest(name)
         if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE) or not manifest.labels or not texts:
             return ()
-        return [max(one.scores.values()) for one in self._predict(texts, adapters=str(manifest.ref))]
+        return [max(one.scores.values()) for one in predict(self, texts, adapters=str(manifest.ref))]
 
     # ---- ask about it -------------------------------------------------------------------------------------------
 
@@ -1143,9 +1006,9 @@ class Hub:
         from adapter_hub.routing.explain import explain
         from adapter_hub.routing.features import extract
 
-        rate = self._rate(max_false_reject)
+        rate = checked_rate(self, max_false_reject)
         router = self.live.snapshot()
-        features = extract(self._encoder_of(router), [question_of(one) for one in inputs_of([text])])
+        features = extract(self.encoder_of(router), [question_of(one) for one in inputs_of([text])])
         decision = router.route_features(features, k=k, max_false_reject=rate)[0]
         refs = [ref for ref, _ in decision.candidates]
         states = {ref: self.live.state(ref) for ref in refs}
@@ -1205,7 +1068,7 @@ class Hub:
         with self.importing:
             from adapter_hub.evaluation import Task, check_packages, check_rows, report
 
-        _checked_ask(ask)
+        checked_ask(ask)
         wanted = None if names is None else texts_of("names", names)
         if wanted == ():
             raise InvalidInput("names is empty: nobody is to be measured.", hint="Name adapters, or leave `names` out.")
@@ -1246,7 +1109,7 @@ class Hub:
         task = Task.of(self.registry.manifest(home)) if home else Task(Kind.LABEL)
         texts = [row.text for row in rows]
         by_name = home is not None and not self.registry.manifest(home).routed    # there is no other way to it
-        decisions = [Decision.named(home)] * len(rows) if by_name else self._route(router, texts, 1, max_false_reject)
+        decisions = [Decision.named(home)] * len(rows) if by_name else route(self, router, texts, 1, max_false_reject)
         answering = [decision.adapter for decision in decisions]
         tasks: dict[AdapterRef | None, Task] = {ref: Task.of(self.registry.manifest(ref)) for ref in (*answering, home) if ref}
         if home is None:
@@ -1255,15 +1118,15 @@ class Hub:
             tasks[None] = Task(Kind.VECTOR, chats=self.base.kind == "causal")
         asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
         questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
-        outputs = dict(zip(asked, self.engine.predict(_requests(questions, [ref for _, ref in asked], True)), strict=True))
+        outputs = dict(zip(asked, self.engine.predict(requests_of(self, questions, [ref for _, ref in asked], True)), strict=True))
         writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
-        requests = _requests([task.asked(rows[i]) for i in writing], [home] * len(writing), True)
+        requests = requests_of(self, [task.asked(rows[i]) for i in writing], [home] * len(writing), True)
         likelihoods = dict(zip(writing, self.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
         routed = [Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]) for i, _ in enumerate(rows)]
         if ask > 1 and not by_name:    # what writes is asked as its rows say, and nothing of it is judged
-            judged = self._contested(router, self._encoder_of(router), texts, None, self._rate(max_false_reject), True, ask)
+            judged = contest(self, router, self.encoder_of(router), texts, None, checked_rate(self, max_false_reject), True, ask)
             single = [tasks[ref].kind is Kind.LABEL if ref else False for ref in answering]
-            routed = [_raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]
+            routed = [raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]
         answered = [
             Answered(
                 row,
@@ -1438,29 +1301,6 @@ class Hub:
 
     def history(self, name: str) -> Any:
         return self.registry.history(name)
-
-
-def _requests(texts: Sequence[str | Conversation], answering: Sequence[Answering], truncate: bool) -> list[Request]:
-    """Raises InvalidInput."""
-    if not isinstance(truncate, bool):
-        raise InvalidInput(f"truncate={truncate!r} is neither True nor False.", hint="False refuses what is too long.")
-    with Hub.importing:
-        from adapter_hub.engine.engine import Request
-
-    return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
-
-
-def _raised(found: Prediction | Exception) -> Prediction:
-    if isinstance(found, Exception):
-        raise found
-    return found
-
-
-def _checked_ask(ask: int) -> int:
-    """Raises InvalidInput."""
-    if isinstance(ask, bool) or not isinstance(ask, int) or ask < 1:
-        raise InvalidInput(f"ask={ask!r} is not a positive count of adapters.")
-    return ask
 
 
 def _check_options(started: Mapping[str, Any], options: Mapping[str, str]) -> None:

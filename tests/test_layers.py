@@ -15,10 +15,11 @@ ROWS = {
     "registry": 2,
     "routing": 3, "training": 3, "engine": 3,
     "continual": 4, "batch": 4, "testing": 4, "arguments": 4, "prediction": 4, "evaluation": 4,
-    "hub": 5, "registering": 5, "learning": 5, "lifelong": 5, "survey": 5, "merging": 5,
+    "hub": 5, "answering": 5, "registering": 5, "learning": 5, "lifelong": 5, "survey": 5, "merging": 5,
     "cli": 6, "server": 6,
 }
-HUBS_WORK = ("registering", "learning", "lifelong", "survey", "merging")    # of the hub, in files of their own: functions that are given it
+# The hub's work, in files of their own: functions that are given a hub.
+HUBS_WORK = ("answering", "registering", "learning", "lifelong", "survey", "merging")
 # Who may know whom on its own row; everyone else there is a stranger.
 NEIGHBOURS = {("refs", "errors"), ("examples", "errors"), ("adapters", "base_model"), ("adapters", "precision"), ("base_model", "precision")} | {
     ("evaluation", "prediction"), ("survey", "lifelong"), ("learning", "registering"), ("merging", "learning"),
