@@ -1,4 +1,4 @@
-"""The report of an evaluation: labelled rows and the answers to them become figures, by adapter and over all. No model here.
+"""Evaluate: a hub is asked labelled rows, and its answers become figures, by adapter and over all.
 
 A row's target is where training has it: `label` (a label, a number, the text to write), the lists `labels` and `spans`, or the end of
 `messages`.
@@ -14,18 +14,23 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from adapter_hub.adapters.config import ProblemType, TaskType
+from adapter_hub.answering import checked_ask, checked_rate, contest, raised, requests_of, route
+from adapter_hub.arguments import rows_of, texts_of
 from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Likelihood
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example, digest_of, text_fault
+from adapter_hub.examples import Example, digest_of, measuring, text_fault
 from adapter_hub.prediction import Prediction
 from adapter_hub.refs import AdapterRef
+from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
 from adapter_hub.registry.manifest import Manifest
+from adapter_hub.routing.decision import Decision
 from adapter_hub.training.evaluate import (
     OUTSIDE,
     check_text_packages,
@@ -41,6 +46,10 @@ from adapter_hub.training.evaluate import (
     token_hits,
     trimmed,
 )
+
+if TYPE_CHECKING:
+    from adapter_hub.hub import Hub
+    from adapter_hub.routing.router import Router
 
 
 class Kind(StrEnum):
@@ -275,3 +284,95 @@ def _same(row: Example, answer: Prediction) -> bool:
 
 def _abstained(rows: Sequence[Answered]) -> int:
     return sum(one.routed.adapter is None for one in rows)
+
+
+# ---- ask a hub ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    hub: Hub,
+    data: str | Path | Iterable[Mapping[str, Any] | Example] | None,
+    names: Iterable[str] | None,
+    max_false_reject: float | None,
+    ask: int,
+) -> dict[str, Any]:
+    """See `Hub.evaluate`."""
+    checked_ask(ask)
+    wanted = None if names is None else texts_of("names", names)
+    if wanted == ():
+        raise InvalidInput("names is empty: nobody is to be measured.", hint="Name adapters, or leave `names` out.")
+    groups: Iterable[tuple[AdapterRef | None, Sequence[Example]]]
+    if data is None:
+        refs = list(dict.fromkeys(hub.registry.production() if wanted is None else map(hub.registry.resolve, wanted)))
+        manifests = (hub.registry.manifest(ref) for ref in refs)
+        check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
+        groups = ((ref, measuring(hub.kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
+    else:
+        rows = rows_of(data) if wanted is None else _rows_of(hub, wanted, rows_of(data))
+        named = [row.extra.get("adapter") for row in rows]
+        known = {home: hub.registry.resolve(home) for home in named if isinstance(home, str)}
+        homes = [known[home] if isinstance(home, str) else None for home in named]
+        tasks = {ref: Task.of(hub.registry.manifest(ref)) for ref in homes if ref}
+        check_rows(rows, homes, tasks)
+        check_packages(tasks.values())
+        by_home: dict[AdapterRef | None, list[Example]] = {None: []}    # first: who cannot answer them is found before the work
+        for row, home in zip(rows, homes, strict=True):
+            by_home.setdefault(home, []).append(row)
+        groups = by_home.items()
+    router, parts, without = hub.live.snapshot(), [], []
+    for home, group in groups:
+        if group:
+            parts.append(_measured(hub, router, home, group, max_false_reject, ask))
+        elif home:
+            without.append(str(home))
+    if not parts:
+        whose = ", ".join(without) or "any adapter: none is in production"
+        hint = 'Give rows (`--data FILE`). With keep = "text" in hub.toml, a version that is registered with evaluation= keeps its set.'
+        raise InvalidInput(f"no evaluation set is kept of {whose}.", hint=hint)
+    return report(parts) | ({"without": without} if data is None else {})
+
+
+def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None, ask: int) -> Part:
+    """Of the rows of one adapter, or of those that name none: what they are in figures. The answers are let go."""
+    task = Task.of(hub.registry.manifest(home)) if home else Task(Kind.LABEL)
+    texts = [row.text for row in rows]
+    by_name = home is not None and not hub.registry.manifest(home).routed    # there is no other way to it
+    decisions = [Decision.named(home)] * len(rows) if by_name else route(hub, router, texts, 1, max_false_reject)
+    answering = [decision.adapter for decision in decisions]
+    tasks: dict[AdapterRef | None, Task] = {ref: Task.of(hub.registry.manifest(ref)) for ref in (*answering, home) if ref}
+    if home is None:
+        check_answers({ref: one for ref, one in tasks.items() if ref})
+    else:
+        tasks[None] = Task(Kind.VECTOR, chats=hub.base.kind == "causal")
+    asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
+    questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
+    outputs = dict(zip(asked, hub.engine.predict(requests_of(hub, questions, [ref for _, ref in asked], True)), strict=True))
+    writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
+    requests = requests_of(hub, [task.asked(rows[i]) for i in writing], [home] * len(writing), True)
+    likelihoods = dict(zip(writing, hub.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
+    routed = [Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]) for i, _ in enumerate(rows)]
+    if ask > 1 and not by_name:    # what writes is asked as its rows say, and nothing of it is judged
+        judged = contest(hub, router, hub.encoder_of(router), texts, None, checked_rate(hub, max_false_reject), True, ask)
+        single = [tasks[ref].kind is Kind.LABEL if ref else False for ref in answering]
+        routed = [raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]
+    answered = [
+        Answered(
+            row,
+            routed[i],
+            Prediction.of(Decision.named(home), home, outputs[i, home]) if home else None,
+            likelihoods.get(i),
+        )
+        for i, row in enumerate(rows)
+    ]
+    examples = {row.text for row in hub.kept(home, EXEMPLARS_FILE)} if home else set()
+    return part_of(answered, home, task, known=sum(text in examples for text in texts))
+
+
+def _rows_of(hub: Hub, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:
+    """The rows of these adapters. Raises AdapterNotFound, InvalidInput for a name that no row mentions."""
+    homes = {id(row): str(row.extra.get("adapter")).partition("@")[0] for row in rows}
+    for name in names:
+        hub.registry.aliases(name)
+        if name not in homes.values():
+            raise InvalidInput(f"no row names the adapter {name!r}.", hint="The field `adapter` of a row says whose it is.")
+    return [row for row in rows if homes[id(row)] in names]

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
-from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, contest, predict, raised, requests_of, route
-from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, rows_of, task_type_of, texts_of, wait_of
+from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, predict, requests_of, route
+from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, rows_of, task_type_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
@@ -37,13 +37,13 @@ from adapter_hub.errors import (
     RegistryError,
     RegistryExists,
 )
-from adapter_hub.examples import Example, as_examples, measuring, read_examples, targets_of
+from adapter_hub.examples import Example, as_examples, read_examples, targets_of
 from adapter_hub.learning import LearnReport, learn, teach
 from adapter_hub.prediction import Prediction, PredictionStream
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registering import by_name, effect_of, prepare, store
 from adapter_hub.registry.config import RegistryConfig, check_policy, read_config
-from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NUMBER_MAX, Layout
+from adapter_hub.registry.layout import EXEMPLARS_FILE, NUMBER_MAX, Layout
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.registry.observations import Observation, ObservationLog, first_id, new_ids, sampled
 from adapter_hub.registry.registry import Registry
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     from adapter_hub.continual.space import Space
     from adapter_hub.engine.engine import Engine, Output
     from adapter_hub.engine.queue import RequestQueue
-    from adapter_hub.evaluation import Part
     from adapter_hub.lifelong import MaintenanceReport
     from adapter_hub.merging import MergeReport
     from adapter_hub.routing.calibration import Calibration
@@ -1066,87 +1065,9 @@ class Hub:
         a label nor a text, no `names`, or where no set is kept; AdapterNotFound, NotRoutable.
         """
         with self.importing:
-            from adapter_hub.evaluation import Task, check_packages, check_rows, report
+            from adapter_hub.evaluation import evaluate
 
-        checked_ask(ask)
-        wanted = None if names is None else texts_of("names", names)
-        if wanted == ():
-            raise InvalidInput("names is empty: nobody is to be measured.", hint="Name adapters, or leave `names` out.")
-        groups: Iterable[tuple[AdapterRef | None, Sequence[Example]]]
-        if data is None:
-            refs = list(dict.fromkeys(self.registry.production() if wanted is None else map(self.registry.resolve, wanted)))
-            manifests = (self.registry.manifest(ref) for ref in refs)
-            check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
-            groups = ((ref, measuring(self.kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
-        else:
-            rows = rows_of(data) if wanted is None else self._rows_of(wanted, rows_of(data))
-            named = [row.extra.get("adapter") for row in rows]
-            known = {home: self.registry.resolve(home) for home in named if isinstance(home, str)}
-            homes = [known[home] if isinstance(home, str) else None for home in named]
-            tasks = {ref: Task.of(self.registry.manifest(ref)) for ref in homes if ref}
-            check_rows(rows, homes, tasks)
-            check_packages(tasks.values())
-            by_home: dict[AdapterRef | None, list[Example]] = {None: []}    # first: who cannot answer them is found before the work
-            for row, home in zip(rows, homes, strict=True):
-                by_home.setdefault(home, []).append(row)
-            groups = by_home.items()
-        router, parts, without = self.live.snapshot(), [], []
-        for home, group in groups:
-            if group:
-                parts.append(self._measured(router, home, group, max_false_reject, ask))
-            elif home:
-                without.append(str(home))
-        if not parts:
-            whose = ", ".join(without) or "any adapter: none is in production"
-            hint = 'Give rows (`--data FILE`). With keep = "text" in hub.toml, a version that is registered with evaluation= keeps its set.'
-            raise InvalidInput(f"no evaluation set is kept of {whose}.", hint=hint)
-        return report(parts) | ({"without": without} if data is None else {})
-
-    def _measured(self, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None, ask: int) -> Part:
-        """Of the rows of one adapter, or of those that name none: what they are in figures. The answers are let go."""
-        from adapter_hub.evaluation import Answered, Kind, Task, check_answers, part_of
-
-        task = Task.of(self.registry.manifest(home)) if home else Task(Kind.LABEL)
-        texts = [row.text for row in rows]
-        by_name = home is not None and not self.registry.manifest(home).routed    # there is no other way to it
-        decisions = [Decision.named(home)] * len(rows) if by_name else route(self, router, texts, 1, max_false_reject)
-        answering = [decision.adapter for decision in decisions]
-        tasks: dict[AdapterRef | None, Task] = {ref: Task.of(self.registry.manifest(ref)) for ref in (*answering, home) if ref}
-        if home is None:
-            check_answers({ref: one for ref, one in tasks.items() if ref})
-        else:
-            tasks[None] = Task(Kind.VECTOR, chats=self.base.kind == "causal")
-        asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
-        questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
-        outputs = dict(zip(asked, self.engine.predict(requests_of(self, questions, [ref for _, ref in asked], True)), strict=True))
-        writing = [i for i, row in enumerate(rows) if home and task.kind is Kind.TEXT and task.target(row) is not None]
-        requests = requests_of(self, [task.asked(rows[i]) for i in writing], [home] * len(writing), True)
-        likelihoods = dict(zip(writing, self.engine.score(requests, [task.target(rows[i]) for i in writing]), strict=True))
-        routed = [Prediction.of(decisions[i], answering[i], outputs[i, answering[i]]) for i, _ in enumerate(rows)]
-        if ask > 1 and not by_name:    # what writes is asked as its rows say, and nothing of it is judged
-            judged = contest(self, router, self.encoder_of(router), texts, None, checked_rate(self, max_false_reject), True, ask)
-            single = [tasks[ref].kind is Kind.LABEL if ref else False for ref in answering]
-            routed = [raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]
-        answered = [
-            Answered(
-                row,
-                routed[i],
-                Prediction.of(Decision.named(home), home, outputs[i, home]) if home else None,
-                likelihoods.get(i),
-            )
-            for i, row in enumerate(rows)
-        ]
-        examples = {row.text for row in self.kept(home, EXEMPLARS_FILE)} if home else set()
-        return part_of(answered, home, task, known=sum(text in examples for text in texts))
-
-    def _rows_of(self, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:
-        """The rows of these adapters. Raises AdapterNotFound, InvalidInput for a name that no row mentions."""
-        homes = {id(row): str(row.extra.get("adapter")).partition("@")[0] for row in rows}
-        for name in names:
-            self.registry.aliases(name)
-            if name not in homes.values():
-                raise InvalidInput(f"no row names the adapter {name!r}.", hint="The field `adapter` of a row says whose it is.")
-        return [row for row in rows if homes[id(row)] in names]
+        return evaluate(self, data, names, max_false_reject, ask)
 
     def calibrate(self, reason: str = "asked for") -> Calibration:
         """Fit scores and thresholds anew on the versions in production; the record gets the next number. Raises InvalidInput."""
