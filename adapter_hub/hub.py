@@ -16,14 +16,13 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, predict, requests_of, route
-from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, rows_of, task_type_of, wait_of
+from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, task_type_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
@@ -37,7 +36,7 @@ from adapter_hub.errors import (
     RegistryError,
     RegistryExists,
 )
-from adapter_hub.examples import Example, as_examples, read_examples, targets_of
+from adapter_hub.examples import Example, as_examples, read_examples
 from adapter_hub.learning import LearnReport, learn, teach
 from adapter_hub.prediction import Prediction, PredictionStream
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
     from adapter_hub.continual.discovery import DiscoveryConfig
     from adapter_hub.continual.drift import Alarm
     from adapter_hub.continual.knowledge_map import KnowledgeMap, Limits
-    from adapter_hub.continual.proposals import Accepted, Encoded, Proposal, Proposals
+    from adapter_hub.continual.proposals import Accepted, Encoded, Proposal
     from adapter_hub.continual.space import Space
     from adapter_hub.engine.engine import Engine, Output
     from adapter_hub.engine.queue import RequestQueue
@@ -767,11 +766,14 @@ class Hub:
         """
         from adapter_hub.lifelong import forget
 
+        with self.importing:
+            from adapter_hub.proposals import noted
+
         chosen = self._chosen_observations(before, adapter)
         with self.registry.maintaining(), self.registry.deciding():    # a pass, and a look, hold what they have read
             forget(self)    # first: the log's own erasure clears the pages of all
             if "name" not in chosen:    # what is proposed was answered by no adapter
-                self._proposals().forget(chosen.get("before"))
+                noted(self).forget(chosen.get("before"))
             self._looked = None    # their vectors
             return self._log.forget(**chosen)
 
@@ -872,21 +874,10 @@ class Hub:
         instead, without a look.
         Raises InvalidInput where the log keeps no texts, ReadOnlyRegistry.
         """
-        if decided:
-            return self._proposals().decided()
-        if self.config.observe != "text":
-            hint = 'Set observe = "text" and keep = "text" in hub.toml, and restart what serves: what is logged from then on is looked through.'
-            raise InvalidInput(f'the log of answers keeps no texts: hub.toml says observe = "{self.config.observe}".', hint=hint)
         with self.importing:
-            from adapter_hub.continual.proposals import Encoded
+            from adapter_hub.proposals import look, noted
 
-        router, rate = self.live.snapshot(), checked_rate(self, None)
-        encoder = self.encoder_of(router)
-        with self._looking, self.registry.deciding():
-            if self._looked is None or self._looked.encoder is not encoder:
-                self._looked = Encoded(encoder)
-            route = partial(router.route_features, max_false_reject=rate)
-            return self._proposals(config).look(self._looked, route, rate, self.names(), self._sureness, self._knows)
+        return noted(self).decided() if decided else look(self, config)
 
     def accept(
         self,
@@ -905,67 +896,28 @@ class Hub:
         taught the texts, and for a new name `Accepted.rows` come back to be labelled: nothing is decided then.
         Raises InvalidInput, and what `learn` and `teach` raise; the proposals are open then as before.
         """
-        with self.registry.deciding():
-            return self._accepted([ids] if isinstance(ids, str) else [*ids], name, labels, train, reason, learning)
-
-    def _accepted(
-        self,
-        chosen: Sequence[str],
-        known: str | None,
-        labels: Mapping[str, str | None] | None,
-        train: str | Path | Iterable[Mapping[str, Any] | Example] | None,
-        reason: str,
-        learning: Mapping[str, Any],
-    ) -> Accepted:
-        rows, proposed = self._proposals().rows(chosen), self._proposals().teach(chosen)
-        if known is None:
-            hint = f"It is proposed to teach {proposed}: name it (`--name {proposed}`)." if proposed else "Name the skill (`--name`)."
-            raise InvalidInput("these proposals have no name.", hint=f"{hint} A registered adapter is taught them, or with labels learns on.")
-        check_name(known)
         with self.importing:
-            from adapter_hub.continual.proposals import Accepted, State, labelled
+            from adapter_hub.proposals import accept
 
-        if not rows and train is None:
-            raise InvalidInput("the log has nothing left of these inputs.", hint="Look again: `adapter-hub proposals`.")
-        report = None
-        if labels is not None or train is not None:
-            given = labelled(rows, labels or {}) if train is None else [row for row in rows_of(train) if row.label or targets_of(row)]
-            if not given:
-                raise InvalidInput("none of the rows has a label.", hint="Write one to each (`label`); rows that are left without are left out.")
-            report = self.learn(known, given, **learning)
-            ref = report.ref
-        elif known in self:
-            ref = self.teach(known, [row.text for row in rows])
-        else:
-            return Accepted(tuple(chosen), known, rows=tuple(rows))
-        self._proposals().decide(chosen, State.ACCEPTED, reason, str(ref))
-        return Accepted(tuple(chosen), known, ref, report)
+        return accept(self, [ids] if isinstance(ids, str) else [*ids], name, labels, train, reason, learning)
 
     def dismiss(self, ids: str | Iterable[str], reason: str = "") -> None:
         """Note that these proposals, or groups of them, are no task: inputs like theirs are proposed no more, while the log has theirs."""
-        from adapter_hub.continual.proposals import State
-
-        with self.registry.deciding():
-            self._proposals().decide([ids] if isinstance(ids, str) else [*ids], State.DISMISSED, reason)
-
-    def _proposals(self, config: DiscoveryConfig | None = None) -> Proposals:
-        self._check_open()
         with self.importing:
-            from adapter_hub.continual.proposals import Proposals
+            from adapter_hub.proposals import dismiss
 
-        return Proposals(self._log, self.registry.notes, config)
+        dismiss(self, [ids] if isinstance(ids, str) else [*ids], reason)
 
-    def _knows(self, name: str, label: str | None) -> bool:
-        with suppress(AdapterNotFound, NotRoutable):
-            return label is None or label in (self.registry.manifest(name).labels or ())
-        return False
+    @contextmanager
+    def looking(self, encoder: Encoder) -> Iterator[Encoded]:
+        """One look at a time, with the inputs of the last one; meanwhile nothing is decided."""
+        with self.importing:
+            from adapter_hub.continual.proposals import Encoded
 
-    def _sureness(self, name: str, texts: Sequence[str]) -> Sequence[float]:
-        """The probability that an adapter gives its likeliest label on each text; nothing where it is no classifier of one label."""
-        manifest = self.registry.manifest(name)
-        if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE) or not manifest.labels or not texts:
-            return ()
-        return [max(one.scores.values()) for one in predict(self, texts, adapters=str(manifest.ref))]
+        with self._looking, self.registry.deciding():
+            if self._looked is None or self._looked.encoder is not encoder:
+                self._looked = Encoded(encoder)
+            yield self._looked
 
     # ---- ask about it -------------------------------------------------------------------------------------------
 
