@@ -1,11 +1,11 @@
 """The hub: constructs the parts and connects them. No maths, no SQL and no tensors of its own.
 
-`predict` is *route, then run*: `routing` decides from the text, `engine` executes on the frozen base, `registry` remembers.
+`predict` is *route, then run*: `routing` decides from the text, `engine` executes on the frozen base, `registry` remembers. A method that
+does more than connect calls a function that is given the hub, in a module beside this one: `answering`, `learning`, `evaluation`, …
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import logging
 import shlex
@@ -19,24 +19,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from adapter_hub.adapters.config import ProblemType, TaskType
+from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
 from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, predict, requests_of, route
 from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, task_type_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.engine.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
-from adapter_hub.errors import (
-    AdapterNotFound,
-    HubError,
-    InvalidInput,
-    InvalidName,
-    ModelChanged,
-    NotRoutable,
-    RegistryError,
-    RegistryExists,
-)
+from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, RegistryError, RegistryExists
 from adapter_hub.examples import Example, as_examples, read_examples
+from adapter_hub.feedback import feedback
 from adapter_hub.learning import LearnReport, learn, teach
 from adapter_hub.prediction import Prediction, PredictionStream
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
@@ -703,40 +695,7 @@ class Hub:
         has yet to learn. Of `correct_adapter` the name counts.
         Raises InvalidInput for an id that is not in the log and a label that there is not, AdapterNotFound, NotRoutable.
         """
-        if correct_label is None and correct_adapter is None:
-            raise InvalidInput("nothing is said of the answer.", hint="Give correct_label or correct_adapter (`--label`, `--adapter`).")
-        self._check_open()
-        seen, name = self._log.find(id), None
-        if correct_adapter is not None:
-            name = AdapterRef.parse(correct_adapter).name
-            self.registry.resolve(correct_adapter) if "@" in str(correct_adapter) else self.registry.aliases(name)
-        if new_label and (not isinstance(correct_label, str) or not correct_label.strip() or (name is None and seen.adapter is None)):
-            raise InvalidInput("new_label wants the label, and the adapter whose label it is to be.", hint="Give correct_label and correct_adapter.")
-        if correct_label is not None and name is not None:
-            self._check_one_label(name)
-        if correct_label is not None and not new_label:
-            self._check_label(correct_label, AdapterRef.parse(correct_adapter) if correct_adapter else seen.adapter)
-        return self._log.say(seen, correct_label, name)
-
-    def _check_one_label(self, name: str) -> None:
-        """Raises InvalidInput where what is in production under this name gives no single label."""
-        with suppress(NotRoutable):    # nothing in production
-            manifest = self.registry.manifest(AdapterRef(name, alias=PRODUCTION))
-            if manifest.task_type != TaskType.SEQ_CLS or manifest.problem_type not in (None, ProblemType.SINGLE):
-                raise InvalidInput(f"{name} gives no single label: a correct one cannot be noted.", hint="Give correct_adapter alone (`--adapter`).")
-
-    def _check_label(self, label: str, asked: AdapterRef | None) -> None:
-        """Raises InvalidInput where neither this version of an adapter nor the one in production gives such a label."""
-        if asked is None:
-            raise InvalidInput("the base model answered, which has no labels.", hint="Say whose label it is: correct_adapter (`--adapter`).")
-        labels: dict[str, None] = {}
-        for ref in (asked, AdapterRef(asked.name, alias=PRODUCTION)):
-            with suppress(NotRoutable):    # purged, or nothing in production
-                labels |= dict.fromkeys(self.registry.manifest(ref).labels or ())
-        if label not in labels:
-            closest = difflib.get_close_matches(str(label), labels, n=3)
-            hint = f"Closest: {', '.join(map(repr, closest))}." if closest else f"It has {len(labels)} labels: `adapter-hub show {asked.name}`."
-            raise InvalidInput(f"{label!r} is no label of {asked.name}.", hint=f"{hint} One that it is to learn: new_label=True (`--new-label`).")
+        return feedback(self, id, correct_label, correct_adapter, new_label)
 
     def observations(
         self,

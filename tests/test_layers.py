@@ -15,11 +15,12 @@ ROWS = {
     "registry": 2,
     "routing": 3, "training": 3, "engine": 3,
     "continual": 4, "batch": 4, "testing": 4, "arguments": 4, "prediction": 4,
-    "hub": 5, "answering": 5, "registering": 5, "learning": 5, "evaluation": 5, "proposals": 5, "lifelong": 5, "survey": 5, "merging": 5,
+    "hub": 5, "answering": 5, "feedback": 5, "registering": 5, "learning": 5, "evaluation": 5,
+    "proposals": 5, "lifelong": 5, "survey": 5, "merging": 5,
     "cli": 6, "server": 6,
 }
 # The hub's work, in files of their own: functions that are given a hub.
-HUBS_WORK = ("answering", "registering", "learning", "evaluation", "proposals", "lifelong", "survey", "merging")
+HUBS_WORK = ("answering", "feedback", "registering", "learning", "evaluation", "proposals", "lifelong", "survey", "merging")
 # Who may know whom on its own row; everyone else there is a stranger.
 NEIGHBOURS = {("refs", "errors"), ("examples", "errors"), ("adapters", "base_model"), ("adapters", "precision"), ("base_model", "precision")} | {
     ("evaluation", "answering"), ("proposals", "answering"), ("survey", "lifelong"), ("learning", "registering"), ("merging", "learning"),
