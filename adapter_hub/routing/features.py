@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -178,9 +178,9 @@ class Hidden:
         return found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Kernel:
-    """exp(-squared distance) of [dense, SKETCH_WEIGHT × sketch] to each of h exemplars: the exact form, for few of them."""
+    """exp(-squared distance) of [dense, SKETCH_WEIGHT × sketch] to each of h exemplars."""
 
     exemplars: Features     # h
 
@@ -191,9 +191,15 @@ class Kernel:
     def __call__(self, features: Features) -> F32:
         """(n, h)"""
         products = features.dense @ self.exemplars.dense.T
-        products += np.float32(SKETCH_WEIGHT**2) * (features.lexical @ self.exemplars.lexical.T).toarray()
-        length = np.float32(1 + SKETCH_WEIGHT**2)    # of every row, squared
-        return np.asarray(np.exp(2 * (products - length)), np.float32)
+        products += np.float32(SKETCH_WEIGHT**2) * (features.lexical @ self._places).toarray()
+        products -= np.float32(1 + SKETCH_WEIGHT**2)    # the length of every row, squared
+        products *= 2
+        return np.asarray(np.exp(products, out=products), np.float32)
+
+    @cached_property
+    def _places(self) -> Sparse:
+        """(s, h), by rows: which exemplars have something in a place."""
+        return self.exemplars.lexical.T.tocsr()
 
 
 @lru_cache(maxsize=4)

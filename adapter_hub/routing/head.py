@@ -29,9 +29,10 @@ from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 SCHEMA = 3
 RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 little changes on validation splits
 CLASSES_MAX = 4096         # more: prototypes alone. h × k numbers are held
+EXACT_MAX = 4096           # exemplars that are met by their exact kernel; more by random features
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
 DIM_MAX = 2**14            # of an encoder whose head is read: more is damage, and would be an allocation
-BLOCK = 4096               # exemplars whose hidden features are held at once
+BLOCK = 4096               # exemplars that are worked on at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,27 +104,28 @@ def digest_of(digests: Mapping[AdapterRef, str]) -> str:
 
 
 class Solver:
-    """The normal equations of some adapters, factored once: in the space of exemplars while they are few, else of random features."""
+    """The normal equations of some adapters, factored once: in the space of exemplars up to `exact_max`, else of `drawn` random features."""
 
-    def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, width: int = HIDDEN_DIM) -> None:
+    def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, exact_max: int = EXACT_MAX, drawn: int = HIDDEN_DIM) -> None:
         refs = sorted(ref for ref, one in exemplars.items() if not one.single)
         parts = [exemplars[ref] for ref in refs]
         firsts = np.cumsum([0, *(part.target_count for part in parts)])
         self.columns = dict(zip(refs, firsts[:-1].tolist(), strict=True))
         self.targets: I64 = np.concatenate([part.targets + first for part, first in zip(parts, firsts[:-1], strict=True)])
         self.features = Features.concatenate([part.features for part in parts])
-        self.basis = Kernel(self.features) if len(self.features) <= width else Hidden.of(dim, width)
+        self.basis = Kernel(self.features) if len(self.features) <= exact_max else Hidden.of(dim, drawn)
         self._class_count = int(firsts[-1])
-        self._factor = linalg.cholesky(self._gram(), lower=True, overwrite_a=True, check_finite=False)
+        # Symmetric, and LAPACK's order is the transposed one: so it is factored where it lies.
+        self._factor = linalg.cholesky(self._gram().T, lower=True, overwrite_a=True, check_finite=False)
 
     def _gram(self) -> F64:
         """φᵀφ, or the kernel matrix, and the ridge."""
-        if isinstance(self.basis, Kernel):
-            gram = self.basis(self.features).astype(np.float64)
-        else:
-            gram = np.zeros((self.basis.width, self.basis.width))
-            for start in range(0, len(self.features), BLOCK):
-                block = self.basis(self.features[start : start + BLOCK])
+        gram = np.zeros((self.basis.width, self.basis.width))
+        for start in range(0, len(self.features), BLOCK):
+            block = self.basis(self.features[start : start + BLOCK])
+            if isinstance(self.basis, Kernel):
+                gram[start : start + BLOCK] = block
+            else:
                 gram += block.T @ block
         gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / len(gram)
         return gram
@@ -143,9 +145,14 @@ class Solver:
 
     @cached_property
     def _inverse_diagonal(self) -> F32:
-        """(n,), of the kernel matrix and the ridge."""
-        inverse = linalg.solve_triangular(self._factor, np.eye(len(self._factor)), lower=True, check_finite=False)
-        return np.asarray((inverse**2).sum(axis=0), np.float32)
+        """(n,), of the kernel matrix and the ridge: the squared columns of the factor's inverse, each zero above its own row."""
+        found = np.empty(len(self._factor32), np.float32)
+        for start in range(0, len(found), BLOCK):
+            rest = self._factor32[start:, start:]
+            columns = np.eye(len(rest), min(BLOCK, len(rest)), dtype=np.float32)
+            columns = linalg.solve_triangular(rest, columns, lower=True, overwrite_b=True, check_finite=False)
+            found[start : start + BLOCK] = (columns**2).sum(axis=0)
+        return found
 
     @cached_property
     def _factor32(self) -> F32:
