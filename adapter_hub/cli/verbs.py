@@ -1,7 +1,7 @@
 """The command line: one verb a public method of Hub. Parses, prints, maps errors to exit codes; decides nothing.
 
 Help and completion stay quick: torch, SQLAlchemy and the hub itself are imported inside the verbs that need them.
-Exit codes: 0 done; 1 some rows failed, damage was found, or nothing was promoted; 2 bad use; 130 interrupted.
+Exit codes: 0 done; 1 some rows failed, damage was found, or what was to be promoted was not; 2 bad use; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ def learn(
     """Train an adapter on rows with targets and register it.
 
     A NAME in production learns on: it keeps its labels, and its examples where their texts are kept. A gate compares the result with what is
-    there and says why it promotes, holds or rejects it. Exit code 1 where it is not promoted.
+    there and says why it promotes, holds or rejects it. Exit code 1 where it is not promoted and was to be.
     """
     settings = _train_config(config)
     kept: dict[str, Any] = {"generation": json_object("--generation", generation)} if generation else {}
@@ -693,7 +693,7 @@ def accept(
     """Make proposals, or groups of them (3.2), a skill.
 
     With labels it is learned. With the name of a registered adapter alone, that one's router is taught the texts. A new name without labels
-    writes the rows to be labelled to --output; `accept` with --train learns from them then. Exit code 1 where it is not promoted.
+    writes the rows to be labelled to --output; `accept` with --train learns from them then. Exit code 1 where it is not promoted and was to be.
     """
     given = _labels_of(label or [])
     if output and (given or train):

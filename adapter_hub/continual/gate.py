@@ -200,7 +200,8 @@ def _validation(evidence: Evidence, policy: GatePolicy) -> Finding:
         verdict = Verdict.REJECT if evidence.probed else Verdict.HOLD
         return Finding("validation", verdict, f"{beside}: worse on {lost} of {rows} rows, better on {gained}", numbers)
     better = is_worse(rows, lost, gained, policy.level)
-    return Finding("validation", Verdict.PROMOTE, f"{beside}: {'better' if better else 'not to be told apart'} on {rows} rows", numbers)
+    told = f"better on {rows} rows" if better else f"not to be told apart on {rows} rows, {gained} of them better, {lost} worse"
+    return Finding("validation", Verdict.PROMOTE, f"{beside}: {told}", numbers)
 
 
 def _scored(evidence: Evidence, policy: GatePolicy) -> Finding:

@@ -52,6 +52,9 @@ class TrainConfig:
     progress: bool = False                 # show the trainer's own bar and losses
 
     def __post_init__(self) -> None:
+        for name in ("report_to", "target_modules"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         for name, (fits, range_) in _RANGES.items():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -103,8 +106,7 @@ class TrainConfig:
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise InvalidInput(f"{unknown[0]!r} is not a training setting.", hint=f"There are: {', '.join(known)}.")
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        return cls(**values)
+        return cls(**settings)
 
 
 # What each costs and gives is in benchmarks/LOG.md.

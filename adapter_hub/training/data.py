@@ -48,7 +48,8 @@ def check_task(rows: Sequence[Example], validation: Sequence[Example] | None) ->
         for position, row in enumerate(validation, 1):
             reason = text_fault(row.text)
             if reason or row.label not in labels:
-                fact = f"has a text that {reason}" if reason else f"has the label {row.label!r}, which no training row has"
+                unknown = f"has the label {row.label!r}, which no training row has" if row.label else "has no label"
+                fact = f"has a text that {reason}" if reason else unknown
                 raise InvalidInput(f"validation row {position} {fact}.", hint=f"Labels to learn: {', '.join(labels[:10])}.")
     return labels
 

@@ -374,7 +374,7 @@ def task_of(task_type: str, problem_type: str | None) -> type[Task]:
         if one.task_type == task_type and (problem_type is None or one.problem_type == problem_type):
             return one
     names = ", ".join(f"{one.task_type} ({one.problem_type})" if one.problem_type else str(one.task_type) for one in tasks)
-    shown = f"task_type={task_type!r}" + (f" with problem_type={problem_type!r}" if problem_type else "")
+    shown = f"task_type={str(task_type)!r}" + (f" with problem_type={str(problem_type)!r}" if problem_type else "")
     raise InvalidInput(f"{shown} cannot be trained.", hint=f"There are: {names}.")
 
 

@@ -68,7 +68,7 @@ def test_five_rows_of_one_mind_are_the_fewest_that_tell() -> None:
     [
         (evidence(gained=10), Verdict.PROMOTE, "validation accuracy 1.000, skill@1 0.900: better on 100 rows"),
         (evidence(), Verdict.PROMOTE, "not to be told apart on 100 rows"),
-        (evidence(lost=2), Verdict.PROMOTE, "not to be told apart"),
+        (evidence(lost=2), Verdict.PROMOTE, "not to be told apart on 100 rows, 0 of them better, 2 worse"),
         (evidence(lost=20), Verdict.HOLD, "worse on 20 of 100 rows, better on 0"),
         (evidence(lost=20, probed=True), Verdict.REJECT, "worse on 20 of 100 rows"),
         (evidence(rows=1, lost=1), Verdict.PROMOTE, "not to be told apart on 1 rows"),

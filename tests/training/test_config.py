@@ -56,3 +56,8 @@ def test_a_table_makes_the_config_that_its_settings_name() -> None:
 def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().r = 0  # type: ignore[misc]
+
+
+def test_a_list_is_as_good_as_a_tuple() -> None:
+    config = TrainConfig(target_modules=["query"], report_to=["tensorboard"])  # type: ignore[arg-type]
+    assert config == TrainConfig(target_modules=("query",), report_to=("tensorboard",))

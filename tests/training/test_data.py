@@ -38,7 +38,7 @@ def test_rows_that_cannot_be_learned_from_are_refused_with_their_position(rows: 
     [
         ([], "the validation rows are empty"),
         ([GOOD[0], Example("a red car", "vehicle")], "validation row 2 has the label 'vehicle', which no training row has"),
-        ([Example("a red car")], "validation row 1 has the label None"),
+        ([GOOD[0], Example("a red car")], "validation row 2 has no label"),
         ([Example("", "tool")], "validation row 1 has a text that is empty"),
     ],
 )
