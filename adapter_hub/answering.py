@@ -58,7 +58,7 @@ def choose(
     if adapters is None:
         router, questions = hub.live.snapshot(), [question_of(text) for text in texts]
         encoder = hub.encoder_of(router)
-        decisions = route(hub, router, questions, mix, max_false_reject, hub.gathered if gathered else encoder)
+        decisions = route(hub, router, questions, mix, max_false_reject, hub.gathering if gathered else encoder)
         return decisions, [_mixed(hub, decision) if mix > 1 else decision.adapter for decision in decisions]
     if mix > 1:
         raise InvalidInput("adapters were named, and mix is for routed inputs.", hint='Name a mixture: {"legal": 0.7, "tax": 0.3}.')
@@ -98,7 +98,7 @@ def predict(
         if adapters is not None or mix != 1:
             raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
         router, rate = hub.live.snapshot(), checked_rate(hub, max_false_reject)
-        return [raised(one) for one in contest(hub, router, hub.encoder_of(router), texts, generation, rate, truncate, ask)]
+        return [or_raise(one) for one in contest(hub, router, hub.encoder_of(router), texts, generation, rate, truncate, ask)]
     decisions, answering = choose(hub, texts, adapters, max_false_reject, mix)
     outputs = hub.engine.predict(requests_of(hub, texts, answering, truncate), generation=generation)
     return [Prediction.of(*row) for row in zip(decisions, answering, outputs, strict=True)]
@@ -155,19 +155,19 @@ def contest(
     features = extract(encoder, [question_of(text) for text in texts])
     decisions = router.route_features(features, k=ask, max_false_reject=rate)
     chosen = [decision.adapter for decision in decisions]
-    near = [(row, ref) for row, one in enumerate(decisions) if (them := rivals(one, ask)) and hub.labels_of(chosen[row]) for ref in them]
+    near = [(row, ref) for row, one in enumerate(decisions) if (them := rivals(one, ask)) and hub.routed_labels(chosen[row]) for ref in them]
     pairs = [*enumerate(chosen), *near]    # the chosen one's answer comes first
     calls = [*generation, *[None] * len(near)] if isinstance(generation, Sequence) else generation
     outputs = hub.engine.answers(requests_of(hub, [texts[row] for row, _ in pairs], [ref for _, ref in pairs], truncate), generation=calls)
     said: dict[int, list[tuple[AdapterRef, Output]]] = {}
     for (row, ref), output in zip(pairs, outputs, strict=True):
-        if ref and not isinstance(output, Exception) and output.label in hub.labels_of(ref) and (row in said or ref == chosen[row]):
+        if ref and not isinstance(output, Exception) and output.label in hub.routed_labels(ref) and (row in said or ref == chosen[row]):
             said.setdefault(row, []).append((ref, output))
     flat = [(row, ref, output) for row, answers in said.items() for ref, output in answers]
     answered: dict[int, list[tuple[float, AdapterRef, Output]]] = {}
     all_responses = router.label_responses(features[[row for row, _, _ in flat]], [ref for _, ref, _ in flat]) if flat else []
     for (row, ref, output), responses in zip(flat, all_responses, strict=True):
-        labels = zip(hub.labels_of(ref), responses.tolist(), strict=True)
+        labels = zip(hub.routed_labels(ref), responses.tolist(), strict=True)
         known = ((evidence(response, output.scores[label]), response, label) for label, response in labels if label in output.scores)
         _, response, label = max(known, key=lambda one: one[0])
         answered.setdefault(row, []).append((round(response, SCORE_DECIMALS), ref, replace(output, label=label)))
@@ -190,7 +190,7 @@ def requests_of(hub: Hub, texts: Sequence[str | Conversation], answering: Sequen
     return [Request(text, adapter, truncate) for text, adapter in zip(texts, answering, strict=True)]
 
 
-def raised(found: Prediction | Exception) -> Prediction:
+def or_raise(found: Prediction | Exception) -> Prediction:
     if isinstance(found, Exception):
         raise found
     return found

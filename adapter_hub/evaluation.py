@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from adapter_hub.adapters.config import ProblemType, TaskType
-from adapter_hub.answering import checked_ask, checked_rate, contest, raised, requests_of, route
+from adapter_hub.answering import checked_ask, checked_rate, contest, or_raise, requests_of, route
 from adapter_hub.arguments import rows_of, texts_of
 from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Likelihood
@@ -354,7 +354,7 @@ def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[
     if ask > 1 and not by_name:    # what writes is asked as its rows say, and nothing of it is judged
         judged = contest(hub, router, hub.encoder_of(router), texts, None, checked_rate(hub, max_false_reject), True, ask)
         single = [tasks[ref].kind is Kind.LABEL if ref else False for ref in answering]
-        routed = [raised(judged[i]) if single[i] else one for i, one in enumerate(routed)]
+        routed = [or_raise(judged[i]) if single[i] else one for i, one in enumerate(routed)]
     answered = [
         Answered(
             row,

@@ -77,6 +77,8 @@ class Hub:
     """An adapter registry with its router and its engine. Open one with `Hub.open`, make one with `Hub.create`.
 
     Models are loaded when first needed: opening, listing and promoting cost no forward. Safe to share between threads.
+    The modules of its work also use `importing`, `live`, `adapter`, `candidate`, `gathering`, `encoder_of`, `routed_labels` and `looking`:
+    they are no public surface.
     """
 
     importing = threading.RLock()    # transformers cannot be imported by two threads at once: its modules fill themselves when they are asked
@@ -294,7 +296,7 @@ class Hub:
             self._settings = seen
 
     @property
-    def gathered(self) -> Encoder:
+    def gathering(self) -> Encoder:
         """The same encoder, for `submit`: what threads ask at once is encoded together."""
         with self._lock, self.importing:
             if self._gathering is None:
@@ -310,7 +312,7 @@ class Hub:
             if self._engine is None:
                 from adapter_hub.engine.engine import Engine
 
-                self._engine = Engine(self.base, self.load, **self._limits)
+                self._engine = Engine(self.base, self.adapter, **self._limits)
             return self._engine
 
     def pin(self, *refs: str | AdapterRef) -> None:
@@ -343,7 +345,7 @@ class Hub:
                 self._router = LiveRouter(self._registry, self._check_state)
             return self._router
 
-    def load(self, ref: AdapterRef) -> Adapter:
+    def adapter(self, ref: AdapterRef) -> Adapter:
         """The adapter of a version, from the bytes that were checked against their digests; or of a candidate, which is not stored yet."""
         if candidate := self._candidates.get(ref):
             return candidate
@@ -462,8 +464,8 @@ class Hub:
         has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """
         return learn(
-            self, name, train, validation, config, promote, start, checkpoint_folder, task_type, problem_type, prompt_template, instead_of,
-            routed, facts,
+            self, name, train, validation=validation, config=config, promote=promote, start=start, checkpoint_folder=checkpoint_folder,
+            task_type=task_type, problem_type=problem_type, prompt_template=prompt_template, instead_of=instead_of, routed=routed, facts=facts,
         )  # fmt: skip
 
     def teach(
@@ -575,7 +577,7 @@ class Hub:
 
         return self.queue.submit(request, generation, timeout=timeout, then=answered)
 
-    def labels_of(self, ref: AdapterRef | None) -> tuple[str, ...]:
+    def routed_labels(self, ref: AdapterRef | None) -> tuple[str, ...]:
         """Of a classifier of one label those that the router has examples of, in the order of `Router.label_responses`; none of others."""
         if ref is None:
             return ()
@@ -725,14 +727,14 @@ class Hub:
         """
         from adapter_hub.lifelong import forget
 
-        with self.importing:
-            from adapter_hub.proposals import noted
-
         chosen = self._chosen_observations(before, adapter)
         with self.registry.maintaining(), self.registry.deciding():    # a pass, and a look, hold what they have read
             forget(self)    # first: the log's own erasure clears the pages of all
             if "name" not in chosen:    # what is proposed was answered by no adapter
-                noted(self).forget(chosen.get("before"))
+                with self.importing:
+                    from adapter_hub.proposals import proposals_of
+
+                proposals_of(self).forget(chosen.get("before"))
             self._looked = None    # their vectors
             return self._log.forget(**chosen)
 
@@ -834,9 +836,9 @@ class Hub:
         Raises InvalidInput where the log keeps no texts, ReadOnlyRegistry.
         """
         with self.importing:
-            from adapter_hub.proposals import look, noted
+            from adapter_hub.proposals import look, proposals_of
 
-        return noted(self).decided() if decided else look(self, config)
+        return proposals_of(self).decided() if decided else look(self, config)
 
     def accept(
         self,

@@ -75,6 +75,7 @@ def learn(
     hub: Hub,
     name: str,
     train: str | Path | Iterable[Mapping[str, Any] | Example],
+    *,
     validation: str | Path | Iterable[Mapping[str, Any] | Example] | None,
     config: TrainConfig | str | None,
     promote: str,
@@ -135,7 +136,7 @@ def learn(
         labels = manifest.labels or ()    # a number may have a name
     with tempfile.TemporaryDirectory(prefix="learn-") as folder:
         if start == "transfer":
-            lesson = transferred(name, lesson, _nearest(hub, name, newer), hub.base, hub.load, Path(folder) / "starts")
+            lesson = transferred(name, lesson, _nearest(hub, name, newer), hub.base, hub.adapter, Path(folder) / "starts")
         result = train_adapter(
             hub.base, lesson.train, task=name, validation=lesson.validation, config=lesson.config, folder=Path(folder), start=lesson.start,
             checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),

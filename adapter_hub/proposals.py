@@ -1,6 +1,7 @@
 """Proposals of new tasks: look for them in the log of what was turned away, and let a person accept or dismiss them.
 
 `continual.proposals` finds and notes them; here the hub routes and answers for it, and what is accepted is learned or taught.
+This module loads torch: `hub` imports it inside the methods that need it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from adapter_hub.hub import Hub
 
 
-def noted(hub: Hub, config: DiscoveryConfig | None = None) -> Proposals:
+def proposals_of(hub: Hub, config: DiscoveryConfig | None = None) -> Proposals:
     """What the notes of the registry say of them."""
     return Proposals(hub.log, hub.registry.notes, config)
 
@@ -40,7 +41,7 @@ def look(hub: Hub, config: DiscoveryConfig | None = None) -> list[Proposal]:
     router, rate = hub.live.snapshot(), checked_rate(hub, None)
     with hub.looking(hub.encoder_of(router)) as encoded:
         route = partial(router.route_features, max_false_reject=rate)
-        return noted(hub, config).look(encoded, route, rate, hub.names(), partial(_sureness, hub), partial(_knows, hub))
+        return proposals_of(hub, config).look(encoded, route, rate, hub.names(), partial(_sureness, hub), partial(_knows, hub))
 
 
 def _knows(hub: Hub, name: str, label: str | None) -> bool:
@@ -71,7 +72,7 @@ def accept(
 ) -> Accepted:
     """See `Hub.accept`."""
     with hub.registry.deciding():
-        proposals = noted(hub)
+        proposals = proposals_of(hub)
         rows, proposed = proposals.rows(ids), proposals.teach(ids)
         if name is None:
             hint = f"It is proposed to teach {proposed}: name it (`--name {proposed}`)." if proposed else "Name the skill (`--name`)."
@@ -97,4 +98,4 @@ def accept(
 def dismiss(hub: Hub, ids: Sequence[str], reason: str) -> None:
     """See `Hub.dismiss`."""
     with hub.registry.deciding():
-        noted(hub).decide(ids, State.DISMISSED, reason)
+        proposals_of(hub).decide(ids, State.DISMISSED, reason)

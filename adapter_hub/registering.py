@@ -1,6 +1,7 @@
 """Check an adapter against the base, tell what it would take from the others, and store it as the next version of its name.
 
-What `register`, `learn` and `teach` have in common. Nothing is stored before all of it is checked; storing and promoting are one act.
+What `register`, `learn` and `teach` have in common, and what a version costs the others (`Hub.effect`). Nothing is stored before all of it is
+checked.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def by_name(hub: Hub, prepared: Prepared) -> Prepared:
 def routing_files(
     hub: Hub, state: RoutingState, rows: Sequence[Example], held_out: Sequence[Example], refused: Sequence[Example]
 ) -> dict[str, Path | bytes]:
+    """What is stored beside the weights: the routing state, and where hub.toml keeps texts, the rows themselves."""
     from adapter_hub.routing.live import ROUTING_FILE
 
     files: dict[str, Path | bytes] = {ROUTING_FILE: state.to_bytes()}

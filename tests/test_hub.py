@@ -600,7 +600,7 @@ def test_an_adapter_that_goes_while_a_job_runs_fails_its_own_rows_only(
     monkeypatch.setattr("adapter_hub.hub.CHUNK_ROWS", 256)
     rows = [row for _ in range(20) for row in (*COLOURS, *ANIMALS)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    filled._engine = engine = Engine(filled.base, filled.load, slots_max=1)    # so that each is loaded again
+    filled._engine = engine = Engine(filled.base, filled.adapter, slots_max=1)    # so that each is loaded again
     filled.run(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", max_false_reject=0)
     whole = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
     assert {row["adapter"] for row in whole} == {"colours@1", "animals@1"} and engine.slots.resident == (AdapterRef("colours", 1),)

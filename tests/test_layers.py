@@ -58,6 +58,15 @@ def test_imports_point_down(path: Path) -> None:
         assert other == own or below or (own, other) in NEIGHBOURS, f"{path}: {own} (row {ROWS[own]}) imports {other} (row {ROWS[other]})"
 
 
+@pytest.mark.parametrize("name", HUBS_WORK)
+def test_the_hubs_work_knows_the_hub_by_its_type_alone(name: str) -> None:
+    """What it imports when it runs would be a circle."""
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    guarded = {id(node) for one in ast.walk(tree) if isinstance(one, ast.If) and "TYPE_CHECKING" in ast.unparse(one.test) for node in ast.walk(one)}
+    of_hub = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "adapter_hub.hub"]
+    assert of_hub and all(id(node) in guarded for node in of_hub)
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row == 0])
 def test_row_0_is_standard_library_only_but_for_parquet_inside_functions(name: str) -> None:
     path = PACKAGE / f"{name}.py"

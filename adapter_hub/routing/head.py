@@ -29,7 +29,7 @@ from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 SCHEMA = 3
 RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 little changes on validation splits
 CLASSES_MAX = 4096         # more: prototypes alone. h × k numbers are held
-EXACT_MAX = 4096           # exemplars that are met by their exact kernel; more by random features
+EXACT_MAX = 4096           # exemplars that are met by their exact kernel; more by random features. Raise SCHEMA with another limit
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
 DIM_MAX = 2**14            # of an encoder whose head is read: more is damage, and would be an allocation
 BLOCK = 4096               # exemplars that are worked on at once
@@ -106,7 +106,7 @@ def digest_of(digests: Mapping[AdapterRef, str]) -> str:
 class Solver:
     """The normal equations of some adapters, factored once: in the space of exemplars up to `exact_max`, else of `drawn` random features."""
 
-    def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, exact_max: int = EXACT_MAX, drawn: int = HIDDEN_DIM) -> None:
+    def __init__(self, exemplars: Mapping[AdapterRef, Exemplars], dim: int, *, exact_max: int = EXACT_MAX, drawn: int = HIDDEN_DIM) -> None:
         refs = sorted(ref for ref, one in exemplars.items() if not one.single)
         parts = [exemplars[ref] for ref in refs]
         firsts = np.cumsum([0, *(part.target_count for part in parts)])
@@ -149,7 +149,7 @@ class Solver:
         found = np.empty(len(self._factor32), np.float32)
         for start in range(0, len(found), BLOCK):
             rest = self._factor32[start:, start:]
-            columns = np.eye(len(rest), min(BLOCK, len(rest)), dtype=np.float32)
+            columns = np.eye(len(rest), min(BLOCK, len(rest)), dtype=np.float32, order="F")
             columns = linalg.solve_triangular(rest, columns, lower=True, overwrite_b=True, check_finite=False)
             found[start : start + BLOCK] = (columns**2).sum(axis=0)
         return found

@@ -62,7 +62,7 @@ def test_the_kernel_is_of_the_joined_features() -> None:
 
 
 def test_responses_are_those_of_the_plain_equations(exact_max: int) -> None:
-    solver = Solver(EXEMPLARS, DIM, exact_max, DRAWN)
+    solver = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     assert isinstance(solver.basis, Kernel if exact_max == N else Hidden) and len(solver.features) == N
     fresh = World(3, 2, noise=0.9, seed=4).sample(1, 4)[0]
     np.testing.assert_allclose(solver.head("x").responses(fresh), slow_responses(solver, np.arange(N), fresh), atol=1e-3)
@@ -70,7 +70,7 @@ def test_responses_are_those_of_the_plain_equations(exact_max: int) -> None:
 
 def test_what_is_left_out_is_solved_without(exact_max: int) -> None:
     """Exactly, under the same penalty."""
-    solver = Solver(EXEMPLARS, DIM, exact_max, DRAWN)
+    solver = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     rows = np.arange(N)
     some = rows[::4]
     expected = np.concatenate([slow_responses(solver, rows[rows != i], solver.features[i]) for i in some])
@@ -81,37 +81,38 @@ def test_what_is_left_out_is_solved_without(exact_max: int) -> None:
 
 def test_what_is_left_out_is_what_a_new_solver_without_it_gives(exact_max: int) -> None:
     """Up to the penalty, which follows the mean length of the features."""
-    solver = Solver(EXEMPLARS, DIM, exact_max, DRAWN)
+    solver = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     ref, one = next(iter(EXEMPLARS.items()))
     kept = np.arange(len(one)) != 3
     counts = one.counts - np.bincount(one.classes[[3]], minlength=2)
     rest = Exemplars(one.features[kept], one.negatives, one.classes[kept], counts, one.sums, one.labelled, False)
-    again = Solver({**EXEMPLARS, ref: rest}, DIM, exact_max, DRAWN).head("x").responses(one.features[3])
+    again = Solver({**EXEMPLARS, ref: rest}, DIM, exact_max=exact_max, drawn=DRAWN).head("x").responses(one.features[3])
     np.testing.assert_allclose(solver.left_out(np.array([3])), again, atol=2e-2)
 
 
 def test_the_size_of_blocks_changes_nothing(exact_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = World(3, 2, noise=0.9, seed=4).sample(1, 4)[0]
-    expected = Solver(EXEMPLARS, DIM, exact_max, DRAWN)
+    expected = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     monkeypatch.setattr(head_module, "BLOCK", 7)
-    again = Solver(EXEMPLARS, DIM, exact_max, DRAWN)
+    again = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     np.testing.assert_allclose(again.head("x").responses(fresh), expected.head("x").responses(fresh), atol=1e-3)
     np.testing.assert_allclose(again.left_out(np.arange(N)), expected.left_out(np.arange(N)), atol=1e-3)
 
 
 def test_exemplars_are_met_exactly_while_they_are_few() -> None:
-    assert isinstance(Solver(EXEMPLARS, DIM, N).basis, Kernel) and isinstance(Solver(EXEMPLARS, DIM, N - 1).basis, Hidden)
+    assert isinstance(Solver(EXEMPLARS, DIM, exact_max=N).basis, Kernel)
+    assert isinstance(Solver(EXEMPLARS, DIM, exact_max=N - 1, drawn=DRAWN).basis, Hidden)
 
 
 @settings(max_examples=10)
 @given(st.permutations(sorted(EXEMPLARS)), st.sampled_from(sorted(FORMS.values())))
 def test_any_order_of_the_adapters_gives_the_same_bytes(order: list[AdapterRef], exact_max: int) -> None:
-    expected = Solver(EXEMPLARS, DIM, exact_max, DRAWN).head("x").to_bytes()
-    assert Solver({ref: EXEMPLARS[ref] for ref in order}, DIM, exact_max, DRAWN).head("x").to_bytes() == expected
+    expected = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN).head("x").to_bytes()
+    assert Solver({ref: EXEMPLARS[ref] for ref in order}, DIM, exact_max=exact_max, drawn=DRAWN).head("x").to_bytes() == expected
 
 
 def test_a_head_survives_its_bytes_exactly(exact_max: int) -> None:
-    head = Solver(EXEMPLARS, DIM, exact_max, DRAWN).head("sha256:x")
+    head = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN).head("sha256:x")
     again = Head.from_bytes(head.to_bytes())
     fresh = World(3, 2, seed=5).sample(1, 4)[0]
     assert (again.responses(fresh) == head.responses(fresh)).all()
@@ -155,7 +156,7 @@ def test_the_name_of_a_head_follows_its_versions_in_any_order() -> None:
 
 
 def tampered(change: Callable[[dict[str, Any], dict[str, Any]], Any], exact_max: int) -> bytes:
-    data = Solver(EXEMPLARS, DIM, exact_max, DRAWN).head("x").to_bytes()
+    data = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN).head("x").to_bytes()
     facts = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["head"])
     tensors = {k: v.copy() for k, v in safetensors.numpy.load(data).items()}
     change(tensors, facts)
@@ -212,4 +213,4 @@ def test_an_impossible_width_is_refused(dim: Any) -> None:
 @pytest.mark.parametrize("cut", [0, 1, 8, 60, -1])
 def test_a_head_cut_short_is_refused(cut: int, exact_max: int) -> None:
     with pytest.raises(CorruptIndex):
-        Head.from_bytes(Solver(EXEMPLARS, DIM, exact_max, DRAWN).head("x").to_bytes()[:cut])
+        Head.from_bytes(Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN).head("x").to_bytes()[:cut])
