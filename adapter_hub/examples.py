@@ -75,16 +75,28 @@ def _with_text(row: Any) -> Any:
 
 
 def as_examples(rows: Iterable[str | Mapping[str, Any] | Example]) -> list[Example]:
-    """Every row as an Example. Raises InvalidInput with the position (from 1) of the first that will not do."""
+    """Every row as an Example, also of a `datasets.Dataset`. Raises InvalidInput with the position (from 1) of the first that will not do."""
+    if isinstance(rows, Mapping) and rows and all(hasattr(split, "features") for split in rows.values()):
+        raise InvalidInput(f"the rows are splits: {', '.join(map(str, rows))}.", hint="Give one of them.")
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
         raise InvalidInput(f"the rows are {_kind(rows)}.", hint="Give a list of texts or objects.")
     found = []
-    for position, row in enumerate(rows, 1):
+    for position, row in enumerate(_with_class_names(rows), 1):
         try:
             found.append(to_example(row))
         except InvalidInput as error:
             raise InvalidInput(f"row {position}: {error.fact}", hint=error.hint) from None
     return found
+
+
+def _with_class_names(rows: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a `datasets.Dataset` with the names of its classes, which it keeps beside them; other rows as they are."""
+    features = getattr(rows, "features", None) or {}
+    names = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
+    for row in rows:
+        # -1 is a row without a label.
+        known = {column: classes[row[column]] if row[column] is not None and row[column] >= 0 else None for column, classes in names.items()}
+        yield {**row, **known} if known else row
 
 
 def fault(row: object) -> str | None:

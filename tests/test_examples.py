@@ -269,6 +269,17 @@ def test_rows_that_are_no_rows_are_refused() -> None:
             as_examples(rows)    # type: ignore[arg-type]
 
 
+def test_rows_of_a_dataset_have_the_names_of_its_classes() -> None:
+    datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
+    columns = {"text": ["a", "b", "c"], "label": [1, 0, -1], "id": [7, 8, 9]}
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]), id=datasets.Value("int64"))
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    assert as_examples(rows) == [Example("a", "yes", 7), Example("b", "no", 8), Example("c", None, 9)]
+    assert as_examples(rows.remove_columns("label")) == [Example("a", id=7), Example("b", id=8), Example("c", id=9)]
+    with pytest.raises(InvalidInput, match=r"the rows are splits: train, test\. Give one of them"):
+        as_examples(datasets.DatasetDict(train=rows, test=rows))
+
+
 def test_blank_lines_before_the_header_do_not_hide_the_rows(tmp_path: Path) -> None:
     """Previously a CSV whose first line was blank was read as an empty file."""
     (tmp_path / "r.csv").write_bytes(b"\r\n\ntext,n\na,1\n")

@@ -343,7 +343,9 @@ def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub:
     report = hub.learn("colours", rows, [COLOURS[1], COLOURS[2], *ANIMALS[:0]], config="fast")
     assert report.data.contradictions_count == 1 and report.data.leaks_count == 2
     assert "1 text stands with two labels or more" in caplog.text and "2 validation rows stand in training too" in caplog.text
-    assert report.to_json()["data"]["warnings"] == list(report.data.warnings)
+    assert report.to_json()["data"]["warnings"] == list(report.data.warnings) and report.data.held_out == 0
+    few = [{"text": f"{verb} the {thing}", "label": thing} for verb in ("paint", "sell", "mend") for thing in ("hut", "boat")]
+    assert hub.learn("few", few, config="fast").data.held_out == 4 and "4 of 6 rows are held out" in caplog.text
     with pytest.raises(InvalidInput, match="learn takes no 'epochs'"):
         hub.learn("colours", rows, epochs=3)
 

@@ -25,6 +25,7 @@ SIMILAR = 0.85          # one word of ten differs
 BANDS, BAND_HASHES = 16, 4    # finds 99.99 % of the pairs at SIMILAR
 BUCKET_MAX = 64         # in a fuller bucket each row is compared with the first only
 IMBALANCED = 3.0        # times the rows of the rarest label: said
+HELD_OUT = 0.3          # of the rows not trained on: said
 SHOWN_MAX = 20          # examples of each fault that a report names
 _PRIME = (1 << 31) - 1
 
@@ -57,6 +58,7 @@ class DataReport:
     contradictions: tuple[Contradiction, ...]
     leaks_count: int                               # validation rows that training knows
     leaks: tuple[Leak, ...]
+    held_out: int = 0                              # rows that choose the epoch and measure it instead of being trained on
 
     @property
     def imbalance(self) -> float:
@@ -80,6 +82,9 @@ class DataReport:
         if self.imbalance >= IMBALANCED:
             (rare, few), (common, many) = self.rows_per_label[0], self.rows_per_label[-1]
             found.append(f"{rare!r} has {few} rows and {common!r} {many}: class_weights=True lets all labels weigh alike")
+        if self.held_out > HELD_OUT * self.rows:
+            kept = f"{self.held_out} of {self.rows} rows are held out to choose the epoch and to measure it"
+            found.append(f"{kept}: with validation rows of your own all of them are trained on")
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:

@@ -361,7 +361,9 @@ class Rewriting(Writing):
 
     @classmethod
     def fault(cls, row: Example) -> str | None:
-        return "has no label to write" if text_fault(row.label) else None
+        if not text_fault(row.label):
+            return None
+        return "has no label to write" + (" (`messages` are for CAUSAL_LM)" if "messages" in row.extra else "")
 
     def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
         return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": base.encode_answer(row.label or "")}

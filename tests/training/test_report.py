@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,3 +85,11 @@ def test_a_label_whose_rows_are_all_alike_is_still_held_out_of_but_not_word_for_
 def test_one_text_repeated_cannot_be_held_out() -> None:
     with pytest.raises(InvalidInput, match="every label has one text, repeated"):
         hold_out([Example("yes", "a"), Example("Yes!", "a"), Example("no", "b"), Example("no.", "b")], 0.5, 0)
+
+
+def test_rows_that_are_not_trained_on_are_said_where_they_are_many() -> None:
+    rows = [Example(f"{word} {number}", word) for word in ("red", "blue") for number in ("one", "two", "three")]
+    report = report_of(rows)
+    assert replace(report, held_out=1).warnings == ()
+    [warning] = replace(report, held_out=4).warnings
+    assert warning.startswith("4 of 6 rows are held out to choose the epoch and to measure it: with validation rows of your own")
