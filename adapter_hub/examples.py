@@ -91,8 +91,9 @@ def as_examples(rows: Iterable[str | Mapping[str, Any] | Example]) -> list[Examp
 
 def _with_class_names(rows: Iterable[Any]) -> Iterator[Any]:
     """The rows of a `datasets.Dataset` with the names of its classes, which it keeps beside them; other rows as they are."""
-    features = getattr(rows, "features", None) or {}
-    names = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
+    features = getattr(rows, "features", None)
+    columns = features.items() if isinstance(features, Mapping) else ()
+    names = {column: feature.names for column, feature in columns if hasattr(feature, "int2str")}
     for row in rows:
         # -1 is a row without a label.
         known = {column: classes[row[column]] if row[column] is not None and row[column] >= 0 else None for column, classes in names.items()}

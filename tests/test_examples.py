@@ -269,6 +269,13 @@ def test_rows_that_are_no_rows_are_refused() -> None:
             as_examples(rows)    # type: ignore[arg-type]
 
 
+def test_rows_that_merely_have_features_are_rows() -> None:
+    class Rows(list[str]):
+        features = ("text",)
+
+    assert as_examples(Rows(["a"])) == [Example("a")]
+
+
 def test_rows_of_a_dataset_have_the_names_of_its_classes() -> None:
     datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
     columns = {"text": ["a", "b", "c"], "label": [1, 0, -1], "id": [7, 8, 9]}
