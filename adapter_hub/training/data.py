@@ -7,14 +7,15 @@ import hashlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, text_fault
-from adapter_hub.training.report import equal_texts, near_duplicates
+from adapter_hub.training.report import asked, equal_texts, near_duplicates
 
-ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, if any other label can spare one
+ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, as far as others make up the share
+ROWS_ABOVE = 10             # that may be held out beyond the share, so that labels of few rows have one
 
 
 def task_seed(seed: int, task: str, labels: Sequence[str]) -> int:
@@ -58,62 +59,106 @@ def label_of(row: Example) -> str:
     return row.label or ""
 
 
+def check_held_out(rows: Sequence[Example], stratum: Callable[[Example], str] = label_of) -> None:
+    """Raises InvalidInput where no row can be held out: those that read the same are all that a label has."""
+    names = list(map(stratum, rows))
+    counts = Counter(names)
+    hint = "Give validation rows, or more training rows."
+    if max(counts.values()) < 2:
+        raise InvalidInput("every label has one row, none can be held out.", hint=hint)
+    takes = _takes(equal_texts(list(map(asked, rows))), names)
+    if not any(_leaves_all(taken, counts) for taken in takes.values()):
+        raise InvalidInput("every label has one text, repeated: none can be held out.", hint=hint)
+
+
 def hold_out(
     rows: Sequence[Example], share: float, seed: int, stratum: Callable[[Example], str] = label_of
 ) -> tuple[list[Example], list[Example]]:
     """(training, validation): of each label (or other `stratum`) `share` of its rows, at least one, never all. Order is kept.
 
-    Near-duplicates stay on one side; where a label's rows are all alike, only those that read the same do, and where they all read the
-    same, none is held out. Raises InvalidInput when there is no label of which a row can be.
+    Where one of each would be many more than `share` of all rows, labels of the fewest rows keep theirs. Near-duplicates stay on one side,
+    whatever their labels; groups that are too large for what is to be held out are trained on. Only where all are, those stay together that
+    read the same. Raises InvalidInput when no row can be held out.
     """
-    by_label: dict[str, list[int]] = {}
-    for position, row in enumerate(rows):
-        by_label.setdefault(stratum(row), []).append(position)
-    rows_max = max(len(positions) for positions in by_label.values())
-    if rows_max < 2:
-        raise InvalidInput("every label has one row, none can be held out.", hint="Give validation rows, or more training rows.")
-    texts = list(map(_asked, rows))
-    alike = _members(near_duplicates(texts))
-    equal = _members(equal_texts(texts))
-    left = {label: len(positions) for label, positions in by_label.items()}
+    check_held_out(rows, stratum)
+    names, texts = list(map(stratum, rows)), list(map(asked, rows))
+    counts = Counter(names)
+    wanted = {label: min(count - 1, max(1, math.floor(count * share + 0.5))) for label, count in counts.items()}
+    total = max(1, math.floor(len(rows) * share + 0.5), sum(wanted[label] for label, count in counts.items() if count * share >= 1))
+    most = total + min(total, ROWS_ABOVE)
+    # Each label draws from its own generator: a new label does not reshuffle the others.
+    generators = {label: random.Random(f"{seed}\x00{label}") for label in counts}
+    drawn = {label: generators[label].sample(positions, len(positions)) for label, positions in _members(names).items()}
+    order = sorted(counts, key=lambda label: (-counts[label], generators[label].random()))
+    few = min(ROWS_WORTH_SPLITTING, counts[order[0]])
+    room = {label: total if counts[label] < few else most for label in order}
+    for groups, smallest_max in ((near_duplicates(texts), most), (equal_texts(texts), len(rows))):
+        takes = _takes(groups, names)
+        draws = [(label, groups[position]) for label in order for position in drawn[label] if _leaves_all(takes[groups[position]], counts)]
+        # Where most rows stand in groups too large to go, training keeps half of the others.
+        loose = Counter(label for label, group in draws if takes[group][label] <= _closely(wanted[label]))
+        fewer = {label: min(rows, math.ceil(loose[label] * max(share, 0.5))) or rows for label, rows in wanted.items()}
+        chosen = _chosen(draws, takes, counts, fewer, room)
+        if not chosen:
+            smallest = min((group for _, group in draws), key=lambda group: takes[group].total(), default=None)
+            chosen = {smallest} if smallest is not None and takes[smallest].total() <= smallest_max else set()
+        if chosen:
+            break
+    train = [row for row, group in zip(rows, groups, strict=True) if group not in chosen]
+    return train, [row for row, group in zip(rows, groups, strict=True) if group in chosen]
+
+
+def _chosen(
+    draws: Sequence[tuple[str, int]],
+    takes: Mapping[int, Counter[str]],
+    counts: Mapping[str, int],
+    wanted: Mapping[str, int],
+    room: Mapping[str, int],
+) -> set[int]:
+    """The groups to hold out, of (label, group) in the order in which they are drawn, until each label has what is `wanted` of it.
+
+    A group that has far more of a label than is wanted of it is passed over, unless the label would have none; `room` is how many rows in all
+    may be held out when it is the label's turn.
+    """
     chosen: set[int] = set()
-    for label in sorted(by_label):
-        positions = by_label[label]
-        if len(positions) < min(rows_max, ROWS_WORTH_SPLITTING):
-            continue
-        count = min(len(positions) - 1, max(1, math.floor(len(positions) * share + 0.5)))
-        # Each label draws from its own generator: a new label does not reshuffle the others.
-        order = random.Random(f"{seed}\x00{label}").sample(positions, len(positions))
-        for groups in (alike, equal):
-            found = 0
-            for position in order:
-                group = groups[position]
-                takes = Counter(stratum(rows[member]) for member in group)
-                fits = found + takes[label] <= count or (not found and takes[label] <= max(2, 2 * count))
-                if found < count and position not in chosen and fits and all(left[name] > taken for name, taken in takes.items()):
-                    chosen.update(group)
-                    left.update({name: left[name] - taken for name, taken in takes.items()})
-                    found += takes[label]
-            if found:
-                break
-    if not chosen:
-        raise InvalidInput("every label has one text, repeated: none can be held out.", hint="Give validation rows, or more training rows.")
-    train = [row for position, row in enumerate(rows) if position not in chosen]
-    return train, [row for position, row in enumerate(rows) if position in chosen]
+    held: Counter[str] = Counter()
+    total = 0
+    closely, twice = ({label: limit(number) for label, number in wanted.items()} for limit in (_closely, lambda number: 2 * number))
+    for goal, limit in ((wanted, closely), (dict.fromkeys(wanted, 1), twice)):
+        for label, group in draws:
+            taken = takes[group]
+            if held[label] < goal[label] and group not in chosen and total + taken.total() <= room[label]:
+                if all(held[name] + rows <= min(limit[name], counts[name] - 1) for name, rows in taken.items()):
+                    chosen.add(group)
+                    held.update(taken)
+                    total += taken.total()
+    return chosen
 
 
-def _asked(row: Example) -> str:
-    """The text that must not stand on both sides: of a conversation all that goes before the answer."""
-    messages = row.extra.get("messages")
-    return "\n".join(str(one["content"]) for one in messages[:-1]) if messages else row.text
+def _closely(wanted: int) -> int:
+    """So many rows are near enough to those wanted."""
+    return wanted + wanted // 5
 
 
-def _members(groups: Sequence[int]) -> list[list[int]]:
-    """For each position those of its group, itself among them."""
-    members: dict[int, list[int]] = {}
-    for position, group in enumerate(groups):
-        members.setdefault(group, []).append(position)
-    return [members[group] for group in groups]
+def _takes(groups: Sequence[int], names: Sequence[str]) -> dict[int, Counter[str]]:
+    """For each group how many rows of which labels it has."""
+    found: dict[int, Counter[str]] = {}
+    for group, name in zip(groups, names, strict=True):
+        found.setdefault(group, Counter())[name] += 1
+    return found
+
+
+def _leaves_all(taken: Mapping[str, int], counts: Mapping[str, int]) -> bool:
+    """Whether every label keeps a row."""
+    return all(one < counts[name] for name, one in taken.items())
+
+
+def _members(names: Sequence[str]) -> dict[str, list[int]]:
+    """Of each name its positions."""
+    members: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        members.setdefault(name, []).append(position)
+    return members
 
 
 class Parts(NamedTuple):

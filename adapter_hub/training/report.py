@@ -59,6 +59,7 @@ class DataReport:
     leaks_count: int                               # validation rows that training knows
     leaks: tuple[Leak, ...]
     held_out: int = 0                              # rows that choose the epoch and measure it instead of being trained on
+    held_out_alike: int = 0                        # of them, near-duplicates of rows that are trained on
 
     @property
     def imbalance(self) -> float:
@@ -85,6 +86,9 @@ class DataReport:
         if self.held_out > HELD_OUT * self.rows:
             kept = f"{self.held_out} of {self.rows} rows are held out to choose the epoch and to measure it"
             found.append(f"{kept}: with validation rows of your own all of them are trained on")
+        if self.held_out_alike:
+            kept = f"{self.held_out_alike} of the {self.held_out} rows held out are near-duplicates of rows that are trained on"
+            found.append(f"{kept}, and what they measure flatters: validation rows of your own, written otherwise, would tell")
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:
@@ -99,15 +103,29 @@ def _label(row: Example) -> str:
     return row.label or ""
 
 
+def asked(row: Example) -> str:
+    """The text by which rows are alike: of a conversation all that goes before the answer."""
+    messages = row.extra.get("messages")
+    return "\n".join(str(one["content"]) for one in messages[:-1]) if messages else row.text
+
+
 def report_of(
-    rows: Sequence[Example], validation: Sequence[Example] = (), target: Callable[[Example], str] = _label, *, classes: bool = True
+    rows: Sequence[Example],
+    validation: Sequence[Example] = (),
+    target: Callable[[Example], str] = _label,
+    *,
+    classes: bool = True,
+    train: Sequence[Example] | None = None,
 ) -> DataReport:
-    """What is to be known about rows before anything learns from them. `target` says a row's; of `classes` each row has one, and is counted."""
-    groups = near_duplicates([row.text for row in (*rows, *validation)])
+    """What is to be known about rows before anything learns from them. `target` says a row's; of `classes` each row has one, and is counted.
+
+    `train` are those of the rows that are not held out, by default all.
+    """
+    groups = near_duplicates([asked(row) for row in (*rows, *validation)])
     seen = {(group, target(row)) for group, row in zip(groups, rows, strict=False)}
     labels: dict[str, dict[str, str]] = {}
     for row in rows:
-        labels.setdefault(normalised(row.text), {}).setdefault(target(row), row.text)
+        labels.setdefault(normalised(asked(row)), {}).setdefault(target(row), row.text)
     opposed = [Contradiction(next(iter(one.values())), tuple(sorted(one))) for one in labels.values() if len(one) > 1]
     first: dict[int, int] = {}
     for position, group in enumerate(groups[: len(rows)], 1):
@@ -117,10 +135,14 @@ def report_of(
         for position, (group, row) in enumerate(zip(groups[len(rows) :], validation, strict=True), 1)
         if group in first
     ]
+    trained = set(map(id, rows if train is None else train))
+    own = {group for group, row in zip(groups, rows, strict=False) if id(row) in trained}
+    held_out = [group for group, row in zip(groups, rows, strict=False) if id(row) not in trained]
     counts = sorted(Counter(map(target, rows if classes else ())).items(), key=lambda pair: (pair[1], pair[0]))
     return DataReport(
-        len(rows), tuple(counts), len(rows) - len(seen), len(opposed), tuple(opposed[:SHOWN_MAX]), len(leaks), tuple(leaks[:SHOWN_MAX])
-    )
+        len(rows), tuple(counts), len(rows) - len(seen), len(opposed), tuple(opposed[:SHOWN_MAX]), len(leaks), tuple(leaks[:SHOWN_MAX]),
+        len(held_out), sum(group in own for group in held_out),
+    )  # fmt: skip
 
 
 def normalised(text: str) -> str:

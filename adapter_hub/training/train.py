@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -90,8 +90,7 @@ def train_adapter(
     check_trackers(config.report_to)
     started = time.perf_counter()
     job, seed, parts = prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
-    report = report_of(rows, validation or (), job.shown, classes=type(job) is Task)
-    report = replace(report, held_out=len(rows) - len(parts.train))
+    report = report_of(rows, validation or (), job.shown, classes=type(job) is Task, train=parts.train)
     with (
         own_randomness(seed),
         quiet(not config.progress),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.data import check_task, hold_out, split, task_seed
+from adapter_hub.training.report import near_duplicates
 
 GOOD = [Example("a sharp saw", "tool"), Example("a ripe pear", "fruit")]
 
@@ -80,6 +84,54 @@ def test_a_new_label_does_not_reshuffle_what_is_held_out_of_the_others() -> None
 def test_the_share_is_taken_of_each_label() -> None:
     _, held_out = hold_out(rows_of({"a": 100, "b": 20, "c": 4}), 0.1, 0)
     assert [sum(row.label == label for row in held_out) for label in "abc"] == [10, 2, 1]
+
+
+def worded(seed: int) -> str:
+    return " ".join(f"{random.Random(seed + 0.01 * place).randrange(36**5):x}" for place in range(12))
+
+
+def apart(counts: dict[str, int]) -> list[Example]:
+    """So many rows of each label, no two alike."""
+    labels = [label for label, count in counts.items() for _ in range(count)]
+    return [Example(worded(number), label) for number, label in enumerate(labels)]
+
+
+def test_of_labels_with_few_rows_no_more_is_held_out_than_the_share_and_a_little() -> None:
+    few = {f"label {number}": 3 for number in range(400)}
+    for rows in (apart(few), rows_of(few)):    # those of `rows_of` are all near-duplicates
+        parts = split(rows, None, 0.1, 0)
+        assert [len(part) for part in parts] == [953, 117, 130]    # asked for were 972, 108, 120
+        assert len({row.label for row in parts.train}) == 400
+    held_out = [hold_out(apart({"most": most} | few), 0.1, 0)[1] for most in (4, 40)]    # not the four alone are measured, and all of few keep two
+    assert [Counter(row.label for row in one)["most"] for one in held_out] == [1, 4] and [len(one) for one in held_out] == [120, 124]
+    assert max(Counter(row.label for row in held_out[0]).values()) == 1
+
+
+def alike(labels: int, rows: int, together: int) -> list[Example]:
+    """Of `together` labels one row each are near-duplicates: they differ in their last letter."""
+    return [Example(f"{worded(label // together * rows + row)} {label % together}", f"l{label}") for label in range(labels) for row in range(rows)]
+
+
+@pytest.mark.parametrize(("labels", "rows", "together"), [(100, 3, 5), (100, 4, 5), (2, 100, 2), (40, 20, 20), (12, 10, 3)])
+def test_near_duplicates_of_many_labels_stay_on_one_side_and_no_more_than_the_share_goes(labels: int, rows: int, together: int) -> None:
+    parts = split(all_rows := alike(labels, rows, together), None, 0.1, 1)
+    sides = {row.text: side for side, part in enumerate(parts) for row in part}
+    groups = near_duplicates([row.text for row in all_rows])
+    assert len(set(groups)) == labels * rows // together
+    assert len({(group, sides[row.text]) for group, row in zip(groups, all_rows, strict=True)}) == len(set(groups))
+    asked = labels * rows / 10
+    assert all(asked * 0.8 <= len(part) <= asked + 10 for part in parts[1:])
+    assert len({row.label for row in parts.train}) == labels
+    assert parts == split(all_rows, None, 0.1, 1) != split(all_rows, None, 0.1, 2)
+
+
+def test_a_group_that_is_too_large_is_trained_on_and_half_of_the_others_with_it() -> None:
+    rows = [Example(f"{worded(0)} {number}", "ab"[number % 2]) for number in range(90)]
+    _, held_out = hold_out([*rows, *(Example(worded(number), "ab"[number % 2]) for number in range(1, 9))], 0.1, 0)
+    assert Counter(row.label for row in held_out) == {"a": 2, "b": 2} and not {row.text for row in held_out} & {row.text for row in rows}
+    # All of one group: those that read the same stay together, and no more go than the share.
+    parts = split(rows, None, 0.1, 0)
+    assert [len(part) for part in parts] == [72, 8, 10]
 
 
 def test_without_validation_each_row_trains_or_chooses_or_measures() -> None:

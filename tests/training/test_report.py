@@ -12,7 +12,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.data import hold_out, split
 from adapter_hub.training.report import SIMILAR, Contradiction, Leak, near_duplicates, normalised, report_of
-from adapter_hub.training.tasks import Number, Spans
+from adapter_hub.training.tasks import Number, Spans, Writing
 
 LONG = "please tell me how many vacation days i still have left for the rest of this year"
 NEARLY = LONG.replace("still ", "")
@@ -85,6 +85,27 @@ def test_a_label_whose_rows_are_all_alike_is_still_held_out_of_but_not_word_for_
 def test_one_text_repeated_cannot_be_held_out() -> None:
     with pytest.raises(InvalidInput, match="every label has one text, repeated"):
         hold_out([Example("yes", "a"), Example("Yes!", "a"), Example("no", "b"), Example("no.", "b")], 0.5, 0)
+
+
+def test_held_out_rows_that_nearly_repeat_what_is_trained_on_are_counted() -> None:
+    rows = [Example(f"{LONG} {number}", label) for label in "ab" for number in range(20)]
+    apart = [Example("a red fox", "a"), Example("no snow in june", "b")]
+    train = split([*rows, *apart], apart, 0.1, 0).train
+    assert report_of(train).held_out_alike == 0
+    parts = split(rows, None, 0.1, 0)
+    report = report_of(rows, train=parts.train)
+    assert (report.held_out, report.held_out_alike) == (8, 8)
+    assert "8 of the 8 rows held out are near-duplicates of rows that are trained on, and what they measure flatters" in report.warnings[-1]
+    assert report_of([*rows, *apart], train=rows).held_out_alike == 0
+
+
+def test_conversations_are_alike_by_all_that_goes_before_the_answer() -> None:
+    rows = []
+    for question, answer in ((LONG, "nine"), ("stop", "ok")):
+        said = ("user", question), ("assistant", "sure?"), ("user", "yes"), ("assistant", answer)
+        rows.append(Example("yes", extra={"messages": [{"role": role, "content": words} for role, words in said]}))
+    report = report_of(rows[:1], rows[1:], Writing.shown, classes=False)
+    assert report.leaks_count == report_of(rows, target=Writing.shown, classes=False).contradictions_count == 0
 
 
 def test_rows_that_are_not_trained_on_are_said_where_they_are_many() -> None:
