@@ -12,7 +12,7 @@ import logging
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +107,6 @@ def learn(
     gone = [hub.registry.resolve(ref) for ref in instead_of]
     evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
     current = _current(hub, name)
-    newer, before, seen = None, None, []
     if task_type is not None:
         task_type = task_type_of(task_type)
     kind = Kind.wanted(task_type, problem_type, prompt_template, None if current is None else current.kind)
@@ -117,13 +116,16 @@ def learn(
         # What reads like a new row to the router, and asks for something else, is given again: the router keeps one side of equal texts.
         texts, keys = {row.text for row in rows}, set(map(key, rows))
         rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]
-    encoded = partial(build_state, hub.encoder, kind.routed(rows), "", evaluation, (), refused)
-    if current is not None and start not in ("cold", "transfer"):
-        before, newer = _known(hub, current.ref), encoded()
-        known = set(before.exemplars.keys)
-        seen = [position for position, key in enumerate(newer.exemplars.keys) if key in known] if newer.count == len(rows) else []
-    lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)
-    newer = newer or encoded()
+    encoded = cache(lambda: build_state(hub.encoder, kind.routed(rows), "", evaluation, (), refused))
+    before = None if current is None or start in ("cold", "transfer") else _known(hub, current.ref)
+
+    def seen() -> list[int]:
+        known = frozenset() if before is None else frozenset(before.exemplars.keys)
+        keys = encoded().exemplars.keys if known else ()
+        return [position for position, key in enumerate(keys) if key in known] if len(keys) == len(rows) else []
+
+    lesson = plan_lesson(name, rows, held_out, config, current, start, seen, kind)    # what is refused is refused before it is encoded
+    newer = encoded()
     if routed is None:
         routed = current is None or hub.registry.manifest(current.ref).routed
     if current is not None and current.kind != kind:

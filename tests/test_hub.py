@@ -350,6 +350,19 @@ def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub:
         hub.learn("colours", rows, epochs=3)
 
 
+def test_rows_that_cannot_be_learned_from_are_refused_before_any_model_is_loaded(filled: Hub, tmp_path: Path) -> None:
+    rows = [{"text": f"text number {number}", "label": f"label {number}"} for number in range(10_000)]
+    with Hub.open(tmp_path / "registry") as fresh:
+        for name, start in (("new", "auto"), ("new", "transfer"), ("colours", "cold")):
+            with pytest.raises(InvalidInput, match="every label has one row, none can be held out"):
+                fresh.learn(name, rows, start=start)
+        with pytest.raises(InvalidInput, match="2 labels of colours@1 would be lost"):
+            fresh.learn("colours", [*rows, *({**row, "text": f"other {row['text']}"} for row in rows)])
+        with pytest.raises(InvalidInput, match="training row 2 has no label"):
+            fresh.learn("colours", [*COLOURS[:1], {"text": "paint it"}])
+        assert fresh._encoder is None and fresh._base is None
+
+
 def test_learning_that_was_killed_goes_on_from_its_checkpoints_to_the_same_weights(hub: Hub, tmp_path: Path) -> None:
     config = TrainConfig(r=2, epochs=4, steps_min=0, probe=False)
     whole = hub.learn("colours", COLOURS, config=config)

@@ -23,7 +23,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
-from adapter_hub.training.data import hold_out, task_seed
+from adapter_hub.training.data import check_held_out, hold_out, task_seed
 from adapter_hub.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def plan_lesson(
     config: TrainConfig | None,
     current: Current | None,
     start: str,
-    seen: Collection[int] = (),
+    seen: Callable[[], Collection[int]] = tuple,
     kind: Kind = ONE_LABEL,
 ) -> Lesson:
-    """How `rows` are learned. `seen` are the positions (from 0) of rows that are examples of `current` already.
+    """How `rows` are learned. `seen` gives the positions (from 0) of rows that are examples of `current` already, when all else is in order.
 
     "cold" starts from the base and replays nothing: the new rows take the place of the old. "warm" starts from the weights in production, or
     is refused with the reason; "auto" does so where they fit. Both replay what texts are kept; where none are, the rows must have every
@@ -197,7 +197,10 @@ def _given(validation: Sequence[Example] | None) -> tuple[Example, ...] | None:
 
 def _job(kind: Kind, rows: Sequence[Example], validation: Sequence[Example] | None) -> Task:
     """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
-    return kind.task.of(rows, validation, kind.prompt_template)
+    job = kind.task.of(rows, validation, kind.prompt_template)
+    if validation is None and kind.task is Task:
+        check_held_out(rows)
+    return job
 
 
 def _start(current: Current, job: Task) -> Start:
@@ -206,10 +209,10 @@ def _start(current: Current, job: Task) -> Start:
     return Start(current.folder, current.labels if job.labels else job.outputs)
 
 
-def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Current, seen: Collection[int]) -> Lesson:
+def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Current, seen: Callable[[], Collection[int]]) -> Lesson:
     """With rows that tell which is better: given ones, or some held out of those that are new; and with the old ones that are none of either."""
     key = lesson.kind.task.key
-    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen))}
+    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen()))}
     unseen = lesson.validation is not None and not known.issuperset(map(key, lesson.validation))
     if lesson.validation is None:
         new = [row for row in rows if key(row) not in known]

@@ -167,7 +167,7 @@ def test_a_new_label_is_learned_beside_the_old_ones_that_are_replayed(taught: Ma
 def test_a_row_that_alone_has_a_label_is_trained_on_and_others_compare() -> None:
     known = Current(AdapterRef("skill", 1), Path("."), ("O", "fruit", "tool"), {"r": 8, "lora_alpha": 16, "target_modules": ["query"]}, SPANS)
     alone = [Example(f"the {word}", extra={"spans": [{"start": 4, "end": 4 + len(word), "label": word}]}) for word in ("robin", "carp", "newt")]
-    lesson = plan_lesson("skill", [*rows("spans"), *alone], None, replace(CONFIG, validation_share=0.3), known, "auto", (), SPANS)
+    lesson = plan_lesson("skill", [*rows("spans"), *alone], None, replace(CONFIG, validation_share=0.3), known, "auto", kind=SPANS)
     assert lesson.unseen and lesson.validation and {row.text for row in alone} <= {row.text for row in lesson.train}
 
 
@@ -367,7 +367,7 @@ def judged(kind: Kind, asked: list[Example], candidate: Answers, *, base: Answer
     """The gate's report on these answers; `asked` are new to both."""
     known = Current(AdapterRef("skill", 1), Path("."), (), {}, kind) if current is not None else None
     train = [replace(row, text=f"trained {row.text}") for row in asked]
-    lesson = plan_lesson("skill", train, asked, CONFIG, known, "auto" if known is None else "cold", (), kind)
+    lesson = plan_lesson("skill", train, asked, CONFIG, known, "auto" if known is None else "cold", kind=kind)
     found = Asked(asked, {}, candidate, current, base or {})
     return judge(evidence_of(lesson, found, known, lambda texts: np.eye(len(texts), dtype=np.float32)), GatePolicy())
 

@@ -60,7 +60,7 @@ def test_the_two_versions_are_compared_on_rows_that_are_new_to_both() -> None:
     assert not again.unseen and again.validation is None
     given = plan_lesson("words", new, OLD[:4], CONFIG, CURRENT, "auto")
     assert not given.unseen and texts(OLD[:4]).isdisjoint(texts(given.train))
-    seen = plan_lesson("words", new, None, CONFIG, replace(CURRENT, exemplars=(), evaluation=()), "cold", range(len(new)))
+    seen = plan_lesson("words", new, None, CONFIG, replace(CURRENT, exemplars=(), evaluation=()), "cold", lambda: range(len(new)))
     assert not seen.unseen    # by their vectors: the texts are not kept
 
 
