@@ -25,6 +25,7 @@ UNSEEN = ("Cc", "Cf")        # categories of characters that show nothing: contr
 TARGETS = ("labels", "spans", "messages")    # what a row may have as its target where one label does not say it
 CHOSE = "chose_epoch"        # in evaluation.jsonl: the row chose the epoch that was kept; it serves thresholds and measures nothing
 _INPUTS = {"text", "messages"}    # columns of which a table has one: who reads its rows says which of them will do
+COLUMNS_SHOWN = 8            # in one message
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 csv.field_size_limit(LINE_BYTES_MAX)
@@ -108,6 +109,18 @@ def fault(row: object) -> str | None:
         return "has no 'text'" + (f", only {', '.join(map(repr, list(row)[:5]))}" if row else "")
     reason = text_fault(row["text"])
     return reason and f"has a 'text' that {reason}"
+
+
+def check_targets(rows: Sequence[Example], what: str, fields: Sequence[str]) -> None:
+    """Raises InvalidInput where no row has any of these fields, and names the others: the target may be in one of another name."""
+    has = dict.fromkeys(str(key) for row in rows for key in row.extra)
+    has |= dict.fromkeys(name for name in ("label", "id") if any(getattr(row, name) is not None for row in rows))
+    if not rows or any(field in has for field in fields):
+        return
+    shown = ", ".join(repr(name[:40]) for name in [*has][:COLUMNS_SHOWN]) + (", …" if len(has) > COLUMNS_SHOWN else "")
+    fact = f"no {what} row has a target in {' or '.join(f'`{field}`' for field in fields)}" + (f"; beside `text` they have {shown}" if has else "")
+    of_others = next((f", or say by task_type or problem_type what `{name}` are to teach" for name in has if name in TARGETS), "")
+    raise InvalidInput(f"{fact}.", hint=f"Name the column of targets {fields[0]!r}{of_others}.")
 
 
 def text_fault(text: object) -> str | None:
@@ -328,7 +341,7 @@ def _csv_rows(path: Path, file: IO[bytes], delimiter: str) -> Iterator[tuple[int
         raise UnreadableFile(f"{str(path)!r}: the first line is not UTF-8.", hint="Save it as UTF-8 CSV.")
     if not _INPUTS & set(header) or len(set(header)) != len(header):
         what = "has no column 'text'" if not _INPUTS & set(header) else "has a column name twice"
-        shown = ", ".join(repr(name[:40]) for name in header[:8])
+        shown = ", ".join(repr(name[:40]) for name in header[:COLUMNS_SHOWN])
         raise UnreadableFile(f"{str(path)!r} {what}; its first line is {shown}.", hint="The first line must name the columns, one of them 'text'.")
     suspect_to = 0    # the last line that a quote left open had swallowed
     while True:
@@ -374,7 +387,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
 
     file = _parquet_file(path)
     names = file.schema_arrow.names
-    shown = ", ".join(map(repr, names[:8]))
+    shown = ", ".join(map(repr, names[:COLUMNS_SHOWN]))
     if not _INPUTS & set(names):
         raise UnreadableFile(f"{str(path)!r} has no column 'text', only {shown}.", hint="Name the column of inputs 'text'.")
     if len(set(names)) != len(names):

@@ -22,7 +22,7 @@ from adapter_hub.arguments import rows_of, task_type_of
 from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.generation import check_generation, merged
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import CHOSE, Example, as_examples, chose, digest_of, measuring_digest, read_examples
+from adapter_hub.examples import CHOSE, Example, as_examples, check_targets, chose, digest_of, measuring_digest, read_examples
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registering import Prepared, by_name, effect_of_next, prepare, routing_files, sound_states, store, warn_of_labels, warn_of_twins
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, GATE_FILE, NEGATIVES_FILE
@@ -113,6 +113,7 @@ def learn(
     key = kind.task.key
     evaluation = [*{key(row): row for row in evaluation}.values()]
     if current is not None and current.kind == kind and start != "cold":
+        check_targets(rows, "training", kind.task.fields)    # while no kept example is among them, which has one
         # What reads like a new row to the router, and asks for something else, is given again: the router keeps one side of equal texts.
         texts, keys = {row.text for row in rows}, set(map(key, rows))
         rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]

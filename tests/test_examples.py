@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from adapter_hub import examples
 from adapter_hub.errors import InvalidInput, UnreadableFile
-from adapter_hub.examples import BadRow, Example, RowReader, as_examples, fault, jsonl_of, read_examples, read_rows, to_example
+from adapter_hub.examples import BadRow, Example, RowReader, as_examples, check_targets, fault, jsonl_of, read_examples, read_rows, to_example
 
 ROWS = [
     {"id": "1", "text": "plain", "label": "a"},
@@ -138,6 +138,21 @@ def test_a_row_that_cannot_be_answered_says_why(row: Any, reason: str) -> None:
     assert reason in (fault(row) or "")
     with pytest.raises(InvalidInput):
         to_example(row)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.jsonl"])
+def test_a_file_without_the_column_of_targets_is_told_with_the_columns_that_it_has(tmp_path: Path, name: str) -> None:
+    rows = [{"text": row["text"], "intent": row["label"], "n": row["id"]} for row in ROWS]
+    given = read_examples(write(tmp_path / name, rows))
+    with pytest.raises(InvalidInput, match=r"no training row has a target in `label`; beside `text` they have 'intent', 'n'\. Name the column of"):
+        check_targets(given, "training", ("label",))
+    check_targets([*given, Example("a", "b")], "training", ("label",))
+
+
+def test_columns_are_those_of_all_rows() -> None:
+    rows = as_examples([{"text": "a"}, {"text": "b", "labels": ["x"]}, {"text": "c", "id": 4}])
+    with pytest.raises(InvalidInput, match=r"`spans` or `messages`; beside `text` they have 'labels', 'id'\..* or say by task_type or problem_type"):
+        check_targets(rows, "training", ("spans", "messages"))
 
 
 def test_a_very_long_text_is_a_text() -> None:

@@ -360,6 +360,8 @@ def test_rows_that_cannot_be_learned_from_are_refused_before_any_model_is_loaded
             fresh.learn("colours", [*rows, *({**row, "text": f"other {row['text']}"} for row in rows)])
         with pytest.raises(InvalidInput, match="training row 2 has no label"):
             fresh.learn("colours", [*COLOURS[:1], {"text": "paint it"}])
+        with pytest.raises(InvalidInput, match="no validation row has a target in `label`; beside `text` they have 'hue'"):
+            fresh.learn("colours", COLOURS, [{"text": row["text"], "hue": row["label"]} for row in COLOURS])
         assert fresh._encoder is None and fresh._base is None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example, text_fault
+from adapter_hub.examples import Example, check_targets, text_fault
 from adapter_hub.training.report import asked, equal_texts, near_duplicates
 
 ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, as far as others make up the share
@@ -28,6 +28,7 @@ def check_rows(rows: Sequence[Example], what: str = "training") -> tuple[str, ..
     """The labels of the rows, sorted. Raises InvalidInput with the position (from 1) of the first row that will not do."""
     if len(rows) < 2:
         raise InvalidInput(f"{len(rows)} {what} rows are too few.", hint="Give at least two rows with different labels.")
+    check_targets(rows, what, ("label",))
     labels: set[str] = set()
     for position, row in enumerate(rows, 1):
         if reason := text_fault(row.text):
@@ -46,6 +47,7 @@ def check_task(rows: Sequence[Example], validation: Sequence[Example] | None) ->
     if validation is not None:
         if not validation:
             raise InvalidInput("the validation rows are empty.", hint="Leave validation out: then some training rows are held out.")
+        check_targets(validation, "validation", ("label",))
         for position, row in enumerate(validation, 1):
             reason = text_fault(row.text)
             if reason or row.label not in labels:

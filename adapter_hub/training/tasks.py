@@ -28,7 +28,7 @@ from transformers import (
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.base_model import Encoded, FrozenBase
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example, text_fault
+from adapter_hub.examples import Example, check_targets, text_fault
 from adapter_hub.training.data import check_task
 from adapter_hub.training.evaluate import OUTSIDE, classifier_metrics, labels_metrics, number_metrics
 
@@ -48,6 +48,7 @@ class Task:
 
     task_type: ClassVar[TaskType] = TaskType.SEQ_CLS
     problem_type: ClassVar[ProblemType | None] = ProblemType.SINGLE
+    fields: ClassVar[tuple[str, ...]] = ("label",)    # of a row, one of which holds its target
     auto: ClassVar[Any] = AutoModelForSequenceClassification
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "log_loss")
 
@@ -113,11 +114,12 @@ class Several(Task):
     """Any of several labels a text, each by itself: rows have `labels`, a list."""
 
     problem_type: ClassVar[ProblemType | None] = ProblemType.MULTI
+    fields: ClassVar[tuple[str, ...]] = ("labels",)
     measures: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "log_loss")
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        _check(rows, validation, cls.fault)
+        _check(rows, validation, cls)
         known = tuple(sorted({label for row in rows for label in cls.named(row)}))
         if not known:
             raise InvalidInput("no training row has a label.", hint='A row is {"text": …, "labels": ["…"]}.')
@@ -157,13 +159,15 @@ class Number(Task):
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        _check(rows, validation, cls.fault)
+        _check(rows, validation, cls)
         return cls((), prompt_template)
 
     @classmethod
     def fault(cls, row: Example) -> str | None:
+        if row.label is None:
+            return "has no label"
         try:
-            return None if math.isfinite(float(row.label or "")) else "has a number that is not finite"
+            return None if math.isfinite(float(row.label)) else "has a number that is not finite"
         except ValueError:
             return f"has the label {row.label!r}, which is no number"
 
@@ -196,11 +200,12 @@ class Spans(Task):
 
     task_type: ClassVar[TaskType] = TaskType.TOKEN_CLS
     problem_type: ClassVar[ProblemType | None] = None
+    fields: ClassVar[tuple[str, ...]] = ("spans",)
     auto: ClassVar[Any] = AutoModelForTokenClassification
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        _check(rows, validation, cls.fault)
+        _check(rows, validation, cls)
         known = tuple(sorted({label for row in rows for label in cls.named(row)} - {OUTSIDE}))
         if not known:
             raise InvalidInput("no training row has a span.", hint='A row is {"text": …, "spans": [{"start": 0, "end": 3, "label": "…"}]}.')
@@ -261,13 +266,14 @@ class Writing(Task):
 
     task_type: ClassVar[TaskType] = TaskType.CAUSAL_LM
     problem_type: ClassVar[ProblemType | None] = None
+    fields: ClassVar[tuple[str, ...]] = ("label", "messages")
     auto: ClassVar[Any] = AutoModelForCausalLM
     measures: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
     shift: ClassVar[int] = 1    # a position's logits are for the next token
 
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
-        _check(rows, validation, cls.fault)
+        _check(rows, validation, cls)
         if prompt_template is not None and cls.conversing([*rows, *(validation or ())]):
             fact = "rows with `messages` go through the chat template, and take no prompt template"
             raise InvalidInput(f"{fact}.", hint="Leave the prompt template out, or give `text` and `label`.")
@@ -352,6 +358,7 @@ class Rewriting(Writing):
     """Text from text, by an encoder and a decoder: `text` is read, `label` written."""
 
     task_type: ClassVar[TaskType] = TaskType.SEQ_2_SEQ_LM
+    fields: ClassVar[tuple[str, ...]] = ("label",)
     auto: ClassVar[Any] = AutoModelForSeq2SeqLM
     shift: ClassVar[int] = 0
 
@@ -408,14 +415,15 @@ def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequen
     return prompt, answer
 
 
-def _check(rows: Sequence[Example], validation: Sequence[Example] | None, fault: Any) -> None:
+def _check(rows: Sequence[Example], validation: Sequence[Example] | None, kind: type[Task]) -> None:
     if len(rows) < 2:
         raise InvalidInput(f"{len(rows)} training rows are too few.", hint="Give at least two.")
     if validation is not None and not validation:
         raise InvalidInput("the validation rows are empty.", hint="Leave validation out: then some training rows are held out.")
     for what, part in (("training", rows), ("validation", validation or ())):
+        check_targets(part, what, kind.fields)
         for position, row in enumerate(part, 1):
-            reason = f"has a text that {text_fault(row.text)}" if text_fault(row.text) else fault(row)
+            reason = f"has a text that {text_fault(row.text)}" if text_fault(row.text) else kind.fault(row)
             if reason:
                 raise InvalidInput(f"{what} row {position} {reason}.", hint="Remove it or write what is missing.")
 

@@ -217,7 +217,7 @@ def test_where_only_vectors_are_kept_the_router_keeps_them_and_lost_labels_are_r
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ([Example("a text")], "no label|too few"),
+        ([Example("a text")], "no training row has a target|too few"),
         ([Example(" ", "apple"), *OLD], "row 1"),
         ([*OLD, Example("a text")], "row 25 has no label"),
         ([], "too few|nothing to learn"),
