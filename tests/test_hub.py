@@ -346,6 +346,9 @@ def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub:
     assert report.to_json()["data"]["warnings"] == list(report.data.warnings) and report.data.held_out == 0
     few = [{"text": f"{verb} the {thing}", "label": thing} for verb in ("paint", "sell", "mend") for thing in ("hut", "boat")]
     assert hub.learn("few", few, config="fast").data.held_out == 4 and "4 of 6 rows are held out" in caplog.text
+    assert "few: the choice of the epoch and its figures rest on 4 validation rows" in caplog.text
+    one = hub.learn("one", rows, [{"text": "paint the fence red", "label": "red"}], config="fast").data
+    assert (one.choosing, one.measuring) == (0, 1) and "its figures rest on 1 validation row: so few tell little" in one.warnings[-1]
     with pytest.raises(InvalidInput, match="learn takes no 'epochs'"):
         hub.learn("colours", rows, epochs=3)
 

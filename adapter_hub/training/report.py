@@ -26,6 +26,7 @@ BANDS, BAND_HASHES = 16, 4    # finds 99.99 % of the pairs at SIMILAR
 BUCKET_MAX = 64         # in a fuller bucket each row is compared with the first only
 IMBALANCED = 3.0        # times the rows of the rarest label: said
 HELD_OUT = 0.3          # of the rows not trained on: said
+VALIDATION_FEW = 10     # fewer validation rows: said
 SHOWN_MAX = 20          # examples of each fault that a report names
 _PRIME = (1 << 31) - 1
 
@@ -60,6 +61,8 @@ class DataReport:
     leaks: tuple[Leak, ...]
     held_out: int = 0                              # rows that choose the epoch and measure it instead of being trained on
     held_out_alike: int = 0                        # of them, near-duplicates of rows that are trained on
+    choosing: int = 0                              # rows that choose the epoch, held out or given; 0 where those trained on do
+    measuring: int = 0                             # rows that measure it
 
     @property
     def imbalance(self) -> float:
@@ -89,6 +92,9 @@ class DataReport:
         if self.held_out_alike:
             kept = f"{self.held_out_alike} of the {self.held_out} rows held out are near-duplicates of rows that are trained on"
             found.append(f"{kept}, and what they measure flatters: validation rows of your own, written otherwise, would tell")
+        if 0 < (rows := self.choosing + self.measuring) < VALIDATION_FEW:
+            what = "the choice of the epoch and its figures rest" if self.choosing else "its figures rest"
+            found.append(f"{what} on {rows} validation row{'s' if rows > 1 else ''}: so few tell little, give more")
         return tuple(found)
 
     def to_json(self) -> dict[str, Any]:

@@ -114,3 +114,12 @@ def test_rows_that_are_not_trained_on_are_said_where_they_are_many() -> None:
     assert replace(report, held_out=1).warnings == ()
     [warning] = replace(report, held_out=4).warnings
     assert warning.startswith("4 of 6 rows are held out to choose the epoch and to measure it: with validation rows of your own")
+
+
+def test_validation_rows_that_are_a_handful_are_said_with_what_rests_on_them() -> None:
+    report = report_of([Example(f"{word} {number}", word) for word in ("red", "blue") for number in ("one", "two", "three")])
+    assert replace(report, choosing=5, measuring=5).warnings == ()
+    assert replace(report, choosing=4, measuring=5).warnings == (
+        "the choice of the epoch and its figures rest on 9 validation rows: so few tell little, give more",
+    )
+    assert replace(report, measuring=1).warnings == ("its figures rest on 1 validation row: so few tell little, give more",)
