@@ -78,9 +78,9 @@ def hold_out(
 ) -> tuple[list[Example], list[Example]]:
     """(training, validation): of each label (or other `stratum`) `share` of its rows, at least one, never all. Order is kept.
 
-    Where one of each would be many more than `share` of all rows, labels of the fewest rows keep theirs. Near-duplicates stay on one side,
-    whatever their labels; groups that are too large for what is to be held out are trained on. Only where all are, those stay together that
-    read the same. Raises InvalidInput when no row can be held out.
+    Where one of each would be more than `share` of all rows and ROWS_ABOVE, labels of the fewest rows keep theirs. Near-duplicates stay on
+    one side, whatever their labels; groups that are too large for what is to be held out are trained on. Only where all are, those stay
+    together that read the same. Raises InvalidInput when no row can be held out.
     """
     check_held_out(rows, stratum)
     names, texts = list(map(stratum, rows)), list(map(asked, rows))
