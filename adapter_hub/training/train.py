@@ -91,8 +91,7 @@ def train_adapter(
     started = time.perf_counter()
     job, seed, parts = prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
     report = report_of(rows, validation or (), job.shown, classes=type(job) is Task, train=parts.train)
-    choosing = 0 if parts.choice is parts.train else len(parts.choice)
-    report = replace(report, choosing=choosing, measuring=len(parts.validation))
+    report = replace(report, choosing=0 if parts.choice is parts.train else len(parts.choice), measuring=len(parts.validation))
     with (
         own_randomness(seed),
         quiet(not config.progress),
