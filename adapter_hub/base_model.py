@@ -229,7 +229,8 @@ class FrozenBase:
         A control token that a content spells is read as text. Raises InvalidInput where there is no template, or it refuses them.
         """
         if not self.tokenizer.chat_template:
-            raise InvalidInput(f"the tokenizer of {self.id!r} has no chat template.", hint="Ask with a text, or use a chat model's folder.")
+            hint = "Give a text (to learn, `text` and `label`), or use a chat model's folder."
+            raise InvalidInput(f"the tokenizer of {self.id!r} has no chat template.", hint=hint)
         asked = [{"role": role, "content": content} for role, content in messages]
         try:    # transformers runs templates in a sandbox
             with self._tokenizing:

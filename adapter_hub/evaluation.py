@@ -88,7 +88,7 @@ class Task:
             return cls(kinds.get(ProblemType(manifest.problem_type or ProblemType.SINGLE), Kind.LABEL), labels)
         kinds_of = {TaskType.TOKEN_CLS: Kind.SPANS, TaskType.CAUSAL_LM: Kind.TEXT, TaskType.SEQ_2_SEQ_LM: Kind.TEXT}
         kind = kinds_of.get(TaskType(manifest.task_type), Kind.VECTOR) if manifest.task_type else Kind.VECTOR
-        return cls(kind, labels, manifest.task_type == TaskType.CAUSAL_LM and manifest.prompt_template is None)
+        return cls(kind, labels, kind is Kind.TEXT and manifest.prompt_template is None)
 
     def asked(self, row: Example) -> str | Conversation:
         """What it is asked: where a row is a conversation and it goes on with such, what was said before the answer."""
@@ -343,7 +343,7 @@ def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[
     if home is None:
         check_answers({ref: one for ref, one in tasks.items() if ref})
     else:
-        tasks[None] = Task(Kind.VECTOR, chats=hub.base.kind == "causal")
+        tasks[None] = Task(Kind.VECTOR, chats=hub.base.kind != "encoder")
     asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
     questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
     outputs = dict(zip(asked, hub.engine.predict(requests_of(hub, questions, [ref for _, ref in asked], True)), strict=True))

@@ -263,9 +263,9 @@ def test_what_cannot_be_learned_so_is_refused_before_anything_is_stored(
     assert hub.names() == [] and not list((tmp_path / "registry" / "adapters").glob("new"))
 
 
-def chatting(models: Mapping[str, Path], tmp_path: Path) -> Hub:
-    """A hub on a causal model that has a chat template."""
-    base = shutil.copytree(models["llama"], tmp_path / "llama")
+def chatting(models: Mapping[str, Path], tmp_path: Path, shape: str = "llama") -> Hub:
+    """A hub on a model that writes and has a chat template."""
+    base = shutil.copytree(models[shape], tmp_path / shape)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(base)
@@ -273,13 +273,18 @@ def chatting(models: Mapping[str, Path], tmp_path: Path) -> Hub:
     return Hub.open(tmp_path / "registry")
 
 
-def test_conversations_are_learned_kept_and_measured_as_they_are_asked(models: Mapping[str, Path], tmp_path: Path) -> None:
-    hub = chatting(models, tmp_path)
+@pytest.mark.parametrize(("shape", "task_type"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
+def test_conversations_are_learned_kept_and_measured_as_they_are_asked(
+    models: Mapping[str, Path], tmp_path: Path, shape: str, task_type: str
+) -> None:
+    hub = chatting(models, tmp_path, shape)
     chats = [{"messages": [{"role": "user", "content": f"{text}?"}, {"role": "assistant", "content": f"a {kind}"}]} for text, _, kind in OLD]
     with pytest.raises(InvalidInput, match="take no prompt template"):
-        hub.learn("chat", chats, config=STILL, task_type="CAUSAL_LM", prompt_template="Q: {text}")
-    report = hub.learn("chat", chats, config=config("causal"), task_type="CAUSAL_LM", generation={"max_new_tokens": 8, "chat": True})
+        hub.learn("chat", chats, config=STILL, task_type=task_type, prompt_template="Q: {text}")
+    report = hub.learn("chat", chats, config=config("causal"), task_type=task_type, generation={"max_new_tokens": 8, "chat": True})
     assert report.promoted and "the base model" in report.reason
+    asked = [hub.predict([given], adapters="chat")[0].text for given in (chats[0]["messages"][0]["content"], chats[0]["messages"][:1])]
+    assert asked[0] == asked[1]    # `chat` makes a conversation of a text
     assert [row["messages"] for row in kept(hub, report.ref, "exemplars")] == [row["messages"] for row in chats]
     figures = hub.evaluate()["adapters"]["chat@1"]
     assert figures["oracle"]["exact_match"] > 0.5 and figures["oracle"]["perplexity"] < 60 and "unlabelled" not in figures
