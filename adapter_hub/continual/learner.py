@@ -143,12 +143,11 @@ def plan_lesson(
     key = kind.task.key
     said = {key(row) for row in (*rows, *current.evaluation, *(validation or ()))}
     replayed = [row for row in current.exemplars if key(row) not in said]
+    if kind.task is Task and len(labels := {row.label for row in (*rows, *replayed) if row.label}) == 1:    # of which no classifier is made
+        _check_none_lost(current, labels)
     job = _job(kind, [*rows, *replayed], validation)
-    if job.labels and (lost := sorted(set(current.labels) - set(job.labels))):
-        shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
-        fact = f"{len(lost)} labels of {current.ref} would be lost ({shown}): no row has them, and no text of theirs is kept."
-        hint = 'Give rows of these labels too. start="cold" (`--start cold`) makes a version without them; keep = "text" in hub.toml keeps texts.'
-        raise InvalidInput(fact, hint=hint)
+    if job.labels:
+        _check_none_lost(current, job.labels)
     fault = _warm_fault(current, config)
     if fault and start == "warm":
         raise InvalidInput(f"{current.ref} is nothing to start from: {fault}.", hint='Use start="auto" (`--start auto`).')
@@ -198,6 +197,16 @@ def _given(validation: Sequence[Example] | None) -> tuple[Example, ...] | None:
 def _job(kind: Kind, rows: Sequence[Example], validation: Sequence[Example] | None) -> Task:
     """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
     return kind.task.of(rows, validation, kind.prompt_template)
+
+
+def _check_none_lost(current: Current, labels: Collection[str]) -> None:
+    """Raises InvalidInput where `current` has labels that are not among those to learn."""
+    if lost := sorted(set(current.labels).difference(labels)):
+        shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
+        what = f"{len(lost)} label{'s' if len(lost) > 1 else ''} of {current.ref} would be lost ({shown})"
+        cold = 'start="cold" (`--start cold`) makes a version without them; ' if len(labels) > 1 else "Rows of one label alone make no classifier; "
+        hint = f'Give rows of these labels too. {cold}with keep = "text" in hub.toml a version keeps its texts, and is learned on with them.'
+        raise InvalidInput(f"{what}: no row has them, and no other text of theirs is kept.", hint=hint)
 
 
 def _start(current: Current, job: Task) -> Start:

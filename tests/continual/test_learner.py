@@ -83,8 +83,13 @@ def test_what_is_said_now_holds_against_what_was_said_before() -> None:
 
 def test_without_the_kept_texts_old_labels_must_be_among_the_new_rows() -> None:
     bare = replace(CURRENT, exemplars=(), evaluation=())
-    with pytest.raises(InvalidInput, match=r"1 labels of words@1 would be lost \('zebra'\).*start=\"cold\".*keep = \"text\""):
+    with pytest.raises(InvalidInput, match=r"1 label of words@1 would be lost \('zebra'\).*start=\"cold\".*keep = \"text\""):
         plan_lesson("words", rows("apple", "mango", frame="fresh {} {}"), None, CONFIG, bare, "auto")
+    for word, lost in (("apple", "1 label of words@1 would be lost ('zebra')"), ("mango", "2 labels of words@1 would be lost ('apple', 'zebra')")):
+        for count in (1, 12):    # previously "all 12 training rows have the label 'apple'. A classifier needs two labels or more.", or "too few"
+            with pytest.raises(InvalidInput) as caught:
+                plan_lesson("words", rows(word, frame="fresh {} {}", count=count), None, CONFIG, bare, "auto")
+            assert lost in caught.value.fact and str(caught.value.hint).startswith("Give rows of these labels too. Rows of one label alone make no")
     lesson = plan_lesson("words", rows("apple", "mango", frame="fresh {} {}"), None, CONFIG, bare, "cold")
     assert lesson.lost_labels == ("zebra",) and lesson.parent is None and lesson.start is None
     whole = plan_lesson("words", rows("apple", "zebra", "mango", frame="fresh {} {}"), None, CONFIG, bare, "auto")
