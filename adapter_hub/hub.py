@@ -459,7 +459,8 @@ class Hub:
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
         `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
-        contradict each other, stand in training and validation, or leave a label rare; it is warned of.
+        contradict each other, or what the version in production was taught (of several labels, numbers and spans where its texts are kept),
+        stand in training and validation, or leave a label rare; it is warned of.
         The base stays frozen: training happens on a copy. Raises InvalidInput, also for another kind of task than the version in production
         has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """

@@ -39,6 +39,15 @@ class Contradiction:
 
 
 @dataclass(frozen=True, slots=True)
+class Relabelled:
+    """One text, with the label (or other target) that the version before was taught, and the one that it has now."""
+
+    text: str
+    before: str
+    now: str
+
+
+@dataclass(frozen=True, slots=True)
 class Leak:
     """A validation row whose text, or nearly so, is a training row's, too. Positions count from 1."""
 
@@ -59,6 +68,8 @@ class DataReport:
     leaks_count: int                               # validation rows that training knows
     leaks: tuple[Leak, ...]
     held_out: int = 0                              # rows that choose the epoch and measure it instead of being trained on
+    relabelled_count: int = 0                      # texts that contradict what the version before was taught, as far as that is kept
+    relabelled: tuple[Relabelled, ...] = ()
 
     @property
     def imbalance(self) -> float:
@@ -75,6 +86,10 @@ class DataReport:
             first, what = self.contradictions[0], "labels" if self.rows_per_label else "targets"
             shown = ", ".join(map(repr, first.labels))
             found.append(f"{_texts(self.contradictions_count)} with two {what} or more, as {first.text[:60]!r}: {shown}")
+        if self.relabelled_count:
+            one, what = self.relabelled[0], "label" if self.rows_per_label else "target"
+            shown = f"{one.text[:60]!r}: {one.before!r} before, {one.now!r} now"
+            found.append(f"{_texts(self.relabelled_count)} with another {what} than the version before was taught, as {shown}")
         if self.leaks_count:
             leak = self.leaks[0]
             place = f"row {leak.validation_row}, row {leak.training_row} of training"
@@ -86,6 +101,10 @@ class DataReport:
             kept = f"{self.held_out} of {self.rows} rows are held out to choose the epoch and to measure it"
             found.append(f"{kept}: with validation rows of your own all of them are trained on")
         return tuple(found)
+
+    def beside(self, relabelled: Sequence[Relabelled]) -> DataReport:
+        """With what contradicts the version before."""
+        return dataclasses.replace(self, relabelled_count=len(relabelled), relabelled=tuple(relabelled[:SHOWN_MAX]))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"rows_per_label": dict(self.rows_per_label), "warnings": list(self.warnings)}

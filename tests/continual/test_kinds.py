@@ -152,6 +152,16 @@ def test_a_kind_learns_on_from_its_weights_and_its_kept_examples(taught: Mapping
     assert hub.evaluate()["adapters"][str(report.ref)]["digest"] == manifest.evaluation_digest and hub.verify().ok
 
 
+@pytest.mark.parametrize(("name", "told"), [("several", "'fruit' before, 'tool' now"), ("number", "'2' before, '-1' now"), ("causal", "' a tool'")])
+def test_a_target_that_is_another_than_before_is_told(taught: Mapping[str, Path], tmp_path: Path, name: str, told: str) -> None:
+    hub, (text, word, _) = opened(taught, name, tmp_path), OLD[0]
+    report = hub.learn(name, [target(name, text, word, "tool"), *rows(name, OLD[1:4] + NEW)], config=STILL, promote="never")
+    # A text may be gone on from in several ways: the old one is replayed, and both stand in one data set.
+    counts = (0, 1) if name == "causal" else (1, 0)
+    assert (report.data.relabelled_count, report.data.contradictions_count) == counts
+    assert any(text in said and told in said for said in report.data.warnings)
+
+
 @pytest.mark.parametrize("name", ["several", "spans"])
 def test_a_new_label_is_learned_beside_the_old_ones_that_are_replayed(taught: Mapping[str, Path], tmp_path: Path, name: str) -> None:
     hub = opened(taught, name, tmp_path)
