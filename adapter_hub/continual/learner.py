@@ -40,7 +40,6 @@ SLICE_ROWS_MAX = 1_000        # of the old inputs that both versions are asked
 EXEMPLARS_MAX = 2_000         # of all adapters together, on which the effect of a newcomer is estimated: its cost grows with their cube
 PROBE_CELLS_MAX = 20_000_000  # rows x labels; beyond, the class means are the probe
 PENALTY_INVERSE = 10.0        # sklearn's C, on unit vectors
-ITERATIONS_MAX = 300
 LABELS_SHOWN = 5               # in one message
 REPLAYED = "replayed examples"
 EVALUATION = "old evaluation inputs"
@@ -349,9 +348,9 @@ def linear_probe(
         return list(names[(asked @ means.T - (means**2).sum(axis=1) / 2).argmax(axis=1)])
     if len(names) == 1:
         return [str(names[0])] * len(asked)
-    from sklearn.linear_model import LogisticRegression
+    from adapter_hub.training.probe import logistic_regression
 
-    return list(names[LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit(train, targets).predict(asked)])
+    return list(names[logistic_regression(train, targets, PENALTY_INVERSE).predict(asked)])
 
 
 def commonest_right(rows: Sequence[Example]) -> int | None:

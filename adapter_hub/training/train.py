@@ -94,7 +94,7 @@ def train_adapter(
     report = replace(report, held_out=len(rows) - len(parts.train))
     with (
         own_randomness(seed),
-        quiet(not config.progress),
+        quiet(config.progress),
         checkpoints(checkpoint_folder, base, job, config, seed, rows, validation, start) as kept,
         set_up(base, job, config, parts, start) as (model, (features, choosing, measuring)),
     ):
