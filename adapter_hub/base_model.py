@@ -10,8 +10,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -229,7 +231,8 @@ class FrozenBase:
         A control token that a content spells is read as text. Raises InvalidInput where there is no template, or it refuses them.
         """
         if not self.tokenizer.chat_template:
-            raise InvalidInput(f"the tokenizer of {self.id!r} has no chat template.", hint="Ask with a text, or use a chat model's folder.")
+            hint = "Give a text (to learn, `text` and `label`), or use a chat model's folder."
+            raise InvalidInput(f"the tokenizer of {self.id!r} has no chat template.", hint=hint)
         asked = [{"role": role, "content": content} for role, content in messages]
         try:    # transformers runs templates in a sandbox
             with self._tokenizing:
@@ -436,6 +439,31 @@ def _unpublished(folder: Path) -> str | None:
 
 
 @contextmanager
+def unsaid(*beginnings: str) -> Iterator[None]:
+    """Without Python's warnings of these beginnings, which what is done here on purpose provokes. One thread at a time: filters are the process's."""
+    with BUILDING, warnings.catch_warnings():
+        for beginning in beginnings:
+            warnings.filterwarnings("ignore", re.escape(beginning))
+        yield
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """One thread builds a model at a time. No report of a head that is fresh or left out, no warning of what PEFT mends or asks by an old name."""
+    loading = logging.getLogger("transformers.modeling_utils")
+    with unsaid("`is_gradient_checkpointing` is deprecated", "fan_in_fan_out is set to False"):
+        loading.addFilter(_is_no_load_report)
+        try:
+            yield
+        finally:
+            loading.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+@contextmanager
 def without_bars() -> Iterator[None]:
     """Load and save in silence: transformers draws a bar for each, and this library does not print."""
     shown = transformers_logging.is_progress_bar_enabled()
@@ -457,7 +485,7 @@ def _kind_of(config: PretrainedConfig) -> BaseKind:
 def _read(path: Path, kind: BaseKind, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model of a folder, and what transformers reports of its tensors."""
     auto = {BaseKind.ENCODER: AutoModel, BaseKind.CAUSAL: AutoModelForCausalLM, BaseKind.SEQ2SEQ: AutoModelForSeq2SeqLM}[kind]
-    with RANDOMNESS, BUILDING, without_bars():
+    with RANDOMNESS, building(), without_bars():    # what is missing is looked at, see `_drop_missing`
         model, report = auto.from_pretrained(
             path, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )

@@ -3,7 +3,8 @@
 A row's target is where training has it: `label` (a label, a number, the text to write), the lists `labels` and `spans`, or the end of
 `messages`.
 Every adapter is measured twice. *oracle* is what it answers when it is named; *routed* what came when nobody named one: of its rows,
-whoever answered them. Numbers are `training.evaluate`'s.
+whoever answered them. One that the router never chooses is measured as oracle alone: nobody asks it otherwise, and a routed figure of its
+rows would be either its own answers again or a fault of the router's that is none. Numbers are `training.evaluate`'s.
 """
 
 # n rows, c labels
@@ -31,6 +32,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE
 from adapter_hub.registry.manifest import Manifest
 from adapter_hub.routing.decision import Decision
+from adapter_hub.routing.live import ROUTING_FILE
 from adapter_hub.training.evaluate import (
     OUTSIDE,
     check_text_packages,
@@ -88,7 +90,7 @@ class Task:
             return cls(kinds.get(ProblemType(manifest.problem_type or ProblemType.SINGLE), Kind.LABEL), labels)
         kinds_of = {TaskType.TOKEN_CLS: Kind.SPANS, TaskType.CAUSAL_LM: Kind.TEXT, TaskType.SEQ_2_SEQ_LM: Kind.TEXT}
         kind = kinds_of.get(TaskType(manifest.task_type), Kind.VECTOR) if manifest.task_type else Kind.VECTOR
-        return cls(kind, labels, manifest.task_type == TaskType.CAUSAL_LM and manifest.prompt_template is None)
+        return cls(kind, labels, kind is Kind.TEXT and manifest.prompt_template is None)
 
     def asked(self, row: Example) -> str | Conversation:
         """What it is asked: where a row is a conversation and it goes on with such, what was said before the answer."""
@@ -233,48 +235,57 @@ class Part:
     home: AdapterRef | None = None
     named_right: int = 0
     reached: int = 0                    # were routed to their adapter, in whatever version is in production
+    by_name: bool = False               # the router never chooses `home`: its rows are in no routed figure
     figures: Mapping[str, Any] = field(default_factory=dict)    # of the adapter
 
 
-def part_of(answered: Sequence[Answered], home: AdapterRef | None, task: Task, known: int = 0) -> Part:
-    """Of at least one row, all of `home`. `known` of them are its examples too."""
+def part_of(answered: Sequence[Answered], home: AdapterRef | None, task: Task, known: int = 0, *, by_name: bool = False) -> Part:
+    """Of at least one row, all of `home`. `known` of them are its examples too; `by_name` is as in `Part`."""
     if home is None:
         right = [_same(one.row, one.routed) for one in answered]
         return Part(len(answered), _abstained(answered), len(right), sum(right))
     routed, named = ([task.right(one.row, answer) for one in answered if (answer := getattr(one, side))] for side in ("routed", "named"))
     reached = sum(one.routed.adapter is not None and one.routed.adapter.name == home.name for one in answered)
     abstained, measurable = _abstained(answered), sum(hit is not None for hit in routed)
-    figures = _of_adapter(task, answered) | {"routing_accuracy": reached / len(answered), "abstained": abstained / len(answered)}
+    figures = _of_adapter(task, answered, by_name)
+    figures |= {} if by_name else {"routing_accuracy": reached / len(answered), "abstained": abstained / len(answered)}
     figures |= {"digest": digest_of([one.row for one in answered])} | ({"known": known} if known else {})
-    return Part(len(answered), abstained, measurable, routed.count(True), home, named.count(True), reached, figures)
+    return Part(len(answered), abstained, measurable, routed.count(True), home, named.count(True), reached, by_name, figures)
 
 
 def report(parts: Sequence[Part]) -> dict[str, Any]:
     """Of at least one part, each of another adapter: see `Hub.evaluate`."""
+    routed = [part for part in parts if not part.by_name]
 
-    def total(what: str) -> int:
-        return sum(getattr(part, what) for part in parts)
+    def total(what: str, among: Sequence[Part] = routed) -> int:
+        return sum(getattr(part, what) for part in among)
 
-    facts: dict[str, Any] = {"rows": total("rows")} | ({"accuracy": total("right") / total("measurable")} if total("measurable") else {})
-    facts["abstained"] = total("abstained") / facts["rows"]
+    facts: dict[str, Any] = {"rows": total("rows", parts)} | ({"accuracy": total("right") / total("measurable")} if total("measurable") else {})
+    if routed:
+        facts["abstained"] = total("abstained") / total("rows")
     if all(part.home for part in parts):
-        facts["routing_accuracy"] = total("reached") / facts["rows"]
+        if routed:
+            facts["routing_accuracy"] = total("reached") / total("rows")
+        if total("measurable", parts):
+            facts["accuracy_named"] = total("named_right", parts) / total("measurable", parts)
         if "accuracy" in facts:
-            facts["accuracy_named"] = total("named_right") / total("measurable")
-            facts["gap"] = facts["accuracy_named"] - facts["accuracy"]
+            facts["gap"] = total("named_right") / total("measurable") - facts["accuracy"]
+    if by_name := facts["rows"] - total("rows"):
+        facts["by_name"] = by_name
     if each := dict(sorted((part.home, part.figures) for part in parts if part.home)):
-        facts |= {side: mean_metrics(one[side] for one in each.values()) for side in ("oracle", "routed")}
+        sides = ("oracle", "routed")
+        facts["mean_of_adapters"] = {side: mean_metrics(one[side] for one in each.values() if side in one) for side in sides}
         facts["adapters"] = {str(ref): dict(figures) for ref, figures in each.items()}
     return facts
 
 
-def _of_adapter(task: Task, rows: Sequence[Answered]) -> dict[str, Any]:
+def _of_adapter(task: Task, rows: Sequence[Answered], by_name: bool) -> dict[str, Any]:
     oracle, routed = (task.metrics(rows, routed=side) for side in (False, True))
     unlabelled = sum(task.target(one.row) is None for one in rows) if task.kind is not Kind.VECTOR else 0
     # Errors of numbers are over the rows that got one: over fewer rows than the oracle's they compare with nothing.
     compared = ("answered",) if routed.get("answered", 1.0) < 1 else oracle
     gap = {key: oracle[key] - routed[key] for key in compared if key in routed}
-    facts = {"task": str(task.kind), "rows": len(rows), "oracle": oracle, "routed": routed, "gap": gap}
+    facts = {"task": str(task.kind), "rows": len(rows), "oracle": oracle} | ({} if by_name else {"routed": routed, "gap": gap})
     return facts | ({"unlabelled": unlabelled} if unlabelled else {})
 
 
@@ -336,14 +347,14 @@ def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[
     """Of the rows of one adapter, or of those that name none: what they are in figures. The answers are let go."""
     task = Task.of(hub.registry.manifest(home)) if home else Task(Kind.LABEL)
     texts = [row.text for row in rows]
-    by_name = home is not None and not hub.registry.manifest(home).routed    # there is no other way to it
+    by_name = home is not None and _by_name(hub, router, home)    # there is no other way to it
     decisions = [Decision.named(home)] * len(rows) if by_name else route(hub, router, texts, 1, max_false_reject)
     answering = [decision.adapter for decision in decisions]
     tasks: dict[AdapterRef | None, Task] = {ref: Task.of(hub.registry.manifest(ref)) for ref in (*answering, home) if ref}
     if home is None:
         check_answers({ref: one for ref, one in tasks.items() if ref})
     else:
-        tasks[None] = Task(Kind.VECTOR, chats=hub.base.kind == "causal")
+        tasks[None] = Task(Kind.VECTOR, chats=hub.base.kind != "encoder")
     asked = list(dict.fromkeys([*enumerate(answering), *((i, home) for i, _ in enumerate(rows) if home)]))
     questions = [tasks[ref].asked(rows[i]) if home and task.chats else texts[i] for i, ref in asked]
     outputs = dict(zip(asked, hub.engine.predict(requests_of(hub, questions, [ref for _, ref in asked], True)), strict=True))
@@ -365,7 +376,13 @@ def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[
         for i, row in enumerate(rows)
     ]
     examples = {row.text for row in hub.kept(home, EXEMPLARS_FILE)} if home else set()
-    return part_of(answered, home, task, known=sum(text in examples for text in texts))
+    return part_of(answered, home, task, known=sum(text in examples for text in texts), by_name=by_name)
+
+
+def _by_name(hub: Hub, router: Router, ref: AdapterRef) -> bool:
+    """Whether the router is not to choose it, or knows nothing to choose it by. Of one that is damaged it should: its rows count as routed."""
+    manifest = hub.registry.manifest(ref)
+    return not manifest.routed or ROUTING_FILE not in manifest.files or (ref in router.versions and ref not in router.refs)
 
 
 def _rows_of(hub: Hub, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:

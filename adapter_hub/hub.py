@@ -459,7 +459,8 @@ class Hub:
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
         `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
-        contradict each other, stand in training and validation, leave a label rare, or are too few to measure by; it is warned of.
+        contradict each other, or what the version in production was taught (of several labels, numbers and spans where its texts are kept),
+        stand in training and validation, leave a label rare, or are too few to measure by; it is warned of.
         The base stays frozen: training happens on a copy. Raises InvalidInput, also for another kind of task than the version in production
         has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """
@@ -962,10 +963,13 @@ class Hub:
         Without `data` each adapter in production, or of the `names`, is measured on the evaluation set that is kept with it. Else a row
         may name its adapter in the field `adapter`, and `names` restricts to rows of those.
 
-        Always there: `rows`, `abstained`, and `accuracy`, the share of rows whose whole answer is right as routed (no question of numbers).
-        Where every row names its adapter: `routing_accuracy`, `accuracy_named`, and their `gap`. Where any does: `adapters`, for each version
-        its `task`, `rows`, metrics `oracle`, `routed` and their `gap`, `routing_accuracy`, `abstained`, and the `digest` of its rows, which a
-        manifest's `evaluation_digest` compares with; and `oracle` and `routed` over all, each metric's mean over the adapters that have it.
+        Always there: `rows`. Of the rows: `abstained`, and `accuracy`, the share whose whole answer is right as routed (no question of
+        numbers). Where every row names its adapter: `routing_accuracy`, `accuracy_named`, the share right when that one is asked, and the `gap`
+        of the two accuracies. Where any does: `adapters`, for each version its `task`, `rows`, metrics `oracle`, `routed` and their `gap`,
+        `routing_accuracy`, `abstained`, and the `digest` of its rows, which a manifest's `evaluation_digest` compares with; and
+        `mean_of_adapters`, `oracle` and `routed`: each metric's mean over the adapters that have it, however many rows each has.
+        Adapters that only their name reaches (`routed=False`, or neither examples nor a description) have `oracle` alone, and their rows,
+        counted as `by_name`, are in `accuracy_named` and in no figure of routing: nobody who does not name them is meant to reach them.
         One label: accuracy, macro_f1. Several: accuracy (all right), macro_f1. A number: rmse, mae, correlation. Spans: span_precision,
         span_recall, span_f1, token_accuracy. Texts: exact_match, rouge_l, chrf (the extra `evaluation`) and, oracle only, perplexity a token.
         Vectors: only their routing. Without `data` also `without`, the adapters of which no set is kept, and of an adapter `unlabelled`, the
@@ -973,7 +977,7 @@ class Hub:
         learn without validation rows holds some out of training, not of the router. Numbers that are not `answered` by one have no `gap`.
         Rates are 0-1; keys that do not apply are absent. The rows of one adapter after the other are asked and let go.
         With `ask=k` routed rows are answered as `predict` does. Else a row that was routed to its own version has the answer of that one: it
-        is asked once. Those of an adapter that only its name reaches count as routed to it.
+        is asked once.
         Raises InvalidInput for rows without the target that their adapter gives, rows that name none and go to an adapter that gives neither
         a label nor a text, no `names`, or where no set is kept; AdapterNotFound, NotRoutable.
         """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from adapter_hub.hub import Hub
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
-    from adapter_hub.training.report import DataReport
+    from adapter_hub.training.report import DataReport, Relabelled
     from adapter_hub.training.train import TrainResult
     from adapter_hub.training.transfer import Transfer
 
@@ -54,7 +54,7 @@ class LearnReport:
     reason: str
     metrics: Mapping[str, float]
     gate: GateReport    # stored with the version as gate.json
-    data: DataReport    # contradictions, leaks and imbalance among the rows; not stored
+    data: DataReport    # contradictions, also of the version before, leaks and imbalance among the rows; not stored
     transfer: Transfer | None = None    # with start="transfer": what each start gained
 
     @property
@@ -145,7 +145,8 @@ def learn(
             checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),
             task_type=kind.task.task_type, problem_type=kind.problem_type, prompt_template=kind.prompt_template,
         )  # fmt: skip
-        for said in result.report.warnings:
+        data = result.report.beside(() if lesson.parent is None or current is None else _relabelled(rows, current, before, newer, seen()))
+        for said in data.warnings:
             log.warning("%s: %s.", name, said)
         started_from = tuple(dict.fromkeys((*lesson.started_from, *gone)))
         lineage = {"training_data_digest": digest_of(lesson.train), "parent": lesson.parent, "started_from": started_from}
@@ -163,7 +164,24 @@ def learn(
     stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
     gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
     ref = hub.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
-    return LearnReport(ref, good, reason, result.metrics, report, result.report, lesson.transfer)
+    return LearnReport(ref, good, reason, result.metrics, report, data, lesson.transfer)
+
+
+def _relabelled(
+    rows: Sequence[Example], current: Current, before: RoutingState | None, newer: RoutingState, seen: Sequence[int]
+) -> list[Relabelled]:
+    """Texts that `current` was taught with another target: one label by what its router keeps of them, another target where the text is kept."""
+    from adapter_hub.training.report import Relabelled
+
+    task = current.kind.task
+    told = {task.key(row): task.shown(row) for row in current.exemplars}
+    if before is not None and not before.from_description:
+        labels = [before.class_names[number] for number in before.classes]
+        of_key = dict(zip(before.exemplars.keys, labels, strict=True))
+        keys = newer.exemplars.keys
+        told |= {task.key(rows[place]): label for place in seen if (label := of_key[keys[place]]) is not None}
+    found = {key: Relabelled(row.text, told[key], task.shown(row)) for row in rows if (key := task.key(row)) in told}
+    return [one for one in found.values() if one.before != one.now]
 
 
 def _known(hub: Hub, ref: AdapterRef) -> RoutingState:

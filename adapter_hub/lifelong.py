@@ -456,21 +456,25 @@ def _remember(hub: Hub, name: str, memory: Memory) -> None:
 
 def _evaluated(hub: Hub, ref: AdapterRef, again: bool, dry_run: bool) -> tuple[float | None, dict[str, JSON] | None]:
     """The share of its own set that is answered right, routed, and the figures if they are new: they change with the router, or are asked for."""
-    manifest = hub.registry.manifest(ref)
-    if EVALUATION_FILE not in manifest.files:
+    if EVALUATION_FILE not in hub.registry.manifest(ref).files:
         return None, None
-    way = "routed" if manifest.routed else "oracle"
     router = hub.settle().digest
     past = (event.detail for event in reversed(hub.registry.history(ref.name)) if event.kind is EventKind.MAINTAINED)
     last: Mapping[str, JSON] = next((detail for detail in past if detail.get("step") == "evaluate"), {})
     if not again and last.get("adapter") == str(ref) and last.get("router") == router:
-        return last["figures"].get(way, {}).get("accuracy"), None
+        return _accuracy(last["figures"]), None
     figures: dict[str, JSON] = hub.evaluate(names=[str(ref)], max_false_reject=None)["adapters"][str(ref)]
     shown = ", ".join(f"{one} {figures[one]['accuracy']:.4f}" for one in ("oracle", "routed") if "accuracy" in figures.get(one, {}))
     if not dry_run:
-        shown += f" with max_false_reject {hub.config.max_false_reject}" if shown and manifest.routed else ""
+        shown += f" with max_false_reject {hub.config.max_false_reject}" if "accuracy" in figures.get("routed", {}) else ""
         hub.registry.remark(ref, f"evaluate: {shown or 'measured'}", {"step": "evaluate", "adapter": str(ref), "router": router, "figures": figures})
-    return figures.get(way, {}).get("accuracy"), figures
+    return _accuracy(figures), figures
+
+
+def _accuracy(figures: Mapping[str, JSON]) -> float | None:
+    """As routed; of an adapter that only its name reaches when it is named."""
+    found: float | None = figures.get("routed", figures.get("oracle", {})).get("accuracy")
+    return found
 
 
 def _said(row: Observation) -> tuple[str, str]:

@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MPNetConfig, MPNetModel, PreTrainedModel, RobertaConfig, RobertaModel, StopStringCriteria
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertForMaskedLM,
+    MPNetConfig,
+    MPNetModel,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaModel,
+    StopStringCriteria,
+)
 
 from adapter_hub import base_model
 from adapter_hub.base_model import DEFAULT_MODEL, DEFAULT_MODEL_FILES, BaseKind, FrozenBase, resolve_model
@@ -186,6 +196,14 @@ def test_weights_that_the_files_lack_are_never_drawn_at_random(bert: Path, tmp_p
     folder = rewritten(bert, tmp_path / "twin", without("layer.1.attention.self.query"))
     with pytest.raises(ModelNotFound, match=r"lack encoder\.layer\.1\.attention\.self\.query\.bias, .*query\.weight\."):
         FrozenBase.load(folder)
+
+
+def test_of_tensors_that_are_left_out_on_purpose_nothing_is_reported(bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = shutil.copytree(bert, tmp_path / "masked")
+    BertForMaskedLM(AutoConfig.from_pretrained(folder)).save_pretrained(folder)    # without a pooler, with a head that is not wanted
+    assert FrozenBase.load(folder).kind is BaseKind.ENCODER and caplog.text == ""
+    AutoModel.from_pretrained(folder)
+    assert "LOAD REPORT" in caplog.text    # others are told
 
 
 def test_a_base_saved_without_its_pooler_runs_without_one_and_is_the_same_at_each_load(bert: Path, tmp_path: Path) -> None:

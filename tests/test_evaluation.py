@@ -101,7 +101,8 @@ def test_each_adapter_is_measured_on_its_own_kept_set_as_its_task_is(hub: Hub) -
             assert set(told["oracle"]) == {"span_precision", "span_recall", "span_f1", "token_accuracy"}
         else:
             assert told["oracle"] == {} and told["task"] == "vector"
-    assert found["oracle"]["accuracy"] == np.mean([found["adapters"][f"{name}@1"]["oracle"]["accuracy"] for name in ("colours", "moods")])
+    mean = np.mean([found["adapters"][f"{name}@1"]["oracle"]["accuracy"] for name in ("colours", "moods")])
+    assert found["mean_of_adapters"]["oracle"]["accuracy"] == mean and not {"oracle", "routed", "by_name"} & set(found)
     assert found["accuracy"] == found["accuracy_named"] and found["gap"] == 0.0
 
 
@@ -142,6 +143,44 @@ def test_rows_that_name_no_adapter_are_measured_as_routed_alone(hub: Hub) -> Non
     assert set(given) == {"rows", "accuracy", "abstained"} and given["accuracy"] == hub.evaluate(names=["colours"])["accuracy"]
     some = hub.evaluate([*everybody()[:2], *ROWS["colours"][2:]])
     assert some["accuracy"] == given["accuracy"] and "accuracy_named" not in some and some["adapters"]["colours@1"]["rows"] == 2
+
+
+def test_a_mean_of_adapters_weighs_each_alike_and_accuracy_each_row(hub: Hub, root: Path, tmp_path: Path) -> None:
+    """Previously both were the named accuracy of one report, and differed."""
+    [cold] = hub.predict([ROWS["colours"][0]["text"]], adapters="colours")
+    right, wrong = ({**row, "label": label} for row, label in zip(ROWS["colours"], (cold.label, "neither"), strict=False))
+    moody = {**ROWS["moods"][0], "labels": ["none of its"], "adapter": "moods"}
+    rows = [*({**row, "adapter": "colours"} for row in (right, right, right, wrong)), moody]
+    found = hub.evaluate(rows)
+    assert found["accuracy_named"] == found["accuracy"] == 3 / 5 and found["mean_of_adapters"]["oracle"]["accuracy"] == (3 / 4 + 0) / 2
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:4], {**rows[0], "adapter": "colours2"}]))
+    folder = make_adapter(hub.base, tmp_path / "again", seed=0, size=0.5)
+    hub.register("colours2", folder, EXAMPLES["colours"], labels=["red", "blue"])
+    drawn, written = (CliRunner().invoke(app, ["evaluate", "--data", str(data), "--registry", str(root), *more]) for more in ([], ["--json"]))
+    told = json.loads(written.stdout)
+    lines = [line.split() for line in drawn.stdout.splitlines()]
+    assert any(line[:3] == ["mean", "of", "adapters"] for line in lines) and ["accuracy_named", f"{told['accuracy_named']:.4g}"] in lines
+    assert told["mean_of_adapters"]["oracle"]["accuracy"] == (3 / 4 + 1) / 2 and told["accuracy_named"] == 4 / 5
+
+
+@pytest.mark.parametrize("how", [{"routed": False}, {}], ids=["by name", "without examples"])
+def test_rows_of_what_only_its_name_reaches_are_in_no_routed_figure(hub: Hub, made: Path, how: dict[str, Any]) -> None:
+    """Previously they counted as routed to it, or as the router's mistakes where it only lacks examples."""
+    lost = [{**row, "text": row["text"].replace("paint", "invoice"), "adapter": "colours"} for row in ROWS["colours"]]
+    alone = hub.evaluate(lost)
+    hub.register("mine", made / "colours", EXAMPLES["colours"] if how else (), labels=["red", "blue"], evaluation=ROWS["colours"], **how)
+    found = hub.evaluate([*lost, *({**row, "adapter": "mine"} for row in ROWS["colours"])])
+    assert found["rows"] == 8 and found["by_name"] == 4
+    for figure in ("accuracy", "abstained", "routing_accuracy", "gap"):
+        assert found[figure] == alone[figure]
+    mine, colours = found["adapters"]["mine@1"], found["adapters"]["colours@1"]
+    assert mine["oracle"] and not {"routed", "gap", "routing_accuracy", "abstained"} & set(mine)
+    assert found["accuracy_named"] == (mine["oracle"]["accuracy"] + colours["oracle"]["accuracy"]) / 2
+    assert found["mean_of_adapters"]["routed"] == colours["routed"]
+    only = hub.evaluate(names=["mine"])
+    assert only["rows"] == only["by_name"] == 4 and only["adapters"]["mine@1"]["oracle"] == pytest.approx(mine["oracle"])
+    assert not {"accuracy", "gap", "abstained", "routing_accuracy"} & set(only) and only["mean_of_adapters"]["routed"] == {}
 
 
 def test_one_adapters_answers_are_in_memory_at_a_time(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,12 +245,12 @@ def effects(document: Mapping[str, JSON]) -> None:
 
 def evaluated(document: Mapping[str, JSON]) -> None:
     """Over all, then an adapter a line: what it answers when it is named (oracle), and what its rows get as routed."""
-    nested = ("oracle", "routed", "adapters", "without")
+    nested = ("mean_of_adapters", "adapters", "without")
     facts({key: value for key, value in document.items() if key not in nested})
     columns = ("adapter", "task", "rows", "unlabelled", "routing_accuracy", "abstained", "oracle", "routed")
     each = [{"adapter": adapter, **told} for adapter, told in document.get("adapters", {}).items()]
     if len({told["task"] for told in each}) == 1 < len(each):    # else few have a metric in common
-        each.append({"adapter": "mean", **{side: document[side] for side in ("oracle", "routed")}})
+        each.append({"adapter": "mean of adapters", **document["mean_of_adapters"]})
     if each:
         rows([{column: told.get(column) for column in columns} for told in each])
     if without := document.get("without"):

@@ -40,7 +40,6 @@ SLICE_ROWS_MAX = 1_000        # of the old inputs that both versions are asked
 EXEMPLARS_MAX = 2_000         # of all adapters together, on which the effect of a newcomer is estimated: its cost grows with their cube
 PROBE_CELLS_MAX = 20_000_000  # rows x labels; beyond, the class means are the probe
 PENALTY_INVERSE = 10.0        # sklearn's C, on unit vectors
-ITERATIONS_MAX = 300
 LABELS_SHOWN = 5               # in one message
 REPLAYED = "replayed examples"
 EVALUATION = "old evaluation inputs"
@@ -143,12 +142,11 @@ def plan_lesson(
     key = kind.task.key
     said = {key(row) for row in (*rows, *current.evaluation, *(validation or ()))}
     replayed = [row for row in current.exemplars if key(row) not in said]
+    if kind.task is Task and len(labels := {row.label for row in (*rows, *replayed) if row.label}) == 1:    # of which no classifier is made
+        _check_none_lost(current, labels)
     job = _job(kind, [*rows, *replayed], validation)
-    if job.labels and (lost := sorted(set(current.labels) - set(job.labels))):
-        shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
-        fact = f"{len(lost)} labels of {current.ref} would be lost ({shown}): no row has them, and no text of theirs is kept."
-        hint = 'Give rows of these labels too. start="cold" (`--start cold`) makes a version without them; keep = "text" in hub.toml keeps texts.'
-        raise InvalidInput(fact, hint=hint)
+    if job.labels:
+        _check_none_lost(current, job.labels)
     fault = _warm_fault(current, config)
     if fault and start == "warm":
         raise InvalidInput(f"{current.ref} is nothing to start from: {fault}.", hint='Use start="auto" (`--start auto`).')
@@ -201,6 +199,16 @@ def _job(kind: Kind, rows: Sequence[Example], validation: Sequence[Example] | No
     if validation is None and kind.task is Task:
         check_held_out(rows)
     return job
+
+
+def _check_none_lost(current: Current, labels: Collection[str]) -> None:
+    """Raises InvalidInput where `current` has labels that are not among those to learn."""
+    if lost := sorted(set(current.labels).difference(labels)):
+        shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
+        what = f"{len(lost)} label{'s' if len(lost) > 1 else ''} of {current.ref} would be lost ({shown})"
+        cold = 'start="cold" (`--start cold`) makes a version without them; ' if len(labels) > 1 else "Rows of one label alone make no classifier; "
+        hint = f'Give rows of these labels too. {cold}with keep = "text" in hub.toml a version keeps its texts, and is learned on with them.'
+        raise InvalidInput(f"{what}: no row has them, and no other text of theirs is kept.", hint=hint)
 
 
 def _start(current: Current, job: Task) -> Start:
@@ -343,9 +351,9 @@ def linear_probe(
         return list(names[(asked @ means.T - (means**2).sum(axis=1) / 2).argmax(axis=1)])
     if len(names) == 1:
         return [str(names[0])] * len(asked)
-    from sklearn.linear_model import LogisticRegression
+    from adapter_hub.training.probe import logistic_regression
 
-    return list(names[LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit(train, targets).predict(asked)])
+    return list(names[logistic_regression(train, targets, PENALTY_INVERSE).predict(asked)])
 
 
 def commonest_right(rows: Sequence[Example]) -> int | None:

@@ -36,7 +36,7 @@ EVALUATION_MIN = 10            # evaluation inputs of an adapter that take the p
 OWN_MAX = 500                  # exemplars that the centre of a newcomer is measured on
 CENTRE_WEIGHT = 50.0           # scored inputs that an adapter needs to outweigh all others in its own centre
 CLASS_FULL = 5.0               # classes with more exemplars than this count the same
-WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)    # of closeness that are tried
+WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)    # of closeness that are tried
 # Left-out accuracy that the greatest weight may cost. What it gains lies where there are no exemplars, and most of that by the other
 # classes of an adapter: where each has one, there is little to gain.
 TOLERANCE, TOLERANCE_ONE_CLASS = 0.002, 0.0002

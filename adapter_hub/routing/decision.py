@@ -25,7 +25,7 @@ class Method(StrEnum):
     """What scored the best candidate; closeness to its prototypes counts beside it in any case.
 
     The rule is by what there is: a description and names of labels, or one lone example, are never solved; examples are, in the space of
-    exemplars up to 4,096 of them, of random features above, not at all above 4,096 classes or 200,000 exemplars. Where a class has few
+    exemplars up to 16,384 of them, of random features above, not at all above 4,096 classes or 200,000 exemplars. Where a class has few
     examples for the registry at hand, its prototype may speak for it inside the head (`scoring.SCARCE`).
     """
 

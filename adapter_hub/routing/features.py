@@ -180,7 +180,7 @@ class Hidden:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """exp(-squared distance) of [dense, SKETCH_WEIGHT × sketch] to each of h exemplars."""
+    """exp(-½ squared distance) of [dense, SKETCH_WEIGHT × sketch] to each of h exemplars."""
 
     exemplars: Features     # h
 
@@ -193,7 +193,6 @@ class Kernel:
         products = features.dense @ self.exemplars.dense.T
         products += np.float32(SKETCH_WEIGHT**2) * (features.lexical @ self._places).toarray()
         products -= np.float32(1 + SKETCH_WEIGHT**2)    # the length of every row, squared
-        products *= 2
         return np.asarray(np.exp(products, out=products), np.float32)
 
     @cached_property

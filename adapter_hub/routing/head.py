@@ -26,10 +26,10 @@ from adapter_hub.routing.features import F32, HIDDEN_DIM, Features, Hidden, Kern
 from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 
 # n exemplars, h hidden width, k classes of all solved adapters
-SCHEMA = 3
-RIDGE = 0.01               # of the mean eigenvalue; from 0.001 to 0.03 little changes on validation splits
+SCHEMA = 4
+RIDGE = 0.003              # of the mean eigenvalue; from 0.001 to 0.01 little changes on validation splits
 CLASSES_MAX = 4096         # more: prototypes alone. h × k numbers are held
-EXACT_MAX = 4096           # exemplars that are met by their exact kernel; more by random features. Raise SCHEMA with another limit
+EXACT_MAX = 2**14          # exemplars that are met by their exact kernel: 2 GiB to solve; more by random features. Raise SCHEMA with another limit
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
 DIM_MAX = 2**14            # of an encoder whose head is read: more is damage, and would be an allocation
 BLOCK = 4096               # exemplars that are worked on at once

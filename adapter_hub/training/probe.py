@@ -9,6 +9,7 @@ already separates what the base can separate, and spends its steps on the rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from adapter_hub.base_model import unsaid
 
 PENALTY_INVERSE = 0.1    # sklearn's C, on standardised features
 ITERATIONS_MAX = 300
@@ -51,9 +54,15 @@ def probe(features: NDArray[np.float64], targets: NDArray[np.int64]) -> tuple[ND
         scaled = (features - centre) / spread
         means = np.array([scaled[targets == number].mean(axis=0) for number in range(int(targets.max()) + 1)])
         return means / spread, -(means**2).sum(axis=1) / 2 - (means / spread) @ centre
-    found = LogisticRegression(C=PENALTY_INVERSE, max_iter=ITERATIONS_MAX).fit((features - centre) / spread, targets)
+    found = logistic_regression((features - centre) / spread, targets, PENALTY_INVERSE)
     weight, bias = _one_row_a_class(found.coef_, found.intercept_)
     return weight / spread, bias - (weight / spread) @ centre
+
+
+def logistic_regression(features: NDArray[np.floating[Any]], targets: NDArray[np.int64], penalty_inverse: float) -> LogisticRegression:
+    """Fitted in ITERATIONS_MAX at most, which are enough for what begins with it or is compared with it; labels may be as many as rows."""
+    with unsaid("lbfgs failed to converge", "The number of unique classes is greater than 50%"):
+        return LogisticRegression(C=penalty_inverse, max_iter=ITERATIONS_MAX).fit(features, targets)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear | None:

@@ -40,6 +40,15 @@ class Contradiction:
 
 
 @dataclass(frozen=True, slots=True)
+class Relabelled:
+    """One text, with the label (or other target) that the version before was taught, and the one that it has now."""
+
+    text: str
+    before: str
+    now: str
+
+
+@dataclass(frozen=True, slots=True)
 class Leak:
     """A validation row whose text, or nearly so, is a training row's, too. Positions count from 1."""
 
@@ -63,6 +72,8 @@ class DataReport:
     held_out_alike: int = 0                        # of them, near-duplicates of rows that are trained on
     choosing: int = 0                              # rows that choose the epoch, held out or given; 0 where those trained on do
     measuring: int = 0                             # rows that measure it
+    relabelled_count: int = 0                      # texts that contradict what the version before was taught, as far as that is kept
+    relabelled: tuple[Relabelled, ...] = ()
 
     @property
     def imbalance(self) -> float:
@@ -79,6 +90,10 @@ class DataReport:
             first, what = self.contradictions[0], "labels" if self.rows_per_label else "targets"
             shown = ", ".join(map(repr, first.labels))
             found.append(f"{_texts(self.contradictions_count)} with two {what} or more, as {first.text[:60]!r}: {shown}")
+        if self.relabelled_count:
+            one, what = self.relabelled[0], "label" if self.rows_per_label else "target"
+            shown = f"{one.text[:60]!r}: {one.before!r} before, {one.now!r} now"
+            found.append(f"{_texts(self.relabelled_count)} with another {what} than the version before was taught, as {shown}")
         if self.leaks_count:
             leak = self.leaks[0]
             place = f"row {leak.validation_row}, row {leak.training_row} of training"
@@ -96,6 +111,10 @@ class DataReport:
             what = "the choice of the epoch and its figures rest" if self.choosing else "its figures rest"
             found.append(f"{what} on {rows} validation row{'s' if rows > 1 else ''}: so few tell little, give more")
         return tuple(found)
+
+    def beside(self, relabelled: Sequence[Relabelled]) -> DataReport:
+        """With what contradicts the version before."""
+        return dataclasses.replace(self, relabelled_count=len(relabelled), relabelled=tuple(relabelled[:SHOWN_MAX]))
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"rows_per_label": dict(self.rows_per_label), "warnings": list(self.warnings)}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
 from transformers.utils import logging as transformers_logging
 
-from adapter_hub.base_model import BUILDING, RANDOMNESS
+from adapter_hub.base_model import RANDOMNESS, without_bars
 
 
 @contextmanager
@@ -30,25 +29,12 @@ def own_randomness(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """One thread at a time: a model is built by patching torch, and Python's warning filters, too, are the process's."""
-    with BUILDING, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)    # PEFT asks transformers by an old name
-        yield
-
-
-@contextmanager
-def quiet(quiet: bool) -> Iterator[None]:
-    """No report of the fresh head's missing weights, no bars: the library does not print."""
-    if not quiet:
-        yield
-        return
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+def quiet(bars: bool) -> Iterator[None]:
+    """Nothing said of what is meant so (a fresh head, a loss by its own name, where checkpoints lie), and no bars unless they are wanted."""
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with nullcontext() if bars else without_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.config import TaskType
-from adapter_hub.base_model import BaseKind, FrozenBase
+from adapter_hub.base_model import BaseKind, FrozenBase, building
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
@@ -23,7 +23,6 @@ from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loop import batches
 from adapter_hub.training.loss import varied
 from adapter_hub.training.probe import output_layer, output_name, start_from_probe
-from adapter_hub.training.scope import building
 from adapter_hub.training.tasks import IGNORED, Features, Number, Task, check_template, task_of
 from adapter_hub.training.warm import Start, start_from
 

@@ -355,25 +355,18 @@ class Writing(Task):
 
 @dataclass(frozen=True, slots=True)
 class Rewriting(Writing):
-    """Text from text, by an encoder and a decoder: `text` is read, `label` written."""
+    """Text from text, by an encoder and a decoder: `text` is read, `label` written; or all of `messages` but the last, which is written."""
 
     task_type: ClassVar[TaskType] = TaskType.SEQ_2_SEQ_LM
-    fields: ClassVar[tuple[str, ...]] = ("label",)
     auto: ClassVar[Any] = AutoModelForSeq2SeqLM
     shift: ClassVar[int] = 0
 
-    @classmethod
-    def conversing(cls, rows: Sequence[Example]) -> bool:
-        return False
-
-    @classmethod
-    def fault(cls, row: Example) -> str | None:
-        if not text_fault(row.label):
-            return None
-        return "has no label to write" + (" (`messages` are for CAUSAL_LM)" if "messages" in row.extra else "")
-
     def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
-        return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": base.encode_answer(row.label or "")}
+        if not self.conversing([row]):
+            return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": base.encode_answer(row.label or "")}
+        # The end of a conversation is nearest to its answer.
+        ids = base.encode_chat([(one["role"], one["content"]) for one in row.extra["messages"][:-1]]).ids["input_ids"][-base.max_tokens :]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": base.encode_answer(self.written(row))}
 
 
 def task_of(task_type: str, problem_type: str | None) -> type[Task]:

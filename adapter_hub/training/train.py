@@ -94,7 +94,7 @@ def train_adapter(
     report = replace(report, choosing=0 if parts.choice is parts.train else len(parts.choice), measuring=len(parts.validation))
     with (
         own_randomness(seed),
-        quiet(not config.progress),
+        quiet(config.progress),
         checkpoints(checkpoint_folder, base, job, config, seed, rows, validation, start) as kept,
         set_up(base, job, config, parts, start) as (model, (features, choosing, measuring)),
     ):

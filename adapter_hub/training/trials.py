@@ -50,7 +50,7 @@ def rehearse(
     job, seed, parts = prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
     with (
         own_randomness(seed),
-        quiet(not config.progress),
+        quiet(config.progress),
         tempfile.TemporaryDirectory(prefix="train-") as scratch,
         set_up(base, job, config, parts._replace(validation=parts.choice[:1])) as (model, (features, choosing, _)),
     ):
@@ -94,7 +94,7 @@ def losses_after(
     once: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "max_steps": steps}
     with (
         own_randomness(seed),
-        quiet(not config.progress),
+        quiet(config.progress),
         tempfile.TemporaryDirectory(prefix="train-") as scratch,
         set_up(base, job, config, Parts(rows, (), asked), start) as (model, (features, _, judging)),
     ):
@@ -139,7 +139,7 @@ def find_learning_rate(
     steps_of = {"max_steps": steps, "logging_strategy": "steps", "logging_steps": 1, "learning_rate": rate_min, "warmup_steps": 0}
     with (
         own_randomness(seed),
-        quiet(not config.progress),
+        quiet(config.progress),
         tempfile.TemporaryDirectory(prefix="train-") as scratch,
         set_up(base, job, config, parts) as (model, (features, choosing, _)),
     ):

@@ -152,6 +152,16 @@ def test_a_kind_learns_on_from_its_weights_and_its_kept_examples(taught: Mapping
     assert hub.evaluate()["adapters"][str(report.ref)]["digest"] == manifest.evaluation_digest and hub.verify().ok
 
 
+@pytest.mark.parametrize(("name", "told"), [("several", "'fruit' before, 'tool' now"), ("number", "'2' before, '-1' now"), ("causal", "' a tool'")])
+def test_a_target_that_is_another_than_before_is_told(taught: Mapping[str, Path], tmp_path: Path, name: str, told: str) -> None:
+    hub, (text, word, _) = opened(taught, name, tmp_path), OLD[0]
+    report = hub.learn(name, [target(name, text, word, "tool"), *rows(name, OLD[1:4] + NEW)], config=STILL, promote="never")
+    # A text may be gone on from in several ways: the old one is replayed, and both stand in one data set.
+    counts = (0, 1) if name == "causal" else (1, 0)
+    assert (report.data.relabelled_count, report.data.contradictions_count) == counts
+    assert any(text in said and told in said for said in report.data.warnings)
+
+
 @pytest.mark.parametrize("name", ["several", "spans"])
 def test_a_new_label_is_learned_beside_the_old_ones_that_are_replayed(taught: Mapping[str, Path], tmp_path: Path, name: str) -> None:
     hub = opened(taught, name, tmp_path)
@@ -263,9 +273,9 @@ def test_what_cannot_be_learned_so_is_refused_before_anything_is_stored(
     assert hub.names() == [] and not list((tmp_path / "registry" / "adapters").glob("new"))
 
 
-def chatting(models: Mapping[str, Path], tmp_path: Path) -> Hub:
-    """A hub on a causal model that has a chat template."""
-    base = shutil.copytree(models["llama"], tmp_path / "llama")
+def chatting(models: Mapping[str, Path], tmp_path: Path, shape: str = "llama") -> Hub:
+    """A hub on a model that writes and has a chat template."""
+    base = shutil.copytree(models[shape], tmp_path / shape)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(base)
@@ -273,13 +283,18 @@ def chatting(models: Mapping[str, Path], tmp_path: Path) -> Hub:
     return Hub.open(tmp_path / "registry")
 
 
-def test_conversations_are_learned_kept_and_measured_as_they_are_asked(models: Mapping[str, Path], tmp_path: Path) -> None:
-    hub = chatting(models, tmp_path)
+@pytest.mark.parametrize(("shape", "task_type"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
+def test_conversations_are_learned_kept_and_measured_as_they_are_asked(
+    models: Mapping[str, Path], tmp_path: Path, shape: str, task_type: str
+) -> None:
+    hub = chatting(models, tmp_path, shape)
     chats = [{"messages": [{"role": "user", "content": f"{text}?"}, {"role": "assistant", "content": f"a {kind}"}]} for text, _, kind in OLD]
     with pytest.raises(InvalidInput, match="take no prompt template"):
-        hub.learn("chat", chats, config=STILL, task_type="CAUSAL_LM", prompt_template="Q: {text}")
-    report = hub.learn("chat", chats, config=config("causal"), task_type="CAUSAL_LM", generation={"max_new_tokens": 8, "chat": True})
+        hub.learn("chat", chats, config=STILL, task_type=task_type, prompt_template="Q: {text}")
+    report = hub.learn("chat", chats, config=config("causal"), task_type=task_type, generation={"max_new_tokens": 8, "chat": True})
     assert report.promoted and "the base model" in report.reason
+    asked = [hub.predict([given], adapters="chat")[0].text for given in (chats[0]["messages"][0]["content"], chats[0]["messages"][:1])]
+    assert asked[0] == asked[1]    # `chat` makes a conversation of a text
     assert [row["messages"] for row in kept(hub, report.ref, "exemplars")] == [row["messages"] for row in chats]
     figures = hub.evaluate()["adapters"]["chat@1"]
     assert figures["oracle"]["exact_match"] > 0.5 and figures["oracle"]["perplexity"] < 60 and "unlabelled" not in figures

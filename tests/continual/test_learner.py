@@ -21,6 +21,7 @@ from adapter_hub.hub import Hub
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
 from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.report import Relabelled
 
 CONFIG = TrainConfig(r=4, epochs=8, steps_min=0, learning_rate=5e-3)
 PEFT = {"r": 4, "lora_alpha": 16, "use_rslora": False, "use_dora": False, "target_modules": ["query", "value"]}
@@ -83,8 +84,13 @@ def test_what_is_said_now_holds_against_what_was_said_before() -> None:
 
 def test_without_the_kept_texts_old_labels_must_be_among_the_new_rows() -> None:
     bare = replace(CURRENT, exemplars=(), evaluation=())
-    with pytest.raises(InvalidInput, match=r"1 labels of words@1 would be lost \('zebra'\).*start=\"cold\".*keep = \"text\""):
+    with pytest.raises(InvalidInput, match=r"1 label of words@1 would be lost \('zebra'\).*start=\"cold\".*keep = \"text\""):
         plan_lesson("words", rows("apple", "mango", frame="fresh {} {}"), None, CONFIG, bare, "auto")
+    for word, lost in (("apple", "1 label of words@1 would be lost ('zebra')"), ("mango", "2 labels of words@1 would be lost ('apple', 'zebra')")):
+        for count in (1, 12):    # previously "all 12 training rows have the label 'apple'. A classifier needs two labels or more.", or "too few"
+            with pytest.raises(InvalidInput) as caught:
+                plan_lesson("words", rows(word, frame="fresh {} {}", count=count), None, CONFIG, bare, "auto")
+            assert lost in caught.value.fact and str(caught.value.hint).startswith("Give rows of these labels too. Rows of one label alone make no")
     lesson = plan_lesson("words", rows("apple", "mango", frame="fresh {} {}"), None, CONFIG, bare, "cold")
     assert lesson.lost_labels == ("zebra",) and lesson.parent is None and lesson.start is None
     whole = plan_lesson("words", rows("apple", "zebra", "mango", frame="fresh {} {}"), None, CONFIG, bare, "auto")
@@ -199,6 +205,23 @@ def test_a_version_that_forgets_is_held_and_the_one_in_production_stays(taught: 
     assert kept.verdict is not Verdict.PROMOTE and "it no longer knows 1 of the labels in production ('zebra')" in kept.reason
     assert not kept.promoted and hub.show(kept.ref).parent is None
     assert hub.learn("words", rows("apple", "mango", frame="fresh {} {}"), config=CONFIG, start="cold", promote="always").promoted
+
+
+@pytest.mark.parametrize("keep", ["text", "vectors"])
+def test_rows_that_contradict_what_the_version_before_was_taught_are_told(
+    taught: Mapping[str, Path], tmp_path: Path, keep: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Previously they took the place of the old ones without a word."""
+    hub, still = opened(taught, keep, tmp_path), replace(CONFIG, learning_rate=1e-9, epochs=1)
+    turned = [Example(OLD[5].text, "zebra"), Example(OLD[20].text, "mango"), OLD[3], *rows("apple", "zebra", "mango", frame="fresh {} {}")]
+    cold = hub.learn("words", turned, config=still, start="cold", promote="never")
+    assert (cold.data.relabelled_count, cold.data.relabelled) == (0, ()) and "than the version before" not in caplog.text    # it replaces all
+    report = hub.learn("words", turned, config=still, promote="never")
+    assert report.data.relabelled == (Relabelled(OLD[5].text, "apple", "zebra"), Relabelled(OLD[20].text, "zebra", "mango"))
+    said = f"2 texts stand with another label than the version before was taught, as {OLD[5].text!r}: 'apple' before, 'zebra' now"
+    assert report.data.relabelled_count == 2 and said in report.data.warnings and f"words: {said}." in caplog.text
+    assert report.to_json()["data"]["relabelled"][1] == {"text": OLD[20].text, "before": "zebra", "now": "mango"}
+    assert report.data.contradictions_count == 0
 
 
 def test_where_only_vectors_are_kept_the_router_keeps_them_and_lost_labels_are_refused(taught: Mapping[str, Path], tmp_path: Path) -> None:

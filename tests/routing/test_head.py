@@ -38,7 +38,7 @@ def joined(features: Features) -> Any:
 
 
 def slow_kernel(a: Features, b: Features) -> Any:
-    return np.exp(-((joined(a)[:, None] - joined(b)[None]) ** 2).sum(axis=2))
+    return np.exp(-((joined(a)[:, None] - joined(b)[None]) ** 2).sum(axis=2) / 2)
 
 
 def slow_responses(solver: Solver, kept: Any, asked: Features) -> Any:
@@ -95,8 +95,8 @@ def test_the_size_of_blocks_changes_nothing(exact_max: int, monkeypatch: pytest.
     expected = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     monkeypatch.setattr(head_module, "BLOCK", 7)
     again = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
-    np.testing.assert_allclose(again.head("x").responses(fresh), expected.head("x").responses(fresh), atol=1e-3)
-    np.testing.assert_allclose(again.left_out(np.arange(N)), expected.left_out(np.arange(N)), atol=1e-3)
+    np.testing.assert_allclose(again.head("x").responses(fresh), expected.head("x").responses(fresh), atol=2e-3)
+    np.testing.assert_allclose(again.left_out(np.arange(N)), expected.left_out(np.arange(N)), atol=2e-3)
 
 
 def test_exemplars_are_met_exactly_while_they_are_few() -> None:

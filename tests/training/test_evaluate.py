@@ -26,7 +26,8 @@ from adapter_hub.training.evaluate import (
 )
 
 
-@given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 2**31 - 1))
+@pytest.mark.filterwarnings("ignore:The number of unique classes is greater than 50%:UserWarning")    # from the reference
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(0, 2**31 - 1))
 def test_metrics_equal_scikit_learns(rows: int, classes: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(rows, classes)).astype(np.float32) * 3
@@ -66,6 +67,15 @@ def test_an_answer_of_another_task_is_wrong_and_no_class_of_its_own() -> None:
     assert label_metrics(answers, targets, ["red", "blue"]) == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 3})    # F1 of each: 2 · 1 / 3
     assert label_metrics(answers, targets, ["red", "blue", "dog"])["macro_f1"] == pytest.approx(4 / 9)
     assert label_metrics([None], ["red"], []) == {"accuracy": 0.0, "macro_f1": 0.0}
+
+
+@pytest.mark.filterwarnings("error")
+def test_as_many_labels_as_rows_are_measured_without_a_warning() -> None:
+    """Previously scikit-learn supposed a regression, at each epoch and in each evaluation."""
+    labels = [f"label {number}" for number in range(30)]
+    assert label_metrics(labels, labels, labels) == {"accuracy": 1.0, "macro_f1": 1.0}
+    assert label_metrics([None] * 30, labels, labels) == {"accuracy": 0.0, "macro_f1": 0.0}
+    assert label_metrics([labels[0]] * 30, labels, labels) == pytest.approx({"accuracy": 1 / 30, "macro_f1": 2 / 31 / 30})
 
 
 def test_numbers_are_measured_by_their_distance() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, BertConfig, GPT2Config, PreTrainedModel, T5Config
 
-from adapter_hub.training.probe import DEVIATION_FLOOR, output_layer, probe, start_from_probe
+from adapter_hub.base_model import unsaid
+from adapter_hub.training.probe import DEVIATION_FLOOR, logistic_regression, output_layer, probe, start_from_probe
 
 SMALL = {"vocab_size": 40, "num_labels": 3, "pad_token_id": 0}
 CONFIGS = {
@@ -95,3 +98,16 @@ def test_many_classes_are_met_by_the_nearest_mean(monkeypatch: pytest.MonkeyPatc
     means = np.array([scaled[targets == number].mean(axis=0) for number in range(5)])
     nearest = ((scaled[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
     assert ((features @ weight.T + bias).argmax(axis=1) == nearest).all()
+
+
+def test_it_is_silent_where_labels_are_many_or_iterations_few_and_other_warnings_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter_hub.training.probe.ITERATIONS_MAX", 1)
+    features = np.random.default_rng(0).standard_normal((30, 8))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        logistic_regression(features, np.arange(30) % 20, 1.0)
+        with unsaid("of this"):
+            warnings.warn("of this too", UserWarning, stacklevel=1)
+            warnings.warn("not of this", UserWarning, stacklevel=1)
+        warnings.warn("of this again", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in warned] == ["not of this", "of this again"]

@@ -14,6 +14,7 @@ import torch
 from adapter_hub.adapters.checks import check_acts, check_fits
 from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
@@ -130,6 +131,23 @@ def test_of_a_chat_only_the_last_answer_is_in_the_loss_and_is_asked_for_as_the_e
     assert features["labels"][: len(prompt)] == [IGNORED] * len(prompt)
     assert features["labels"][len(prompt) :] == features["input_ids"][len(prompt) :]
     assert base.tokenizer.decode(features["labels"][len(prompt) :]) == "jumps</s>"
+
+
+def test_of_a_chat_a_decoder_writes_the_last_answer_and_the_encoder_reads_what_the_engine_gives_it(tmp_path: Path) -> None:
+    """Previously rows of `messages` were refused for SEQ_2_SEQ_LM."""
+    base = FrozenBase.load(tiny_model(tmp_path / "t5", "t5"))
+    said = [("user", "hello"), ("assistant", "yes?"), ("user", "the fox"), ("assistant", "jumps")]
+    row = Example("the fox", extra={"messages": [{"role": role, "content": content} for role, content in said]})
+    with pytest.raises(InvalidInput, match=r"no chat template\. Give a text \(to learn, `text` and `label`\), or use a chat model's folder"):
+        Rewriting(()).features(base, [row])
+    base.tokenizer.chat_template = CHAT
+    [features] = Rewriting(()).features(base, [row])
+    assert base.decode([features["input_ids"]]) == ["<user>hello<assistant>yes?<user>the fox<assistant>"]
+    assert features["labels"] == base.tokenizer("jumps")["input_ids"]
+    with torch.no_grad():
+        loss = base.model(input_ids=torch.tensor([features["input_ids"]]), labels=torch.tensor([features["labels"]])).loss
+    [scored] = Engine(base, lambda _: None).score([Request(Conversation(tuple(said[:-1])), None)], ["jumps"])
+    assert scored.nats / scored.tokens == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_the_completion_is_not(bases: dict[str, FrozenBase]) -> None:

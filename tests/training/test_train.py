@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -144,9 +145,25 @@ def test_training_leaves_the_callers_random_generators_as_they_were(base: Frozen
     assert (torch.rand(1).item(), random.random(), np.random.rand()) == expected
 
 
-def test_training_prints_nothing(base: FrozenBase, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train_classifier(base, ROWS[:24], config=SHORT, folder=tmp_path)
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize("shape", ["bert", "gpt2", "llama"])
+def test_training_prints_nothing_and_warns_of_nothing_that_it_means(
+    tmp_path: Path, shape: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = FrozenBase.load(tiny_model(tmp_path / shape, shape))
+    own = [replace(row, label=row.text.partition(" ")[2]) for row in ROWS[:24]]    # nearly as many labels as rows
+    capfd.readouterr()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train_classifier(base, [replace(row, text=f"{row.text}!") for row in own], validation=own, config=SHORT, folder=tmp_path / "adapter")
+    assert capfd.readouterr() == ("", "") and [str(one.message) for one in warned] == [] and caplog.text == ""
+
+
+def test_beside_a_bar_it_is_not_said_that_the_head_is_fresh(
+    base: FrozenBase, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Previously the bar brought transformers' report of weights that are missing."""
+    train_classifier(base, ROWS[:24], config=replace(SHORT, progress=True), folder=tmp_path)
+    assert "100%" in capfd.readouterr().err and caplog.text == ""
 
 
 def test_rows_that_chose_the_epoch_do_not_measure_it(base: FrozenBase, tmp_path: Path) -> None:
