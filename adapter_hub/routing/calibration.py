@@ -36,9 +36,9 @@ EVALUATION_MIN = 10            # evaluation inputs of an adapter that take the p
 OWN_MAX = 500                  # exemplars that the centre of a newcomer is measured on
 CENTRE_WEIGHT = 50.0           # scored inputs that an adapter needs to outweigh all others in its own centre
 CLASS_FULL = 5.0               # classes with more exemplars than this count the same
-WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)    # of closeness that are tried
+WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25)    # of closeness that are tried
 # Left-out accuracy that the greatest weight may cost. What it gains lies where there are no exemplars, and most of that by the other
-# classes of an adapter: where each has one, there is little to gain.
+# classes of an adapter: where each has one, there is nothing to gain, and the least of the best weights is taken.
 TOLERANCE, TOLERANCE_ONE_CLASS = 0.002, 0.0002
 ACCURACY_MIN = 50              # left-out exemplars that can tell one weight from another
 PRIOR_DEVIATION = 0.35         # of scores, before any was seen, and what that weighs, in scores and in degrees of freedom
@@ -409,7 +409,7 @@ class Bench:
                 yield place, chosen, products, None if solved is None else solved[start : start + size]
 
     def fitted_scoring(self) -> Scoring:
-        """The line from products to responses, and the greatest weight of closeness that costs no accuracy to speak of."""
+        """The line from products to responses, and the weight of closeness: see TOLERANCE."""
         scoring = Scoring(typical_count=self._typical_count() if self.head else 0.0)
         x, y = self._products_and_responses()
         if len(x) >= ACCURACY_MIN and x.std() > 1e-3:
@@ -450,8 +450,8 @@ class Bench:
             return scoring.closeness
         accuracy = right / total
         several = sum(one.target_count for one in self.exemplars) > len(self.exemplars)
-        tolerance = TOLERANCE if several else TOLERANCE_ONE_CLASS
-        chosen = int(np.flatnonzero(accuracy >= accuracy.max() - tolerance)[-1])
+        good = np.flatnonzero(accuracy >= accuracy.max() - (TOLERANCE if several else TOLERANCE_ONE_CLASS))
+        chosen = int(good[-1 if several else 0])
         self.accuracy = float(accuracy[chosen])
         return WEIGHTS[chosen]
 

@@ -21,7 +21,7 @@ from adapter_hub.routing.features import F32, Features, Kernel, pack, unpack
 from adapter_hub.routing.statistics import F64, I64, Exemplars, read_tensors
 
 # n inputs, m exemplars and negatives that were solved
-SCHEMA = 1
+SCHEMA = 2
 RIDGE = 0.01            # of the mean eigenvalue; from 0.003 to 0.1 nothing changes on CLINC150's validation split
 MET_MAX = 512           # of an adapter's exemplars, evenly spread, and of its negatives
 

@@ -25,8 +25,9 @@ U8 = NDArray[np.uint8]
 Sparse = Any                # scipy.sparse.csr_matrix float32
 
 SKETCH_DIM = 2048
-# Both chosen on validation splits (CLINC150, BANKING77) with all-MiniLM-L6-v2: benchmarks/LOG.md.
+# Chosen on validation splits (CLINC150, BANKING77) with all-MiniLM-L6-v2: benchmarks/LOG.md.
 SKETCH_WEIGHT = 0.5         # of the sketch beside an embedding of length 1
+LINEAR = 0.1                # of the products beside their kernel
 HIDDEN_DIM = 4096           # random projections
 HIDDEN_SEED = 0
 
@@ -180,7 +181,10 @@ class Hidden:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """exp(-½ squared distance) of [dense, SKETCH_WEIGHT × sketch] to each of h exemplars."""
+    """exp(-½ squared distance) + LINEAR × product, of [dense, SKETCH_WEIGHT × sketch] with each of h exemplars.
+
+    The linear part holds where inputs are unlike the exemplars, as that of `Hidden`.
+    """
 
     exemplars: Features     # h
 
@@ -192,8 +196,10 @@ class Kernel:
         """(n, h)"""
         products = features.dense @ self.exemplars.dense.T
         products += np.float32(SKETCH_WEIGHT**2) * (features.lexical @ self._places).toarray()
-        products -= np.float32(1 + SKETCH_WEIGHT**2)    # the length of every row, squared
-        return np.asarray(np.exp(products, out=products), np.float32)
+        found = products - np.float32(1 + SKETCH_WEIGHT**2)    # the length of every row, squared
+        np.exp(found, out=found)
+        products *= np.float32(LINEAR)
+        return np.asarray(np.add(found, products, out=found), np.float32)
 
     @cached_property
     def _places(self) -> Sparse:

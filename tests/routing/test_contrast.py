@@ -58,8 +58,8 @@ def test_an_exemplar_is_penalised_as_if_it_had_never_been_given(monkeypatch: pyt
         kept = np.setdiff1d(rows, [row])
         found = Features.concatenate([exemplars.features[kept], exemplars.negatives])
         gram = contrast_module.Kernel(found)(found).astype(np.float64)
-        # The ridge is a share of the mean eigenvalue, which is 1: every row is as near as can be to itself.
-        gram[np.diag_indices_from(gram)] += contrast_module.RIDGE
+        # The ridge is a share of the mean eigenvalue, which no row changes: each is as near as can be to itself.
+        gram[np.diag_indices_from(gram)] += contrast_module.RIDGE * gram[0, 0]
         weights = np.linalg.solve(gram, np.arange(len(gram)) >= len(kept))
         expected.append(max(0.0, float((contrast_module.Kernel(found)(exemplars.features[[row]]) @ weights)[0])))
     np.testing.assert_allclose(left_out_penalties(exemplars, rows), expected, atol=1e-4)

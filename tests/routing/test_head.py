@@ -16,7 +16,7 @@ from adapter_hub.errors import CorruptIndex
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.routing import head as head_module
-from adapter_hub.routing.features import SKETCH_WEIGHT, Features, Hidden, Kernel
+from adapter_hub.routing.features import LINEAR, SKETCH_WEIGHT, Features, Hidden, Kernel
 from adapter_hub.routing.head import RIDGE, Head, Solver, can_solve, digest_of
 from adapter_hub.routing.statistics import Exemplars, build_state
 from tests.routing.conftest import DIM, ENCODER, World
@@ -38,7 +38,7 @@ def joined(features: Features) -> Any:
 
 
 def slow_kernel(a: Features, b: Features) -> Any:
-    return np.exp(-((joined(a)[:, None] - joined(b)[None]) ** 2).sum(axis=2) / 2)
+    return np.exp(-((joined(a)[:, None] - joined(b)[None]) ** 2).sum(axis=2) / 2) + LINEAR * joined(a) @ joined(b).T
 
 
 def slow_responses(solver: Solver, kept: Any, asked: Features) -> Any:
