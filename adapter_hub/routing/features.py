@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -195,16 +195,13 @@ class Kernel:
     def __call__(self, features: Features) -> F32:
         """(n, h)"""
         products = features.dense @ self.exemplars.dense.T
-        products += np.float32(SKETCH_WEIGHT**2) * (features.lexical @ self._places).toarray()
+        lexical = self.exemplars.lexical @ features.lexical.toarray().T    # faster than of two sparse matrices
+        lexical *= np.float32(SKETCH_WEIGHT**2)
+        products += lexical.T
         found = products - np.float32(1 + SKETCH_WEIGHT**2)    # the length of every row, squared
         np.exp(found, out=found)
         products *= np.float32(LINEAR)
         return np.asarray(np.add(found, products, out=found), np.float32)
-
-    @cached_property
-    def _places(self) -> Sparse:
-        """(s, h), by rows: which exemplars have something in a place."""
-        return self.exemplars.lexical.T.tocsr()
 
 
 @lru_cache(maxsize=4)
