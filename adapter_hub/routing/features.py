@@ -50,6 +50,13 @@ class Features:
         chosen = np.atleast_1d(np.arange(len(self))[rows])
         return Features(self.dense[chosen], self.lexical[chosen])
 
+    def distinct(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(which rows are the first of their kind, for each row which of those it equals)."""
+        place: dict[tuple[bytes, ...], int] = {}
+        parts = ([row.tobytes() for row in np.split(part, self.lexical.indptr[1:-1])] for part in (self.lexical.indices, self.lexical.data))
+        same = np.array([place.setdefault(key, len(place)) for key in zip((row.tobytes() for row in self.dense), *parts, strict=True)], np.int64)
+        return np.unique(same, return_index=True)[1].astype(np.int64), same
+
     @classmethod
     def concatenate(cls, parts: Sequence[Features]) -> Features:
         return cls(np.concatenate([part.dense for part in parts]), sparse.vstack([part.lexical for part in parts], format="csr"))

@@ -45,8 +45,12 @@ class Head:
     digest: str                           # of what it was solved on
 
     def responses(self, features: Features) -> F32:
-        """(n, k)"""
-        return np.asarray(self.basis(features) @ self.weights)
+        """(n, k), added up in float64: where classes share exemplars large weights cancel, and a row alone gets what it gets in a batch."""
+        return np.asarray(self.basis(features).astype(np.float64) @ self._weights64, np.float32)
+
+    @cached_property
+    def _weights64(self) -> F64:
+        return self.weights.astype(np.float64)
 
     def to_bytes(self) -> bytes:
         facts = {"schema": SCHEMA, "digest": self.digest, "columns": {str(ref): column for ref, column in self.columns.items()}}
@@ -127,11 +131,23 @@ class Solver:
                 gram[start : start + BLOCK] = block
             else:
                 gram += block.T @ block
+        if isinstance(self.basis, Kernel):
+            first, same = self._distinct
+            for row in np.flatnonzero(first[same] != np.arange(len(same))):
+                # The upper triangle is read. Equal exemplars differ there by rounding, which the solution magnifies.
+                met = first[same[row]]
+                products = np.concatenate([gram[:met, met], gram[met, met:]])
+                products[row] = gram[met, met]
+                gram[:row, row], gram[row, row:] = products[:row], products[row:]
         gram[np.diag_indices_from(gram)] += RIDGE * np.trace(gram) / len(gram)
         return gram
 
     @cached_property
-    def _weights(self) -> F32:
+    def _distinct(self) -> tuple[I64, I64]:
+        return self.features.distinct()
+
+    @cached_property
+    def _weights(self) -> F64:
         if isinstance(self.basis, Kernel):
             moments = np.eye(self._class_count)[self.targets]
         else:
@@ -140,8 +156,7 @@ class Solver:
                 targets = self.targets[start : start + BLOCK]
                 chosen = sparse.csr_matrix((np.ones(len(targets), np.float32), (targets, np.arange(len(targets)))), (self._class_count, len(targets)))
                 moments += (chosen @ self.basis(self.features[start : start + BLOCK])).T
-        solved = linalg.cho_solve((self._factor, True), moments, check_finite=False)
-        return np.ascontiguousarray(solved, np.float32)    # safetensors writes memory as it lies, and LAPACK's lies by columns
+        return np.asarray(linalg.cho_solve((self._factor, True), moments, check_finite=False))
 
     @cached_property
     def _inverse_diagonal(self) -> F32:
@@ -159,7 +174,13 @@ class Solver:
         return np.asarray(self._factor, np.float32)
 
     def head(self, digest: str) -> Head:
-        return Head(self.basis, self._weights, self.columns, digest)
+        basis, weights = self.basis, self._weights
+        if isinstance(basis, Kernel):    # equal exemplars of several adapters are one row of the basis: their weights nearly cancel
+            first, same = self._distinct
+            basis, weights = Kernel(self.features[first]), np.zeros((len(first), self._class_count))
+            np.add.at(weights, same, self._weights)
+        # safetensors writes memory as it lies, and LAPACK's lies by columns
+        return Head(basis, np.ascontiguousarray(weights, np.float32), self.columns, digest)
 
     def left_out(self, rows: I64) -> F32:
         """(n, k): the responses to these exemplars, each by the head solved without it.

@@ -95,8 +95,31 @@ def test_the_size_of_blocks_changes_nothing(exact_max: int, monkeypatch: pytest.
     expected = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
     monkeypatch.setattr(head_module, "BLOCK", 7)
     again = Solver(EXEMPLARS, DIM, exact_max=exact_max, drawn=DRAWN)
-    np.testing.assert_allclose(again.head("x").responses(fresh), expected.head("x").responses(fresh), atol=2e-3)
-    np.testing.assert_allclose(again.left_out(np.arange(N)), expected.left_out(np.arange(N)), atol=2e-3)
+    np.testing.assert_allclose(again.head("x").responses(fresh), expected.head("x").responses(fresh), atol=1e-3)
+    np.testing.assert_allclose(again.left_out(np.arange(N)), expected.left_out(np.arange(N)), atol=1e-3)
+
+
+def test_adapters_with_the_same_exemplars_are_answered_alike_and_alone_as_in_a_batch() -> None:
+    """Their weights are large and nearly cancel; an exemplar that several have is one row of the basis."""
+    world = World(4, 3, noise=0.5, seed=5)
+    states = world.states(60)
+    twins = {AdapterRef(f"z-{ref.name}", 1): state for ref, state in states.items()}
+    exemplars = {ref: Exemplars.of(state) for ref, state in {**states, **twins}.items()}
+    head = Solver(exemplars, DIM).head("x")
+    assert isinstance(head.basis, Kernel) and len(head.basis.exemplars) == sum(map(len, exemplars.values())) // 2
+    fresh = World(4, 3, noise=0.5, seed=6).sample(1, 40)[0]
+    found = head.responses(fresh)
+    half = found.shape[1] // 2
+    np.testing.assert_allclose(found[:, :half], found[:, half:], atol=1e-5)
+    np.testing.assert_allclose(found, np.concatenate([head.responses(fresh[row]) for row in range(len(fresh))]), atol=1e-5)
+
+
+def test_equal_rows_are_found_by_both_of_their_parts() -> None:
+    features = next(iter(EXEMPLARS.values())).features[np.array([3, 1, 3, 2, 1])]
+    first, same = features.distinct()
+    assert first.tolist() == [0, 1, 3] and same.tolist() == [0, 1, 0, 2, 1]
+    other = Features(features.dense, features.lexical[np.array([0, 1, 1, 3, 4])])
+    assert other.distinct()[1].tolist() == [0, 1, 2, 3, 1]
 
 
 def test_exemplars_are_met_exactly_while_they_are_few() -> None:
