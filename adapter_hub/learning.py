@@ -172,10 +172,11 @@ def _relabelled(
 ) -> list[Relabelled]:
     """Texts that `current` was taught with another target: one label by what its router keeps of them, another target where the text is kept."""
     from adapter_hub.training.report import Relabelled
+    from adapter_hub.training.tasks import Task
 
     task = current.kind.task
     told = {task.key(row): task.shown(row) for row in current.exemplars}
-    if before is not None and not before.from_description:
+    if before is not None and not before.from_description and task is Task:
         labels = [before.class_names[number] for number in before.classes]
         of_key = dict(zip(before.exemplars.keys, labels, strict=True))
         keys = newer.exemplars.keys

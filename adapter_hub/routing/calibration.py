@@ -22,6 +22,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.contrast import Contrast, left_out_penalties
 from adapter_hub.routing.features import F32, Features
 from adapter_hub.routing.head import BLOCK, Head, Solver, can_solve, digest_of
+from adapter_hub.routing.head import SCHEMA as SOLVED
 from adapter_hub.routing.prototypes import Prototypes, closeness, left_out_products
 from adapter_hub.routing.scoring import Scoring, columns_of
 from adapter_hub.routing.statistics import F64, I64, Exemplars, RoutingState, corrupt, read_tensors
@@ -150,6 +151,11 @@ class Calibration:
         refs = [name.partition(" ")[2] for name in self.facts if name.startswith(f"{ACCEPTED_BEFORE} ")]
         found = [{"adapter": ref, **{name: self.facts.get(f"{name} {ref}", 0.0) for name in (ACCEPTED_BEFORE, ACCEPTED)}} for ref in refs]
         return sorted(found, key=lambda one: (-abs(one[ACCEPTED] - one[ACCEPTED_BEFORE]), one["adapter"]))
+
+    @property
+    def of_earlier_head(self) -> bool:
+        """Whether its scores are on the scale of a head that is solved no more."""
+        return self.facts.get("head", 0) not in (0, SOLVED)
 
     @property
     def _measured_on(self) -> str:
@@ -305,7 +311,7 @@ def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
             "left_out": float(scores.left_out),
             "evaluation": float(len(acceptance) - scores.left_out),
             "left_out_accuracy": round(bench.accuracy, 6),
-            "head": float(head is not None),
+            "head": float(SOLVED if head else 0),
             "contradictions": float(_contradictions(states)),
         },
     )

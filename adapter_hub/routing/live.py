@@ -249,6 +249,10 @@ class LiveRouter:
         calibration, refs = self._router.calibration, self._router.refs
         if calibration is None or not refs or self._warned == calibration.id:
             return
+        if calibration.of_earlier_head:
+            self._warned = calibration.id
+            log.warning("calibration %s was measured under an earlier head, and thresholds are off: see `adapter-hub calibrate`.", calibration.id)
+            return
         known = sum(ref in calibration.centres for ref in refs)
         if known < YOUNG * len(refs):
             self._warned = calibration.id

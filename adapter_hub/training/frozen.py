@@ -102,12 +102,16 @@ def _hidden(base: PreTrainedModel, first: int, rows: Iterable[Mapping[str, Tenso
     _, layers = layers_of(base) or ("", [])
     seen: list[Any] = []
     early: list[nn.Module] = []    # with a trainable weight, and called before
+    more: list[bool] = []          # whether a layer hands on more than hidden states, which none could in its place
 
     def reach(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs.get("hidden_states"))
         raise _Reached
 
-    handles: list[Any] = [layers[first].register_forward_pre_hook(reach, with_kwargs=True)]
+    def left(_: nn.Module, __: Any, output: Any) -> None:
+        more.append(not isinstance(output, Tensor))
+
+    handles: list[Any] = [layers[first].register_forward_pre_hook(reach, with_kwargs=True), layers[0].register_forward_hook(left)]
     for module in base.modules():
         around = any(part is layers[first] for part in module.modules())
         if not around and any(parameter.requires_grad for parameter in module.parameters()):
@@ -123,7 +127,7 @@ def _hidden(base: PreTrainedModel, first: int, rows: Iterable[Mapping[str, Tenso
                     pass
                 hidden = seen.pop() if seen else None
                 mask = batch["attention_mask"]
-                if early or not isinstance(hidden, Tensor) or hidden.shape[:2] != mask.shape:
+                if early or any(more) or not isinstance(hidden, Tensor) or hidden.shape[:2] != mask.shape:
                     return None
                 size += hidden.nbytes
                 if size > BYTES_MAX:

@@ -129,9 +129,10 @@ def _label(row: Example) -> str:
 
 
 def asked(row: Example) -> str:
-    """The text by which rows are alike: of a conversation all that goes before the answer."""
-    messages = row.extra.get("messages")
-    return "\n".join(str(one["content"]) for one in messages[:-1]) if messages else row.text
+    """The text by which rows are alike: of a conversation all that is said before the answer, but what the system is told, which many share."""
+    messages = row.extra.get("messages") if row.label is None else None    # beside a label it is a column like any other
+    said = [str(one["content"]) for one in messages[:-1] if one["role"] != "system"] if messages else []
+    return "\n".join(said) or row.text
 
 
 def report_of(

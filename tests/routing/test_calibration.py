@@ -20,7 +20,7 @@ from adapter_hub.refs import AdapterRef
 from adapter_hub.routing.calibration import CENTRE_WEIGHT, EVALUATION_MIN, Calibration, calibrate, check_rate, fit, solved_centres
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
-from adapter_hub.routing.head import Solver
+from adapter_hub.routing.head import SCHEMA, Solver
 from adapter_hub.routing.router import Router
 from adapter_hub.routing.scoring import CLOSENESS
 from adapter_hub.routing.statistics import Encodings, Exemplars, build_state, state_of
@@ -292,7 +292,7 @@ def test_nothing_to_calibrate_on_is_refused(states: Any) -> None:
 
 def test_the_facts_say_what_each_rate_means(many: Calibration) -> None:
     shown = json.loads(json.dumps(replace(many, id=3).to_json(), allow_nan=False))
-    assert shown["calibration"] == 3 and shown["adapters"] == 4 and shown["exemplars"] == 360 and shown["head"] == 1
+    assert shown["calibration"] == 3 and shown["adapters"] == 4 and shown["exemplars"] == 360 and shown["head"] == SCHEMA
     assert shown["max_false_reject"]["5 %"]["threshold"] == round(many.threshold(0.05), 4)
     assert shown["left_out_accuracy"] > 0.8 and shown["measured_on"].startswith("examples left out")
     assert calibrate(STATES_OF[EVALUATED]).to_json()["measured_on"] == "evaluation inputs"
@@ -337,3 +337,10 @@ def test_a_damaged_record_is_refused(change: Callable[[dict[str, Any], dict[str,
 def test_a_record_cut_short_is_refused(many: Calibration, cut: int) -> None:
     with pytest.raises(CorruptVersion):
         Calibration.from_bytes(many.to_bytes()[:cut])
+
+
+def test_a_record_tells_whether_it_was_measured_under_an_earlier_head() -> None:
+    record = fit(MANY.states(20)).calibration
+    assert record.facts["head"] == SCHEMA and not record.of_earlier_head
+    assert replace(record, facts={**record.facts, "head": 1.0}).of_earlier_head
+    assert not replace(record, facts={**record.facts, "head": 0.0}).of_earlier_head    # nothing was solved
