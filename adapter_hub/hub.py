@@ -965,7 +965,7 @@ class Hub:
 
         Always there: `rows`. Of the rows: `abstained`, and `accuracy`, the share whose whole answer is right as routed (no question of
         numbers). Where every row names its adapter: `routing_accuracy`, `accuracy_named`, the share right when that one is asked, and the `gap`
-        of the two on the rows that both count. Where any does: `adapters`, for each version its `task`, `rows`, metrics `oracle`, `routed` and their `gap`,
+        of the two on the rows that both count. Where any does: `adapters`, for each version its `task`, `rows`, `oracle`, `routed`, their `gap`,
         `routing_accuracy`, `abstained`, and the `digest` of its rows, which a manifest's `evaluation_digest` compares with; and
         `mean_of_adapters`, `oracle` and `routed`: each metric's mean over the adapters that have it, however many rows each has.
         Adapters that only their name reaches (`routed=False`, or neither examples nor a description) have `oracle` alone, and their rows,
