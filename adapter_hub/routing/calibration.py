@@ -456,8 +456,7 @@ class Bench:
             return scoring.closeness
         accuracy = right / total
         several = sum(one.target_count for one in self.exemplars) > len(self.exemplars)
-        good = np.flatnonzero(accuracy >= accuracy.max() - (TOLERANCE if several else TOLERANCE_ONE_CLASS))
-        chosen = int(good[-1 if several else 0])
+        chosen = good_enough(accuracy, several)
         self.accuracy = float(accuracy[chosen])
         return WEIGHTS[chosen]
 
@@ -503,6 +502,11 @@ class Bench:
         if not values:
             return _Scores(np.empty(0), np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64), 0)
         return _Scores(np.concatenate(values), np.concatenate(adapters), np.concatenate(weights), np.concatenate(groups), left_out)
+
+
+def good_enough(accuracy: F64, several: bool) -> int:
+    """The place of the greatest weight that costs at most TOLERANCE; where no adapter has `several` classes, of the least of the best."""
+    return int(np.flatnonzero(accuracy >= accuracy.max() - (TOLERANCE if several else TOLERANCE_ONE_CLASS))[-1 if several else 0])
 
 
 def _note(scores: F32, values: list[F64], adapters: list[I64]) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from adapter_hub.errors import CorruptVersion, InvalidInput, ModelChanged
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
-from adapter_hub.routing.calibration import CENTRE_WEIGHT, EVALUATION_MIN, Calibration, calibrate, check_rate, fit, solved_centres
+from adapter_hub.routing.calibration import CENTRE_WEIGHT, EVALUATION_MIN, Calibration, calibrate, check_rate, fit, good_enough, solved_centres
 from adapter_hub.routing.encoder import HashEncoder
 from adapter_hub.routing.features import Features
 from adapter_hub.routing.head import SCHEMA, Solver
@@ -344,3 +344,19 @@ def test_a_record_tells_whether_it_was_measured_under_an_earlier_head() -> None:
     assert record.facts["head"] == SCHEMA and not record.of_earlier_head
     assert replace(record, facts={**record.facts, "head": 1.0}).of_earlier_head
     assert not replace(record, facts={**record.facts, "head": 0.0}).of_earlier_head    # nothing was solved
+
+
+@pytest.mark.parametrize(
+    ("curve", "of_several", "of_one"),
+    [
+        ([0.990, 0.991, 0.990, 0.9895, 0.980], 3, 1),
+        ([0.9909, 0.991, 0.991, 0.980, 0.970], 2, 0),
+        ([0.991, 0.991, 0.991], 2, 0),
+        ([0.5, 0.6, 0.7], 2, 2),
+    ],
+)
+def test_closeness_counts_as_much_as_costs_little_and_of_one_class_each_as_little_as_is_best(
+    curve: list[float], of_several: int, of_one: int
+) -> None:
+    assert good_enough(np.array(curve), True) == of_several
+    assert good_enough(np.array(curve), False) == of_one

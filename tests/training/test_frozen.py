@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, MPNetConfig, MPNetModel
 
 from adapter_hub.adapters.checks import check_fits
 from adapter_hub.adapters.weights import read_adapter
@@ -63,6 +64,22 @@ def test_an_adapted_embedding_is_not_below_anything(tmp_path: Path) -> None:
     peft = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=targets))
     with computed_once(peft, model, [dict(base.tokenize(TEXTS))]) as hidden:
         assert hidden is None
+
+
+def test_layers_that_hand_on_more_than_hidden_states_are_computed_in_full(tmp_path: Path) -> None:
+    """MPNet's return a tuple. The preset that adapts the upper half trains there all the same."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(tmp_path / "bert"))
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+    MPNetModel(MPNetConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "mpnet")
+    tokenizer.save_pretrained(tmp_path / "mpnet")
+    base = FrozenBase.load(tmp_path / "mpnet")
+    model = task_model(base, "SEQ_CLS", 3)
+    exclude = below(model, TrainConfig(layers_share=0.5))
+    peft = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", exclude_modules=exclude))
+    inputs = {key: base.tokenize(TEXTS)[key] for key in ("input_ids", "attention_mask")}
+    with computed_once(peft, model, [inputs]) as hidden:
+        assert exclude is not None and hidden is None
+    train_classifier(base, ROWS, task="things", config=replace(CONFIG, epochs=1, layers_share=0.5), folder=tmp_path / "adapter")
 
 
 def test_two_stacks_are_not_taken_for_one(tmp_path: Path) -> None:
