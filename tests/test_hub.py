@@ -495,9 +495,10 @@ def test_text_is_kept_only_where_the_policy_says_so(filled: Hub, tmp_path: Path)
 
 
 def test_of_near_candidates_the_one_whose_label_the_router_responds_to_most_answers(hub: Hub, tmp_path: Path) -> None:
-    """Two adapters that the router cannot tell apart, but by the labels that they answer."""
-    rows = [{"text": f"{word} {i}", "label": label} for i, word in enumerate(("gate", "roof", "door")) for label in ("one", "two")]
-    for name, seed in (("first", 1), ("second", 0)):
+    """Two adapters of the same texts, which one labels by the number and the other by the word."""
+    said = [(word, i) for word in ("gate", "roof", "door") for i in range(4)]
+    for name, seed, label in (("first", 1, lambda word, i: ("one", "two")[i % 2]), ("second", 0, lambda word, i: ("one", "two")[word == "roof"])):
+        rows = [{"text": f"{word} {i}", "label": label(word, i)} for word, i in said]
         hub.register(name, make_adapter(hub.base, tmp_path / name, seed=seed), rows, labels=["one", "two"])
     texts = [f"{word} {i} again" for word in ("gate", "roof", "door") for i in range(8)]
     alone, asked = hub.predict(texts, max_false_reject=0), hub.predict(texts, max_false_reject=0, ask=2)

@@ -142,7 +142,8 @@ def plan_lesson(
     key = kind.task.key
     said = {key(row) for row in (*rows, *current.evaluation, *(validation or ()))}
     replayed = [row for row in current.exemplars if key(row) not in said]
-    if kind.task is Task and len(labels := {row.label for row in (*rows, *replayed) if row.label}) == 1:    # of which no classifier is made
+    labels = {row.label or "" for row in (*rows, *replayed)}
+    if kind.task is Task and len(labels) == 1 and "" not in labels:    # of which no classifier is made
         _check_none_lost(current, labels)
     job = _job(kind, [*rows, *replayed], validation)
     if job.labels:
@@ -227,7 +228,7 @@ def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Curre
         share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
         try:
             _, held = hold_out(new, share, seed, job.stratum)    # half of it will choose the epoch
-        except (InvalidInput, ValueError):
+        except InvalidInput:
             held = []
         rest = _beside(held, lesson.train, key)
         if type(job) is not Task:    # a row of many labels may be the only one of some: it is trained on

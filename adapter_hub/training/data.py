@@ -66,7 +66,7 @@ def check_held_out(rows: Sequence[Example], stratum: Callable[[Example], str] = 
     names = list(map(stratum, rows))
     counts = Counter(names)
     hint = "Give validation rows, or more training rows."
-    if max(counts.values()) < 2:
+    if max(counts.values(), default=0) < 2:
         raise InvalidInput("every label has one row, none can be held out.", hint=hint)
     takes = _takes(equal_texts(list(map(asked, rows))), names)
     if not any(_leaves_all(taken, counts) for taken in takes.values()):
