@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapter_hub.arguments import Generation, Named, aligned
-from adapter_hub.engine.chat import Conversation, question_of
+from adapter_hub.chat import Conversation, question_of
 from adapter_hub.engine.mixtures import Mixture
 from adapter_hub.errors import HubError, InvalidInput
 from adapter_hub.prediction import Answering, Prediction, foremost

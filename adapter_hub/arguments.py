@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapter_hub.adapters.config import TaskType
-from adapter_hub.engine.chat import Conversation
+from adapter_hub.chat import Conversation
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, as_examples, read_examples, text_fault
 from adapter_hub.refs import AdapterRef

@@ -23,7 +23,7 @@ import numpy as np
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.answering import checked_ask, checked_rate, contest, or_raise, requests_of, route
 from adapter_hub.arguments import rows_of, texts_of
-from adapter_hub.engine.chat import Conversation
+from adapter_hub.chat import Conversation
 from adapter_hub.engine.engine import Likelihood
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, digest_of, measuring, text_fault

@@ -24,7 +24,7 @@ from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter
 from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, predict, requests_of, route
 from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, task_type_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
-from adapter_hub.engine.chat import Conversation, question_of
+from adapter_hub.chat import Conversation, question_of
 from adapter_hub.engine.generation import check_generation
 from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput, InvalidName, ModelChanged, RegistryError, RegistryExists
 from adapter_hub.examples import Example, as_examples, read_examples

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "adapter_hub"
 ROWS = {
-    "errors": 0, "refs": 0, "examples": 0,
+    "errors": 0, "refs": 0, "examples": 0, "chat": 0,
     "precision": 1, "base_model": 1, "adapters": 1,
     "registry": 2,
     "routing": 3, "training": 3, "engine": 3,
@@ -22,7 +22,9 @@ ROWS = {
 # The hub's work, in files of their own: functions that are given a hub.
 HUBS_WORK = ("answering", "feedback", "registering", "learning", "evaluation", "proposals", "lifelong", "survey", "merging")
 # Who may know whom on its own row; everyone else there is a stranger.
-NEIGHBOURS = {("refs", "errors"), ("examples", "errors"), ("adapters", "base_model"), ("adapters", "precision"), ("base_model", "precision")} | {
+NEIGHBOURS = {("refs", "errors"), ("examples", "errors"), ("chat", "errors"), ("chat", "examples")} | {
+    ("adapters", "base_model"), ("adapters", "precision"), ("base_model", "precision"),
+} | {
     ("evaluation", "answering"), ("proposals", "answering"), ("survey", "lifelong"), ("learning", "registering"), ("merging", "learning"),
 } | {pair for one in HUBS_WORK for pair in (("hub", one), (one, "hub"))}
 HEAVY = {"torch", "transformers", "peft", "faiss", "sentence_transformers", "sqlalchemy", "pyarrow", "sklearn", "numpy"}

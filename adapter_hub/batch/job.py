@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from adapter_hub.batch.files import JobFiles, finish, line_of, write_durably
-from adapter_hub.engine.chat import Conversation, input_of
+from adapter_hub.chat import Conversation, input_of
 from adapter_hub.errors import CorruptVersion, HubError, InvalidInput, NotRoutable, OutOfMemory, UnreadableFile, storage_error
 from adapter_hub.examples import BadRow, RowReader, format_of, read_rows
 from adapter_hub.registry.artifacts import sync_folder

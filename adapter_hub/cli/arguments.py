@@ -18,7 +18,7 @@ import typer
 from adapter_hub.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from adapter_hub.engine.chat import Conversation
+    from adapter_hub.chat import Conversation
 
 JSON = Any
 
@@ -83,7 +83,7 @@ def read_inputs(texts: Sequence[str] | None, file: str) -> Sequence[str | Conver
 
 
 def _inputs(file: str) -> Iterator[str | Conversation]:
-    from adapter_hub.engine.chat import input_of
+    from adapter_hub.chat import input_of
     from adapter_hub.examples import BadRow, read_rows
 
     for number, row in read_rows(file):

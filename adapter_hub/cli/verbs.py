@@ -65,8 +65,8 @@ from adapter_hub.cli.console import (
 from adapter_hub.errors import HubError, InvalidInput
 
 if TYPE_CHECKING:
+    from adapter_hub.chat import Conversation
     from adapter_hub.continual.alerts import Sink
-    from adapter_hub.engine.chat import Conversation
     from adapter_hub.hub import Hub
     from adapter_hub.training.config import TrainConfig
 

@@ -16,8 +16,8 @@ from typing import ClassVar, Self
 import numpy as np
 
 from adapter_hub.adapters.config import ProblemType, TaskType
+from adapter_hub.chat import Conversation
 from adapter_hub.continual.gate import Paired
-from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Engine, Likelihood, Output, Request, TokenLabel
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example

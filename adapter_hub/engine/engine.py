@@ -5,7 +5,6 @@ The engine is told which adapter; it never chooses one. plan -> hold adapters ->
 
 from __future__ import annotations
 
-import bisect
 import logging
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from adapter_hub.adapters.config import HEADED, ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter
 from adapter_hub.base_model import BaseKind, Encoded, FrozenBase, tokens_least
-from adapter_hub.engine.chat import Conversation, question_of
+from adapter_hub.chat import Conversation, fitting, question_of, shortened
 from adapter_hub.engine.draws import Draws
 from adapter_hub.engine.generation import Settings, check_generation, for_model, kinds, merged
 from adapter_hub.engine.heads import Head, probabilities, summed
@@ -398,31 +397,22 @@ class Engine:
             def cut(characters: int) -> bool:
                 return self.base.encode([_prompt(facts, text[:characters])], max_tokens=limit)[0].truncated
 
-            text = text[: _fitting(f"the prompt template {(facts.prompt_template or '')[:60]!r}", cut, len(text), limit)]
-            fitting = self.base.encode([_prompt(facts, text)], max_tokens=limit)[0]
-            ids = replace(fitting, cut=len(ids) + ids.cut - len(fitting))
+            text = text[: fitting(f"the prompt template {(facts.prompt_template or '')[:60]!r}", cut, len(text), limit)]
+            kept = self.base.encode([_prompt(facts, text)], max_tokens=limit)[0]
+            ids = replace(kept, cut=len(ids) + ids.cut - len(kept))
         return _of_text(facts, text, ids)
 
     def _in_chat(self, conversation: Conversation, facts: Facts, limit: int) -> Encoded:
-        """Where it is too long, without its oldest questions and answers, and in the end with less of the last question."""
+        """What of it there is room for: see `shortened`."""
 
         def encoded(some: Conversation) -> Encoded:
             return self.base.encode_chat(some.asking(_prompt(facts, some.question)).messages)
 
         ids = encoded(conversation)
-        whole = len(ids)
-        if whole <= limit:
+        if len(ids) <= limit:
             return ids
-        *older, last = conversation.questions
-        kept = bisect.bisect_left(older, True, key=lambda at: len(encoded(conversation.since(at))) <= limit)
-        conversation = conversation.since([*older, last][kept])
-        ids = encoded(conversation)
-        if len(ids) > limit:
-            text = conversation.question
-            what = "the chat template, with the system text," if conversation.messages[0][0] == "system" else "the chat template"
-            characters = _fitting(what, lambda count: len(encoded(conversation.asking(text[:count]))) > limit, len(text), limit)
-            ids = encoded(conversation.asking(text[:characters]))
-        return replace(ids, cut=whole - len(ids))
+        kept = shortened(conversation, encoded, limit)
+        return replace(kept, cut=len(ids) - len(kept))
 
     def _limit(self, settings: Settings | None) -> int:
         """Tokens that there is room for in the input of a row. Raises InvalidInput."""
@@ -618,17 +608,6 @@ def _conversation(text: str | Conversation, facts: Facts, settings: Settings | N
             raise InvalidInput("the setting `system` is for a chat.", hint='Give {"chat": true} as well, or ask with a conversation.')
         return None
     return Conversation((("user", text),)).under(settings.get("system"))
-
-
-def _fitting(what: str, cut: Callable[[int], bool], length: int, limit: int) -> int:
-    """How many characters of a text there is room for; `cut` says whether so many are too many. Raises InvalidInput for none."""
-    most = limit    # doubled until it is too many: the search takes no longer for a longer text
-    while most < length and not cut(most):
-        most *= 2
-    kept = bisect.bisect_left(range(min(most, length)), True, key=cut) - 1
-    if kept < 1:
-        raise InvalidInput(f"{what} leaves no room for a text in {limit} tokens.", hint="Shorten it, or ask for fewer new tokens.")
-    return kept
 
 
 def _prompt(facts: Facts, text: str) -> str:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self
 
-from adapter_hub.engine.chat import question_of
+from adapter_hub.chat import question_of
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import Settings, check_generation
 from adapter_hub.engine.mixtures import canonical

@@ -287,6 +287,7 @@ def fit(states: Mapping[AdapterRef, RoutingState]) -> Fitted:
     solver = Solver(exemplars, first.dim) if can_solve(exemplars) else None
     head = solver.head(digest_of({ref: state.digest for ref, state in states.items()})) if solver else None
     bench = Bench(states, exemplars, solver, head)
+    del solver
     scoring = bench.fitted_scoring()
     scores = bench.scores(scoring)
     own = [scores.values[scores.adapters == place] for place in range(len(states))]
@@ -350,7 +351,7 @@ class Bench:
         rows: Sequence[I64] | None = None,
     ) -> None:
         self.states, self.exemplars = states, list(exemplars.values())
-        self.solver, self.head = solver, head
+        self.head = head
         prototypes = [Prototypes.of(one, states[ref].from_description) for ref, one in exemplars.items()]
         self.prototypes = prototypes
         sizes = np.array([len(p.counts) for p in prototypes])
@@ -362,26 +363,26 @@ class Bench:
         self.contrasts = {place: contrast for place, contrast in found if contrast}
         self._taken: dict[int, F32] = {}    # by adapter, of its exemplars that are left out
         self.owner = np.repeat(np.arange(len(sizes)), sizes)
-        self.rows = self._left_out_rows() if rows is None else list(rows)
-        self.solved = self._left_out_responses()
+        self.rows = self._left_out_rows(solver) if rows is None else list(rows)
+        self.solved = self._left_out_responses(solver)    # which holds gigabytes, and is not kept
         self.accuracy = 0.0
 
-    def _left_out_rows(self) -> list[I64]:
+    def _left_out_rows(self, solver: Solver | None) -> list[I64]:
         """For each adapter, its exemplars that are left out, evenly spread."""
         testable = [np.flatnonzero(one.testable) for one in self.exemplars]
         total = sum(map(len, testable))
-        most = min(LEFT_OUT_MAX, LEFT_OUT_NUMBERS_MAX // len(self.means)) if self.solver else LEFT_OUT_MAX
+        most = min(LEFT_OUT_MAX, LEFT_OUT_NUMBERS_MAX // len(self.means)) if solver else LEFT_OUT_MAX
         step = max(1, -(-total // most))
         starts = np.cumsum([0, *map(len, testable)])
         return [rows[(-start) % step :: step] for rows, start in zip(testable, starts, strict=False)]
 
-    def _left_out_responses(self) -> list[F32 | None]:
+    def _left_out_responses(self, solver: Solver | None) -> list[F32 | None]:
         """For each adapter (n, k), the head's responses to the exemplars that are left out."""
-        if self.solver is None:
+        if solver is None:
             return [None] * len(self.rows)
         solved_before = np.cumsum([0, *(0 if one.single else len(one) for one in self.exemplars)])
         chosen = np.concatenate([start + rows for start, rows in zip(solved_before, self.rows, strict=False)]).astype(np.int64)
-        blocks = [self.solver.left_out(chosen[start : start + BLOCK]) for start in range(0, len(chosen), BLOCK)]
+        blocks = [solver.left_out(chosen[start : start + BLOCK]) for start in range(0, len(chosen), BLOCK)]
         if not blocks:
             return [None] * len(self.rows)
         return list(np.split(np.concatenate(blocks), np.cumsum([len(rows) for rows in self.rows])[:-1]))

@@ -146,6 +146,7 @@ def _chosen(
     none = np.empty(0, np.int64)
     left_out = [none if _evaluated(state) else rows.get(ref, none) for ref, state in states.items()]
     bench = Bench(states, exemplars, solver, head, left_out)
+    del solver
     for place, scores in bench.left_out_scores(scoring):
         found[refs[place]] += [refs[best] for best in _best(scores)[0]]
     for ref in rows:

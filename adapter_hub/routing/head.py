@@ -33,6 +33,7 @@ EXACT_MAX = 2**14          # exemplars that are met by their exact kernel: 2 GiB
 EXEMPLARS_MAX = 200_000    # more: prototypes alone. A minute to solve on two cores
 DIM_MAX = 2**14            # of an encoder whose head is read: more is damage, and would be an allocation
 BLOCK = 4096               # exemplars that are worked on at once
+ASKED = 1024               # inputs that are answered at once: of EXACT_MAX exemplars 200 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,8 @@ class Head:
 
     def responses(self, features: Features) -> F32:
         """(n, k), added up in float64: where classes share exemplars large weights cancel, and a row alone gets what it gets in a batch."""
-        return np.asarray(self.basis(features).astype(np.float64) @ self._weights64, np.float32)
+        blocks = (features[start : start + ASKED] for start in range(0, max(1, len(features)), ASKED))
+        return np.concatenate([np.asarray(self.basis(block).astype(np.float64) @ self._weights64, np.float32) for block in blocks])
 
     @cached_property
     def _weights64(self) -> F64:

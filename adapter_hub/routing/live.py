@@ -40,6 +40,7 @@ class LiveRouter:
         self._lock = threading.RLock()
         self._saving = threading.Lock()    # taken before `_lock` where both are
         self._calibrating = threading.Lock()    # taken before both
+        self._heads = threading.Lock()          # likewise: one head is solved at a time, for it takes gigabytes
         self._forgets = 0                       # how often what was derived was dropped
         self._rehearsing = 0                    # how many are within `rehearsing`
         self._router: Router | None = None
@@ -353,19 +354,24 @@ class LiveRouter:
 
     def _solve(self, router: Router) -> Router:
         """`router` under its own head, which goes to the router of that moment too, if that has moved on meanwhile."""
-        digest = router.head_digest
         states = self._states(router.versions) if router.has_head else {}
-        head, centres = _solved(states, router)
         whole = not router.has_head or len(states) == len(router.versions)    # else a file is damaged: nothing to keep for later
-        with self._saving:
+        digest = router.head_digest
+        with self._heads:
             with self._lock:
                 now = self._router
-                if now is None or self._solved == now.head_digest != digest:    # forgotten, or settled by another thread
-                    return router.with_head(head, centres)
-                self._router = settled = now.with_head(head, centres if now.calibration is router.calibration else {})
-                self._solved = digest
-            if settled.head_digest == digest and whole:
-                self._save(settled)
+                if now is not None and now.calibration is router.calibration and digest == now.head_digest == self._solved:
+                    return now    # settled by another thread, for which this one waited
+            head, centres = _solved(states, router)
+            with self._saving:
+                with self._lock:
+                    now = self._router
+                    if now is None or self._solved == now.head_digest != digest:    # forgotten, or settled by another thread
+                        return router.with_head(head, centres)
+                    self._router = settled = now.with_head(head, centres if now.calibration is router.calibration else {})
+                    self._solved = digest
+                if settled.head_digest == digest and whole:
+                    self._save(settled)
         return router.with_head(head, centres)
 
     def _save(self, router: Router) -> None:

@@ -27,6 +27,7 @@ from transformers import (
 
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.base_model import Encoded, FrozenBase
+from adapter_hub.chat import Conversation, shortened
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, check_targets, text_fault
 from adapter_hub.training.data import check_task
@@ -324,17 +325,14 @@ class Writing(Task):
         return [self._row(base, tokenizer, row) for row in rows]
 
     def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
-        if "messages" in row.extra:
-            prompt, answer = _chat(base, tokenizer, [(one["role"], one["content"]) for one in row.extra["messages"]])
-        else:
-            answer = base.encode_answer(row.label or "")
-            prompt = []
+        messages = _messages(row)
+        prompt, answer = _chat(base, tokenizer, messages) if messages else ([], base.encode_answer(row.label or ""))
         answer = answer[: max(1, base.tokens_limit // 2)]
-        if "messages" not in row.extra:
-            room = min(base.max_tokens, base.tokens_limit - len(answer))
+        room = min(base.max_tokens, base.tokens_limit - len(answer))
+        if not messages:
             prompt = list(base.encode([self.prompt(row.text)], max_tokens=room)[0].ids["input_ids"])
-        # The end of a conversation is nearest to its answer.
-        prompt = prompt[-(base.tokens_limit - len(answer)) :]
+        elif len(prompt) > room:
+            prompt = _asked(base, messages[:-1], room)
         ids = prompt + answer
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
 
@@ -362,10 +360,9 @@ class Rewriting(Writing):
     shift: ClassVar[int] = 0
 
     def _row(self, base: FrozenBase, tokenizer: PreTrainedTokenizerBase, row: Example) -> Features:
-        if not self.conversing([row]):
+        if not (messages := _messages(row)):
             return _inputs(base.encode([self.prompt(row.text)])[0]) | {"labels": base.encode_answer(row.label or "")}
-        # The end of a conversation is nearest to its answer.
-        ids = base.encode_chat([(one["role"], one["content"]) for one in row.extra["messages"][:-1]]).ids["input_ids"][-base.max_tokens :]
+        ids = _asked(base, messages[:-1], base.max_tokens)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": base.encode_answer(self.written(row))}
 
 
@@ -395,6 +392,22 @@ def label_at(row: Example, start: int, end: int) -> str:
 
 def _inputs(ids: Encoded) -> Features:
     return {key: list(ids.ids[key]) for key in MODEL_INPUTS}
+
+
+def _messages(row: Example) -> list[tuple[str, str]]:
+    """(role, content); none where the row is no conversation."""
+    return [(one["role"], one["content"]) for one in row.extra.get("messages", ())]
+
+
+def _asked(base: FrozenBase, messages: Sequence[tuple[str, str]], room: int) -> list[int]:
+    """Token ids of a conversation as the engine asks it: of one that is too long, what it asks instead."""
+
+    def encoded(some: Conversation) -> Encoded:
+        return base.encode_chat(some.messages)
+
+    conversation = Conversation(tuple(messages))
+    ids = encoded(conversation)
+    return list((ids if len(ids) <= room else shortened(conversation, encoded, room)).ids["input_ids"])
 
 
 def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 
 from adapter_hub.adapters.weights import Adapter, read_adapter
 from adapter_hub.base_model import FrozenBase
+from adapter_hub.chat import Conversation
 from adapter_hub.cli import app
-from adapter_hub.engine.chat import Conversation
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.engine.generation import DEFAULTS, RIDE_MAX, Settings, kinds
 from adapter_hub.engine.mixtures import Mixture

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,6 +275,34 @@ def test_the_first_snapshot_is_settled_also_where_the_saved_router_is_behind(pla
     assert first.digest == place.live().snapshot(settled=True).digest
     place.read.clear()
     assert place.live().snapshot().digest == first.digest and place.read == []    # it was saved for the next process
+
+
+def test_threads_that_need_the_same_head_solve_it_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.live().snapshot()
+    shutil.rmtree(place.saved)
+    together, solved = threading.Barrier(4), []
+
+    class Counted(Solver):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            solved.append(threading.current_thread())
+            super().__init__(*given, **named)
+
+    def wait(state: RoutingState) -> None:
+        if threading.current_thread().name.startswith("asks") and state.digest == STATES[1].digest and begun.is_set():
+            together.wait(60)    # all have read what they need
+
+    monkeypatch.setattr("adapter_hub.routing.live.Solver", Counted)
+    begun, live, found = threading.Event(), place.live(wait), list[Router]()
+    threads = [threading.Thread(target=lambda: found.append(live.snapshot()), name=f"asks {i}") for i in range(4)]
+    with live._lock:    # the router begins, and each of them waits with what it has read before it solves
+        live._follow()
+        begun.set()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(solved) == 1 and len({router.digest for router in found}) == 1 and len(found) == 4
+    assert_serves(live, {ALPHA: STATES[0], BETA: STATES[1]})
 
 
 def test_each_saved_file_is_made_again_when_it_is_damaged(place: Place) -> None:

@@ -14,7 +14,7 @@ import torch
 from adapter_hub.adapters.checks import check_acts, check_fits
 from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
-from adapter_hub.engine.chat import Conversation
+from adapter_hub.chat import Conversation
 from adapter_hub.engine.engine import Engine, Output, Request
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
@@ -148,6 +148,23 @@ def test_of_a_chat_a_decoder_writes_the_last_answer_and_the_encoder_reads_what_t
         loss = base.model(input_ids=torch.tensor([features["input_ids"]]), labels=torch.tensor([features["labels"]])).loss
     [scored] = Engine(base, lambda _: None).score([Request(Conversation(tuple(said[:-1])), None)], ["jumps"])
     assert scored.nats / scored.tokens == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("turns", [1, 60])
+def test_a_conversation_that_is_too_long_is_learned_as_the_engine_asks_it(tmp_path: Path, architecture: str, turns: int) -> None:
+    """Previously its first tokens were cut off, wherever that was."""
+    base = FrozenBase.load(tiny_model(tmp_path / architecture, architecture))
+    base.tokenizer.chat_template = CHAT
+    older = [("user", "hello hello hello"), ("assistant", "yes? yes?")] * (turns - 1)
+    said = [("system", "be brief"), *older, ("user", "the fox " * (1 if older else 2000)), ("assistant", "jumps")]
+    row = Example("the fox", extra={"messages": [{"role": role, "content": content} for role, content in said]})
+    [features] = (Writing if architecture == "llama" else Rewriting)(()).features(base, [row])
+    with torch.no_grad():
+        loss = base.model(input_ids=torch.tensor([features["input_ids"]]), labels=torch.tensor([features["labels"]])).loss
+    [scored] = Engine(base, lambda _: None).score([Request(Conversation(tuple(said[:-1])), None)], ["jumps"])
+    assert scored.nats / scored.tokens == pytest.approx(float(loss), rel=1e-4)
+    assert "<user>the fox" in base.decode([features["input_ids"]])[0].replace("be brief", "")
 
 
 def test_a_prompt_that_is_too_long_is_cut_and_the_completion_is_not(bases: dict[str, FrozenBase]) -> None:

@@ -1,19 +1,21 @@
-"""Conversations as inputs: their form, which part is the question, and what goes first where one is too long. No model here.
+"""Conversations as inputs: their form, which part is the question, and what goes first where one is too long. Standard library only.
 
 How a conversation becomes tokens is the base's own chat template, which `FrozenBase.encode_chat` applies.
 """
 
 from __future__ import annotations
 
+import bisect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import fault, text_fault
 
 ROLES = ("system", "user", "assistant")
+_Ids = TypeVar("_Ids", bound=Sized)
 _HINT = 'A conversation is [{"role": "user", "content": "…"}, …], and ends with a user.'
 
 
@@ -54,7 +56,7 @@ class Conversation:
 
     def asking(self, text: str) -> Conversation:
         """With another last message."""
-        return Conversation((*self.messages[:-1], ("user", text)))
+        return Conversation((*self.messages[:-1], (self.messages[-1][0], text)))
 
     def under(self, system: str | None) -> Conversation:
         """With this system text, where there is one and the conversation brings none itself."""
@@ -64,6 +66,35 @@ class Conversation:
         """Without what stands before this message, but for the system text."""
         system = self.messages[:1] if self.messages[0][0] == "system" else ()
         return Conversation((*system, *self.messages[at:]))
+
+
+def shortened(conversation: Conversation, encoded: Callable[[Conversation], _Ids], limit: int) -> _Ids:
+    """The tokens of what of it fits into `limit`: without its oldest questions and answers, and in the end with less of the last question.
+
+    Raises InvalidInput where there is no room for a question.
+    """
+    last = len(conversation.messages) - 1
+    older = [at for at in conversation.questions if at < last]
+    kept = bisect.bisect_left(older, True, key=lambda at: len(encoded(conversation.since(at))) <= limit)
+    conversation = conversation.since([*older, last][kept])
+    ids = encoded(conversation)
+    if len(ids) <= limit:
+        return ids
+    text = conversation.question
+    what = "the chat template, with the system text," if conversation.messages[0][0] == "system" else "the chat template"
+    count = fitting(what, lambda count: len(encoded(conversation.asking(text[:count]))) > limit, len(text), limit)
+    return encoded(conversation.asking(text[:count]))
+
+
+def fitting(what: str, cut: Callable[[int], bool], length: int, limit: int) -> int:
+    """How many characters of a text there is room for in `limit` tokens; `cut` says whether so many are too many. Raises InvalidInput for none."""
+    most = limit    # doubled until it is too many: the search takes no longer for a longer text
+    while most < length and not cut(most):
+        most *= 2
+    kept = bisect.bisect_left(range(min(most, length)), True, key=cut) - 1
+    if kept < 1:
+        raise InvalidInput(f"{what} leaves no room for a text in {limit} tokens.", hint="Shorten it, or ask for fewer new tokens.")
+    return kept
 
 
 def question_of(text: str | Conversation) -> str:
