@@ -1,11 +1,12 @@
 """Does a new adapter that starts from its nearest ones learn better than one that starts from noise? Few-shot tasks, paired.
 
-    python benchmarks/transfer.py --data DIR [--tasks clinc150 banking77] [--shots 20 100] [--seeds 0 1] [--targets 4] [--no-trials]
+    python benchmarks/transfer.py --data DIR [--tasks clinc150 banking77 …] [--shots 20 100] [--seeds 0 1] [--targets 4] [--no-trials]
 
-DIR holds clinc150 and banking77. A task is a domain of CLINC150 or a seventh of BANKING77's intents in alphabetical order, known by so many
-examples an intent. The adapters to start from are those of `--registry` but the task's own. Each start is trained in full (90 steps at 20
-examples an intent, three epochs at 100), then asked CLINC150's validation split, or training rows of BANKING77 that were not drawn (40 an
-intent); no test split is read. Beside them `transfer` itself: the start that its trials choose. Gains are over the cold start of the same
+DIR holds clinc150, banking77, standard_cl and cl_benchmark. A task is a domain of CLINC150, a seventh of BANKING77's intents in alphabetical
+order, or one of standard_cl or of the long sequence, known by so many examples a label (of standard_cl by the 16 that there are). The adapters
+to start from are those of `--registry` but the task's own. Each start is trained in full (90 steps at 20 examples of each of 15 labels, three
+epochs at 100), then asked the validation splits of CLINC150 and standard_cl, of the others training rows that were not drawn (40 a label); no
+test split is read. Beside them `transfer` itself: the start that its trials choose. Gains are over the cold start of the same
 rows and seed; their standard error is over tasks and seeds. Each finished task is kept in `--out`, and not measured again. The last line
 is JSON.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
+from continual_data import LONG, STANDARD_ORDERS
 from rich.console import Console
 from rich.table import Table
 
@@ -61,9 +64,9 @@ class Rows(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with clinc150 and banking77")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of public data")
     parser.add_argument("--registry", type=Path, default=Path(__file__).parent.parent / "registry", metavar="DIR")
-    parser.add_argument("--tasks", nargs="+", choices=("clinc150", "banking77"), default=["clinc150", "banking77"])
+    parser.add_argument("--tasks", nargs="+", choices=tuple(SETS), default=["clinc150", "banking77"])
     parser.add_argument("--shots", nargs="+", type=int, default=[20], help="examples an intent")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--targets", type=int, default=4, help="tasks of each set")
@@ -74,8 +77,7 @@ def main() -> int:
     cells: dict[tuple[Any, ...], Cell] = {key_of(cell): cell for cell in before}
     with Hub.open(arguments.registry) as hub:
         for name in arguments.tasks:
-            read = clinc150 if name == "clinc150" else banking77
-            for target, rows in list(read(arguments.data / name).items())[: arguments.targets]:
+            for target, rows in list(SETS[name](arguments.data / name).items())[: arguments.targets]:
                 for shots in arguments.shots:
                     for seed in arguments.seeds:
                         cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed}
@@ -109,11 +111,43 @@ def banking77(data: Path) -> dict[str, Rows]:
     found = {}
     for number in range(GROUPS):
         group = set(intents[number * size : (number + 1) * size])
-        mine = [row for row in rows if row.label in group]
-        asked = drawn(Rows(mine, []), ASKED_EACH, 1_000).train
-        texts = {row.text for row in asked}
-        found[f"banking77_{number + 1}"] = Rows([row for row in mine if row.text not in texts], asked)
+        found[f"banking77_{number + 1}"] = parted([row for row in rows if row.label in group])
     return found
+
+
+def standard_cl(data: Path) -> dict[str, Rows]:
+    """The training rows of the first seed, asked the validation rows of all that are not among them."""
+    found = {}
+    for name in STANDARD_ORDERS[0]:
+        train, asked = ([Example(row["text"], row["label"]) for row in jsonl(data / f"{name}.jsonl.gz", split)] for split in ("train", "valid"))
+        first = train[: len(train) // 3]
+        texts = {row.text for row in train}
+        found[name] = Rows(first, [*{row.text: row for row in asked if row.text not in texts}.values()])
+    return found
+
+
+def cl_benchmark(data: Path) -> dict[str, Rows]:
+    return {name: parted([Example(row["text"], row["label"]) for row in jsonl(data / f"{name}.jsonl.gz", "train")]) for name in LONG}
+
+
+def jsonl(path: Path, split: str) -> list[dict[str, str]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return sorted((row for row in map(json.loads, file) if row["split"] == split), key=lambda row: int(row.get("seed", 0)))
+
+
+SETS: Mapping[str, Callable[[Path], dict[str, Rows]]] = {
+    "clinc150": clinc150,
+    "banking77": banking77,
+    "standard_cl": standard_cl,
+    "cl_benchmark": cl_benchmark,
+}
+
+
+def parted(rows: Sequence[Example]) -> Rows:
+    """ASKED_EACH rows of each label are asked, and none of their texts is trained on."""
+    asked = drawn(Rows(list(rows), []), ASKED_EACH, 1_000).train
+    texts = {row.text for row in asked}
+    return Rows([row for row in rows if row.text not in texts], asked)
 
 
 def drawn(rows: Rows, shots: int, seed: int) -> Rows:
