@@ -55,9 +55,11 @@ def to_example(row: str | Mapping[str, Any] | Example) -> Example:
     reason = fault(fields)
     if reason:
         raise InvalidInput(f"a row {reason}.", hint='A row is a text, or {"text": …, "label": …}.')
+    label = row.label if isinstance(row, Example) else fields.get("label")
+    if found := label_fault(label):
+        raise InvalidInput(f"a row {found[0]}.", hint=found[1])
     if isinstance(row, Example):
         return row
-    label = fields.get("label")
     known = ("text", "label", "id")
     return Example(
         text=fields["text"],
@@ -79,15 +81,32 @@ def as_examples(rows: Iterable[str | Mapping[str, Any] | Example]) -> list[Examp
     """Every row as an Example, also of a `datasets.Dataset`. Raises InvalidInput with the position (from 1) of the first that will not do."""
     if isinstance(rows, Mapping) and rows and all(hasattr(split, "features") for split in rows.values()):
         raise InvalidInput(f"the rows are splits: {', '.join(map(str, rows))}.", hint="Give one of them.")
+    if isinstance(rows, Mapping) and isinstance(rows.get("text", ""), Iterable) and not isinstance(rows.get("text", ""), str):
+        columns = ", ".join(repr(str(name)[:40]) for name in [*rows][:COLUMNS_SHOWN])
+        raise InvalidInput(f"the rows are a dict of columns: {columns}.", hint='Give a list of rows: [{"text": …, "label": …}, …].')
     if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
-        raise InvalidInput(f"the rows are {_kind(rows)}.", hint="Give a list of texts or objects.")
+        raise InvalidInput(f"the rows are {_kind(rows)}.", hint="Give a list of texts or objects, or a pandas.DataFrame.")
     found = []
-    for position, row in enumerate(_with_class_names(rows), 1):
+    for position, row in enumerate(_with_class_names(_of_table(rows)), 1):
         try:
             found.append(to_example(row))
         except InvalidInput as error:
             raise InvalidInput(f"row {position}: {error.fact}", hint=error.hint) from None
     return found
+
+
+def _of_table(rows: Iterable[Any]) -> Iterable[Any]:
+    """The rows of a pandas.DataFrame, which iterates over the names of its columns; others as they are."""
+    if not (hasattr(rows, "iloc") and hasattr(rows, "columns")):
+        return rows
+    records: Any = rows.to_dict("records")    # type: ignore[attr-defined]
+    # What was read from Parquet holds arrays where rows have lists.
+    return [{str(key): _plain(value) for key, value in record.items()} for record in records]
+
+
+def _plain(value: Any) -> Any:
+    listed: Any = getattr(value, "tolist", None)
+    return listed() if listed is not None and isinstance(value, Iterable) else value
 
 
 def _with_class_names(rows: Iterable[Any]) -> Iterator[Any]:
@@ -96,9 +115,14 @@ def _with_class_names(rows: Iterable[Any]) -> Iterator[Any]:
     columns = features.items() if isinstance(features, Mapping) else ()
     names = {column: feature.names for column, feature in columns if hasattr(feature, "int2str")}
     for row in rows:
-        # -1 is a row without a label.
-        known = {column: classes[row[column]] if row[column] is not None and row[column] >= 0 else None for column, classes in names.items()}
-        yield {**row, **known} if known else row
+        yield _named(row, names)
+
+
+def _named(row: Any, names: Mapping[str, Sequence[str]]) -> Any:
+    """The row with the names of its classes. Raises IndexError for a number that has none."""
+    # -1 is a row without a label.
+    known = {column: classes[row[column]] if row[column] is not None and row[column] >= 0 else None for column, classes in names.items()}
+    return {**row, **known} if known else row
 
 
 def fault(row: object) -> str | None:
@@ -109,6 +133,20 @@ def fault(row: object) -> str | None:
         return "has no 'text'" + (f", only {', '.join(map(repr, list(row)[:5]))}" if row else "")
     reason = text_fault(row["text"])
     return reason and f"has a 'text' that {reason}"
+
+
+def label_fault(label: object) -> tuple[str, str] | None:
+    """(why this is no label, what to do), the first to be read after "the row"; None for one label, or none."""
+    if label is None or isinstance(label, str):
+        return None
+    if isinstance(label, Iterable):
+        hint = 'Several labels are its list `labels`, learned with problem_type="multi_label_classification" (`--problem-type`).'
+        return f"has a 'label' that is {_kind(label)}, not one label", hint
+    try:
+        absent = bool(label != label)    # NaN is not even equal to itself
+    except (TypeError, ValueError):      # pandas.NA says that it cannot tell
+        absent = True
+    return ("has a 'label' that is NaN: it has no label", "Write its label, or remove the row.") if absent else None
 
 
 def check_targets(rows: Sequence[Example], what: str, fields: Sequence[str]) -> None:
@@ -148,8 +186,11 @@ def read_examples(path: str | Path) -> list[Example]:
     found = []
     for line, row in read_rows(path):
         reason = row.reason if isinstance(row, BadRow) else fault(_with_text(row))
+        hint = "Mend or remove the row."
+        if not reason and isinstance(row, dict) and (unfit := label_fault(row.get("label"))):
+            reason, hint = unfit
         if reason:
-            raise InvalidInput(f"{path}, line {line}: the row {reason}.", hint="Mend or remove the row.")
+            raise InvalidInput(f"{path}, line {line}: the row {reason}.", hint=hint)
         found.append(to_example(row))  # type: ignore[arg-type]
     return found
 
@@ -392,14 +433,41 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, JSON] | BadRow]]:
         raise UnreadableFile(f"{str(path)!r} has no column 'text', only {shown}.", hint="Name the column of inputs 'text'.")
     if len(set(names)) != len(names):
         raise UnreadableFile(f"{str(path)!r} has a column name twice: {shown}.", hint="Rename one of them.")
+    classes = _parquet_classes(file.schema_arrow)
     number = 0
     try:
         for batch in file.iter_batches(batch_size=1024):
             for row in _parquet_batch(batch):
                 number += 1
-                yield number, row
+                yield number, _of_classes(row, classes)
     except (pa.ArrowException, OSError) as error:
         raise UnreadableFile(f"{str(path)!r} cannot be read after row {number} ({error}).", hint="Write it again.") from error
+
+
+def _parquet_classes(schema: Any) -> dict[str, list[str]]:
+    """Of each column that `datasets` wrote as numbers of classes, their names: it keeps them in the file's metadata."""
+    import pyarrow as pa
+
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = {column: feature["names"] for column, feature in features.items() if feature.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+    return {
+        column: list(map(str, known)) for column, known in names.items()
+        if column in schema.names and isinstance(known, list) and pa.types.is_integer(schema.field(column).type)
+    }    # fmt: skip
+
+
+def _of_classes(row: dict[str, JSON] | BadRow, classes: Mapping[str, Sequence[str]]) -> dict[str, JSON] | BadRow:
+    if isinstance(row, BadRow) or not classes:
+        return row
+    try:
+        found: dict[str, JSON] = _named(row, classes)
+    except IndexError:
+        column = next(column for column, names in classes.items() if (row[column] or 0) >= len(names))
+        return BadRow(f"has the class {row[column]} in {column!r}, and the file names {len(classes[column])}")
+    return found
 
 
 def _parquet_batch(batch: Any) -> Iterator[dict[str, JSON] | BadRow]:

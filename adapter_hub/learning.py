@@ -118,10 +118,11 @@ def learn(
         texts, keys = {row.text for row in rows}, set(map(key, rows))
         rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]
     encoded = cache(lambda: build_state(hub.encoder, kind.routed(rows), "", evaluation, (), refused))
-    before = None if current is None or start in ("cold", "transfer") else _known(hub, current.ref)
+    learned_on = None if current is None or start in ("cold", "transfer") else current.ref
+    before = cache(lambda: None if learned_on is None else _known(hub, learned_on))
 
     def seen() -> list[int]:
-        known = frozenset() if before is None else frozenset(before.exemplars.keys)
+        known = frozenset() if (old := before()) is None else frozenset(old.exemplars.keys)
         keys = encoded().exemplars.keys if known else ()
         return [position for position, key in enumerate(keys) if key in known] if len(keys) == len(rows) else []
 
@@ -145,7 +146,8 @@ def learn(
             checkpoint_folder=None if checkpoint_folder is None else Path(checkpoint_folder),
             task_type=kind.task.task_type, problem_type=kind.problem_type, prompt_template=kind.prompt_template,
         )  # fmt: skip
-        data = result.report.beside(() if lesson.parent is None or current is None else _relabelled(rows, current, before, newer, seen()))
+        relabelled = () if lesson.parent is None or current is None else _relabelled(rows, current, before(), newer, seen())
+        data = result.report.beside(relabelled, given=held_out is not None)
         for said in data.warnings:
             log.warning("%s: %s.", name, said)
         started_from = tuple(dict.fromkeys((*lesson.started_from, *gone)))
@@ -155,7 +157,7 @@ def learn(
             hub, name, result.folder, rows, evaluation, refused, labels=result.labels or labels or None, assume_base=True, state=newer,
             problem_type=result.problem_type, prompt_template=result.prompt_template, **facts,
         )  # fmt: skip
-    prepared = _with_memory(hub, prepared, lesson, result, before, rows, evaluation, refused, given=held_out is not None)
+    prepared = _with_memory(hub, prepared, lesson, result, before(), rows, evaluation, refused, given=held_out is not None)
     prepared = prepared if routed else by_name(hub, prepared)
     report = judge(_evidence(hub, name, prepared, lesson, result, current, gone), _policy(hub))
     good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
@@ -244,8 +246,8 @@ def _with_memory(
     learned = set(map(key, lesson.train)) - measured
     old = unknown(hub.encoder, held_out, newer.exemplars, state.negatives)
     new = unknown(hub.encoder, [*evaluation, *result.validation] if given else evaluation, state.exemplars, state.negatives)
-    choosing = set(map(key, (*(lesson.validation or ()), *filter(chose, old)))) - measured
-    held = {key(row): row for row in (*old, *new, *(() if given else result.validation)) if key(row) not in learned}
+    choosing = set(map(key, (*(lesson.validation or ()), *filter(chose, (*old, *lesson.again))))) - measured
+    held = {key(row): row for row in (*old, *new, *lesson.again, *(() if given else result.validation)) if key(row) not in learned}
     marked = [replace(row, extra={**row.extra, CHOSE: known in choosing}) for known, row in held.items()]
     files = routing_files(hub, state, [*kept, *rows], marked, [*negatives, *refused])
     facts = replace(prepared.facts, evaluation_digest=measuring_digest(marked))

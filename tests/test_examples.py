@@ -7,9 +7,12 @@ import gzip
 import json
 import os
 from collections.abc import Callable
+from decimal import Decimal
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -164,6 +167,75 @@ def test_examples_keep_label_id_and_the_rest() -> None:
     assert as_examples(["a", {"text": "b"}, Example("c")]) == [Example("a"), Example("b"), Example("c")]
 
 
+class Colour(Enum):
+    RED = 1
+
+
+class Shade(StrEnum):
+    DARK = "dark"
+
+
+@pytest.mark.parametrize(
+    ("label", "read"),
+    [(3, "3"), (2.5, "2.5"), (True, "True"), (np.int64(7), "7"), (np.float32(0.5), "0.5"), (np.str_("a"), "a"), (np.bool_(False), "False"),
+     (Colour.RED, "Colour.RED"), (Shade.DARK, "dark"), (Decimal("1.50"), "1.50"), ("nan", "nan"), (None, None)],
+)  # fmt: skip
+def test_one_label_of_any_type_is_its_text(label: object, read: str | None) -> None:
+    assert as_examples([{"text": "x", "label": label}]) == [Example("x", read)]
+
+
+@pytest.mark.parametrize("label", [float("nan"), np.float32("nan"), np.nan, Decimal("nan"), np.datetime64("NaT")])
+def test_a_label_that_is_nan_is_none_and_refused_with_its_row(label: Any) -> None:
+    """Previously it was learned as the label 'nan'."""
+    for row in ({"text": "b", "label": label}, Example("b", label)):
+        with pytest.raises(InvalidInput, match=r"row 2: a row has a 'label' that is NaN: it has no label\. Write its label, or remove the row\."):
+            as_examples([{"text": "a", "label": "x"}, row])
+
+
+@pytest.mark.parametrize(
+    ("label", "kind"),
+    [(["a"], "a list"), (("a", "b"), "tuple"), ({"a"}, "set"), ({"a": 1}, "an object"), (np.array(["a"]), "ndarray"), (b"a", "bytes")],
+)
+def test_several_labels_where_one_is_wanted_are_refused_with_their_row(label: Any, kind: str) -> None:
+    """Previously they were learned as the label "['a']"."""
+    with pytest.raises(InvalidInput) as caught:
+        as_examples([{"text": "a", "label": "x"}, {"text": "b", "label": label}])
+    assert caught.value.fact == f"row 2: a row has a 'label' that is {kind}, not one label."
+    assert 'its list `labels`, learned with problem_type="multi_label_classification"' in str(caught.value.hint)
+
+
+def test_labels_of_a_file_that_are_none_are_refused_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"text": "a", "label": "x"}\n\n{"text": "b", "label": ["y"]}\n')
+    with pytest.raises(InvalidInput, match=r"r\.jsonl, line 3: the row has a 'label' that is a list, not one label\. Several labels are"):
+        read_examples(tmp_path / "r.jsonl")
+    with pytest.raises(InvalidInput, match=r"r\.parquet, line 2: the row has a 'label' that is NaN"):
+        read_examples(write(tmp_path / "r.parquet", [{"text": "a", "label": 1.0}, {"text": "b", "label": float("nan")}]))
+
+
+def test_the_rows_of_a_data_frame_are_rows(tmp_path: Path) -> None:
+    """Previously the names of its columns were taken for its rows."""
+    pandas = pytest.importorskip("pandas", reason="the pandas package is not installed")
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": pandas.Categorical(["x", "y"]), "id": [7, 8]}, index=[5, 5])
+    assert as_examples(frame) == [Example("a", "x", 7), Example("b", "y", 8)]
+    assert as_examples(frame["text"]) == [Example("a"), Example("b")]
+    for missing in (np.nan, pandas.NA, pandas.NaT):
+        with pytest.raises(InvalidInput, match="row 2: a row has a 'label' that is NaN"):
+            as_examples(pandas.DataFrame({"text": ["a", "b"], "label": ["x", missing]}))
+    with pytest.raises(InvalidInput, match="row 1: a row has no 'text', only 'question'"):
+        as_examples(pandas.DataFrame({"question": ["a"]}))
+    several = [{"text": "a", "labels": ["x", "y"], "spans": [{"start": 0, "end": 1, "label": "z"}]}]
+    read = pandas.read_parquet(write(tmp_path / "r.parquet", several))    # its lists are arrays
+    assert as_examples(read) == as_examples(several)
+
+
+def test_columns_are_no_rows() -> None:
+    for columns in ({"text": ["a", "b"], "label": ["x", "y"]}, {"text": np.array(["a"]), "label": np.array(["x"])}):
+        with pytest.raises(InvalidInput, match=r"the rows are a dict of columns: 'text', 'label'\. Give a list of rows: \[\{"):
+            as_examples(columns)    # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"the rows are Table\. Give a list of texts or objects, or a pandas\.DataFrame\."):
+        as_examples(pa.table({"text": ["a"], "label": ["x"]}))
+
+
 def test_of_a_conversation_without_a_text_the_last_question_is_the_text(tmp_path: Path) -> None:
     said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "who?"}]
     said.append({"role": "assistant", "content": "me"})
@@ -300,6 +372,35 @@ def test_rows_of_a_dataset_have_the_names_of_its_classes() -> None:
     assert as_examples(rows.remove_columns("label")) == [Example("a", id=7), Example("b", id=8), Example("c", id=9)]
     with pytest.raises(InvalidInput, match=r"the rows are splits: train, test\. Give one of them"):
         as_examples(datasets.DatasetDict(train=rows, test=rows))
+
+
+def test_parquet_of_a_dataset_has_the_names_of_its_classes(tmp_path: Path) -> None:
+    """Previously its classes were learned as '0', '1', …."""
+    datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]), n=datasets.Value("int64"))
+    datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [1, 0, -1, None], "n": [0, 1, 1, 1]}, features=features).to_parquet(
+        tmp_path / "r.parquet"
+    )
+    assert read_examples(tmp_path / "r.parquet") == [Example(text, label, extra={"n": n}) for text, label, n in
+                                                     (("a", "yes", 0), ("b", "no", 1), ("c", None, 1), ("d", None, 1))]    # fmt: skip
+
+
+def named_classes(names: object, labels: pa.Array) -> pa.Table:
+    facts = {"info": {"features": {"text": {"_type": "Value"}, "label": {"names": names, "_type": "ClassLabel"}}}}
+    return pa.table({"text": ["a", "b"], "label": labels}).replace_schema_metadata({"huggingface": json.dumps(facts)})
+
+
+def test_classes_that_a_parquet_file_does_not_name_are_told_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    pq.write_table(named_classes(["no", "yes"], pa.array([1, 2])), path)
+    assert bad(path) == [(2, "has the class 2 in 'label', and the file names 2")]
+    numbers = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
+    plain = pa.Table.from_pylist(numbers)
+    for table in (plain, plain.replace_schema_metadata({"huggingface": "x"}), named_classes(None, pa.array([1, 2]))):
+        pq.write_table(table, path)
+        assert [row for _, row in read_rows(path)] == numbers
+    pq.write_table(named_classes(["no", "yes"], pa.array(["no", "yes"])), path)    # names already
+    assert [row["label"] for _, row in read_rows(path) if isinstance(row, dict)] == ["no", "yes"]
 
 
 def test_blank_lines_before_the_header_do_not_hide_the_rows(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ class Lesson:
     parent: AdapterRef | None = None                # whose weights or examples are in it
     unseen: bool = False                            # the version in production was not trained on all of the validation rows
     known: frozenset[str] = frozenset()             # texts that it was trained on
+    again: tuple[Example, ...] = ()                 # rows that measured it and were given to learn from: they measure this one, too
     slices: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     lost_labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -151,7 +152,10 @@ def plan_lesson(
     fault = _warm_fault(current, config)
     if fault and start == "warm":
         raise InvalidInput(f"{current.ref} is nothing to start from: {fault}.", hint='Use start="auto" (`--start auto`).')
-    notes = [f"{len(replayed)} examples of {current.ref} are replayed" if replayed else f"no text of {current.ref} is kept that could be replayed"]
+    none = f"no text of {current.ref} is kept that could be replayed"
+    if current.exemplars:
+        none = f"no example of {current.ref} is replayed: those kept are among the rows"
+    notes = [f"{len(replayed)} examples of {current.ref} are replayed" if replayed else none]
     notes.append(f"its weights are not: {fault}" if fault else f"it starts from the weights of {current.ref}")
     lesson = Lesson(
         (*rows, *replayed), _given(validation), _shaped(config, None if fault else current), kind,
@@ -197,8 +201,8 @@ def _given(validation: Sequence[Example] | None) -> tuple[Example, ...] | None:
 def _job(kind: Kind, rows: Sequence[Example], validation: Sequence[Example] | None) -> Task:
     """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
     job = kind.task.of(rows, validation, kind.prompt_template)
-    if validation is None and kind.task is Task:
-        check_held_out(rows)
+    if validation is None:
+        check_held_out(rows, job.strata(rows))
     return job
 
 
@@ -219,28 +223,45 @@ def _start(current: Current, job: Task) -> Start:
 
 
 def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Current, seen: Callable[[], Collection[int]]) -> Lesson:
-    """With rows that tell which is better: given ones, or some held out of those that are new; and with the old ones that are none of either."""
-    key = lesson.kind.task.key
-    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen()))}
+    """With rows that tell which is better, and with the old ones that are none of either.
+
+    These are given; or some of those that are new, held out; or, where none is new, those that measured `current`. Rows that did, and that it
+    was not trained on, are no training rows now either where no validation rows are given, unless a label would be lost, or they have another
+    target now.
+    """
+    task, key = lesson.kind.task, lesson.kind.task.key
+    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen()))} - set(map(key, current.evaluation))
     unseen = lesson.validation is not None and not known.issuperset(map(key, lesson.validation))
     if lesson.validation is None:
-        new = [row for row in rows if key(row) not in known]
+        said = {key(row): task.shown(row) for row in rows}
+        again = [row for row in current.evaluation if said.get(key(row)) == task.shown(row)]
+        rest = _beside(again, lesson.train, key)
+        if again and _teaches(rest, lesson.train, job):
+            note = f"{len(again)} of the rows measured {current.ref}: they measure this one, too, and are not trained on"
+            lesson = replace(lesson, train=tuple(rest), again=tuple(again), notes=(*lesson.notes, note))
+        new = _beside(lesson.again, [row for row in rows if key(row) not in known], key)
         share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
         try:
             _, held = hold_out(new, share, seed, job.stratum)    # half of it will choose the epoch
         except InvalidInput:
             held = []
-        rest = _beside(held, lesson.train, key)
         if type(job) is not Task:    # a row of many labels may be the only one of some: it is trained on
-            known_labels = {label for row in rest for label in job.named(row)}
+            known_labels = {label for row in _beside(held, lesson.train, key) for label in job.named(row)}
             held = [row for row in held if known_labels.issuperset(job.named(row))]
-            rest = _beside(held, lesson.train, key)
-        kept, all_ = ({label for row in some for label in job.named(row)} for some in (rest, lesson.train))
-        if held and len(rest) > 1 and kept == all_:
+        rest = _beside(held, lesson.train, key)
+        if held and _teaches(rest, lesson.train, job):
             lesson, unseen = replace(lesson, train=tuple(rest), validation=tuple(held)), True
+        elif lesson.again:
+            lesson, unseen = replace(lesson, validation=lesson.again), True
     learned = {key(row) for row in (*lesson.train, *(lesson.validation or ()))}
     old = [row for row in current.evaluation if key(row) not in learned]
     return replace(lesson, unseen=unseen, known=frozenset(known), slices={EVALUATION: _spread(old)} if old else {})
+
+
+def _teaches(rest: Sequence[Example], rows: Sequence[Example], job: Task) -> bool:
+    """Whether all labels of the rows are left, and more than one row."""
+    left, all_ = ({label for row in some for label in job.named(row)} for some in (rest, rows))
+    return len(rest) > 1 and left == all_
 
 
 def _beside(held: Sequence[Example], rows: Sequence[Example], key: Callable[[Example], str]) -> list[Example]:

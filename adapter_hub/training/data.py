@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example, check_targets, text_fault
-from adapter_hub.training.report import asked, equal_texts, near_duplicates
+from adapter_hub.training.report import AS_NUMBERS, asked, equal_texts, near_duplicates, seem_numbers
 
 ROWS_WORTH_SPLITTING = 4    # a label with fewer rows keeps them all for training, as far as others make up the share
 ROWS_ABOVE = 10             # that may be held out beyond the share, so that labels of few rows have one
@@ -53,7 +53,8 @@ def check_task(rows: Sequence[Example], validation: Sequence[Example] | None) ->
             if reason or row.label not in labels:
                 unknown = f"has the label {row.label!r}, which no training row has" if row.label else "has no label"
                 fact = f"has a text that {reason}" if reason else unknown
-                raise InvalidInput(f"validation row {position} {fact}.", hint=f"Labels to learn: {', '.join(labels[:10])}.")
+                hint = f"Labels to learn: {', '.join(labels[:10])}.{_numbers_hint(list(map(label_of, rows)))}"
+                raise InvalidInput(f"validation row {position} {fact}.", hint=hint)
     return labels
 
 
@@ -65,12 +66,17 @@ def check_held_out(rows: Sequence[Example], stratum: Callable[[Example], str] = 
     """Raises InvalidInput where no row can be held out: those that read the same are all that a label has."""
     names = list(map(stratum, rows))
     counts = Counter(names)
-    hint = "Give validation rows, or more training rows."
+    hint = f"Give validation rows, or more training rows.{_numbers_hint(names)}"
     if max(counts.values(), default=0) < 2:
         raise InvalidInput("every label has one row, none can be held out.", hint=hint)
     takes = _takes(equal_texts(list(map(asked, rows))), names)
     if not any(_leaves_all(taken, counts) for taken in takes.values()):
-        raise InvalidInput("every label has one text, repeated: none can be held out.", hint=hint)
+        all_of_it = "every label has" if len(counts) > 1 else "all rows have"
+        raise InvalidInput(f"{all_of_it} one text, repeated: none can be held out.", hint=hint)
+
+
+def _numbers_hint(labels: Sequence[str]) -> str:
+    return f" Or are the labels numbers? {AS_NUMBERS}." if seem_numbers(Counter(labels)) else ""
 
 
 def hold_out(

@@ -9,9 +9,10 @@ Near-duplicates are texts whose sets of character 3-grams are alike: Jaccard sim
 from __future__ import annotations
 
 import dataclasses
+import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -28,6 +29,8 @@ IMBALANCED = 3.0        # times the rows of the rarest label: said
 HELD_OUT = 0.3          # of the rows not trained on: said
 VALIDATION_FEW = 10     # fewer validation rows: said
 SHOWN_MAX = 20          # examples of each fault that a report names
+LABELS_SHOWN = 5        # in one warning
+NUMBERS_LEAST = 5       # so many labels that are numbers, most of them of one row, are hardly classes
 _PRIME = (1 << 31) - 1
 
 
@@ -74,6 +77,11 @@ class DataReport:
     measuring: int = 0                             # rows that measure it
     relabelled_count: int = 0                      # texts that contradict what the version before was taught, as far as that is kept
     relabelled: tuple[Relabelled, ...] = ()
+    alike_labels_count: int = 0                    # sets of labels that differ in case or outer blanks alone
+    alike_labels: tuple[tuple[str, ...], ...] = ()
+    unvalidated_count: int = 0                     # labels that no row has of the validation rows that were given
+    unvalidated: tuple[str, ...] = ()
+    validation_label: str | None = None            # that all validation rows have that were given, where training has others
 
     @property
     def imbalance(self) -> float:
@@ -94,6 +102,18 @@ class DataReport:
             one, what = self.relabelled[0], "label" if self.rows_per_label else "target"
             shown = f"{one.text[:60]!r}: {one.before!r} before, {one.now!r} now"
             found.append(f"{_texts(self.relabelled_count)} with another {what} than the version before was taught, as {shown}")
+        if self.alike_labels_count:
+            shown = " and ".join(map(repr, self.alike_labels[0]))
+            more = f" (and {self.alike_labels_count - 1} more such sets)" if self.alike_labels_count > 1 else ""
+            found.append(f"the labels {shown} differ in case or outer blanks alone{more}: each is learned as a label of its own")
+        if seem_numbers(dict(self.rows_per_label)):
+            found.append(f"the {len(self.rows_per_label)} labels are numbers, and most of them of one row: {AS_NUMBERS}")
+        if self.validation_label is not None:
+            found.append(f"all validation rows have the label {self.validation_label!r}: how the others are told from it is not measured")
+        elif self.unvalidated_count:
+            shown = ", ".join(map(repr, self.unvalidated[:LABELS_SHOWN])) + (", …" if self.unvalidated_count > LABELS_SHOWN else "")
+            labels = f"{self.unvalidated_count} label{'' if self.unvalidated_count == 1 else 's'} that training has"
+            found.append(f"{labels} no validation row has, and nothing measures: {shown}")
         if self.leaks_count:
             leak = self.leaks[0]
             place = f"row {leak.validation_row}, row {leak.training_row} of training"
@@ -112,9 +132,10 @@ class DataReport:
             found.append(f"{what} on {rows} validation row{'s' if rows > 1 else ''}: so few tell little, give more")
         return tuple(found)
 
-    def beside(self, relabelled: Sequence[Relabelled]) -> DataReport:
-        """With what contradicts the version before."""
-        return dataclasses.replace(self, relabelled_count=len(relabelled), relabelled=tuple(relabelled[:SHOWN_MAX]))
+    def beside(self, relabelled: Sequence[Relabelled], *, given: bool) -> DataReport:
+        """With what contradicts the version before. Where no validation rows were `given`, those held out need not have every label."""
+        known = dataclasses.replace(self, relabelled_count=len(relabelled), relabelled=tuple(relabelled[:SHOWN_MAX]))
+        return known if given else dataclasses.replace(known, unvalidated_count=0, unvalidated=(), validation_label=None)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"rows_per_label": dict(self.rows_per_label), "warnings": list(self.warnings)}
@@ -141,11 +162,12 @@ def report_of(
     target: Callable[[Example], str] = _label,
     *,
     classes: bool = True,
+    named: Callable[[Example], Sequence[str]] | None = None,
     train: Sequence[Example] | None = None,
 ) -> DataReport:
     """What is to be known about rows before anything learns from them. `target` says a row's; of `classes` each row has one, and is counted.
 
-    `train` are those of the rows that are not held out, by default all.
+    `named` are the labels in a row's target, by default of `classes` the one. `train` are those of the rows that are not held out, by default all.
     """
     groups = near_duplicates([asked(row) for row in (*rows, *validation)])
     seen = {(group, target(row)) for group, row in zip(groups, rows, strict=False)}
@@ -165,10 +187,41 @@ def report_of(
     own = {group for group, row in zip(groups, rows, strict=False) if id(row) in trained}
     held_out = [group for group, row in zip(groups, rows, strict=False) if id(row) not in trained]
     counts = sorted(Counter(map(target, rows if classes else ())).items(), key=lambda pair: (pair[1], pair[0]))
+    named = named or (lambda row: (target(row),) if classes else ())
+    taught, measured = ({label for row in part for label in named(row)} for part in (rows, validation))
+    alike = alike_labels(taught)
+    unvalidated = sorted(taught - measured) if validation else []
     return DataReport(
         len(rows), tuple(counts), len(rows) - len(seen), len(opposed), tuple(opposed[:SHOWN_MAX]), len(leaks), tuple(leaks[:SHOWN_MAX]),
         len(held_out), sum(group in own for group in held_out),
+        alike_labels_count=len(alike), alike_labels=tuple(alike[:SHOWN_MAX]),
+        unvalidated_count=len(unvalidated), unvalidated=tuple(unvalidated[:SHOWN_MAX]),
+        validation_label=min(measured) if classes and len(measured) == 1 < len(taught) else None,
     )  # fmt: skip
+
+
+AS_NUMBERS = 'problem_type="regression" (`--problem-type regression`) learns numbers as such'
+
+
+def seem_numbers(rows_per_label: Mapping[str, int]) -> bool:
+    """Whether labels are rather measured than named: all are numbers, and most of them of one row."""
+    single = sum(count == 1 for count in rows_per_label.values())
+    return len(rows_per_label) >= NUMBERS_LEAST and 2 * single > len(rows_per_label) and all(map(_is_number, rows_per_label))
+
+
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def alike_labels(labels: Iterable[str]) -> list[tuple[str, ...]]:
+    """Those that differ in case or outer blanks alone, together, sorted."""
+    found: dict[str, list[str]] = {}
+    for label in sorted(labels):
+        found.setdefault(label.strip().casefold(), []).append(label)
+    return [tuple(one) for one in found.values() if len(one) > 1]
 
 
 def normalised(text: str) -> str:

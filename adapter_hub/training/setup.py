@@ -48,14 +48,8 @@ def prepared(
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
     seed = task_seed(config.seed, task, job.labels)
-    # Sets of labels that all occur once are no strata.
-    stratum = job.stratum if kind is Task or len(set(map(job.stratum, rows))) < len(rows) else _any
-    parts = split(rows, validation, config.validation_share, seed, stratum)
+    parts = split(rows, validation, config.validation_share, seed, job.strata(rows))
     return job, seed, parts if validation is not None or kind is Task else _all_trained(job, parts)
-
-
-def _any(row: Example) -> str:
-    return ""
 
 
 def _all_trained(job: Task, parts: Parts) -> Parts:

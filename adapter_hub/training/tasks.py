@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -87,6 +87,10 @@ class Task:
         """Of each such kind of row a share is held out."""
         return row.label or ""
 
+    def strata(self, rows: Sequence[Example]) -> Callable[[Example], str]:
+        """The `stratum` by which these rows are held out."""
+        return self.stratum
+
     def features(self, base: FrozenBase, rows: Sequence[Example]) -> list[Features]:
         return [_inputs(ids) | {"labels": self.target(row, ids)} for row, ids in zip(rows, self.encoded(base, rows), strict=True)]
 
@@ -142,6 +146,10 @@ class Several(Task):
 
     def stratum(self, row: Example) -> str:
         return "\x00".join(sorted(self.named(row)))
+
+    def strata(self, rows: Sequence[Example]) -> Callable[[Example], str]:
+        """Sets of labels that all occur once are none."""
+        return self.stratum if len(set(map(self.stratum, rows))) < len(rows) else lambda _: ""
 
     def target(self, row: Example, ids: Encoded) -> list[float]:
         return [float(label in row.extra["labels"]) for label in self.labels]

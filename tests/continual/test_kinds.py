@@ -465,3 +465,12 @@ def test_of_two_scores_the_higher_wins_and_like_ones_draw(pairs: list[tuple[floa
     gained, lost = sum(a - b > least for a, b in pairs), sum(b - a > least for a, b in pairs)
     assert found.counts == (len(pairs), gained, lost)
     assert Paired.of_scores("other", theirs, mine, measure="m", least=least).counts == (len(pairs), lost, gained)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_of_one_text_are_refused_before_anything_is_encoded(taught: Mapping[str, Path], tmp_path: Path, name: str) -> None:
+    """Previously only those of one label were."""
+    hub = opened(taught, name, tmp_path)
+    with pytest.raises(InvalidInput, match="all rows have one text, repeated: none can be held out"):
+        hub.learn("new", [replace(row, text=rows(name)[0].text + mark) for row in rows(name)[:1] for mark in ("", "!", "…")], **HOW[name])
+    assert hub._encoder is None and hub.names() == [name]

@@ -56,19 +56,40 @@ def test_the_two_versions_are_compared_on_rows_that_are_new_to_both() -> None:
     lesson = plan_lesson("words", [*OLD, *new], None, CONFIG, CURRENT, "auto")
     assert lesson.unseen and lesson.validation and texts(lesson.validation) <= texts(new)
     assert texts(lesson.validation).isdisjoint(texts(lesson.train))
-    assert texts(lesson.validation) | texts(lesson.train) == texts(OLD) | texts(new)
-    again = plan_lesson("words", OLD, None, CONFIG, CURRENT, "auto")
-    assert not again.unseen and again.validation is None
-    given = plan_lesson("words", new, OLD[:4], CONFIG, CURRENT, "auto")
-    assert not given.unseen and texts(OLD[:4]).isdisjoint(texts(given.train))
+    measured = texts(CURRENT.evaluation)    # of OLD too, and no training rows of CURRENT's
+    assert texts(lesson.validation) | texts(lesson.train) == (texts(OLD) | texts(new)) - measured
+    assert texts(lesson.slices[EVALUATION]) == texts(lesson.again) == measured
+    bare = plan_lesson("words", OLD, None, CONFIG, replace(CURRENT, evaluation=()), "auto")
+    assert not bare.unseen and bare.validation is None
+    given = plan_lesson("words", new, OLD[2:6], CONFIG, CURRENT, "auto")
+    assert not given.unseen and texts(OLD[2:6]).isdisjoint(texts(given.train))
+    assert plan_lesson("words", new, OLD[:6], CONFIG, CURRENT, "auto").unseen
     seen = plan_lesson("words", new, None, CONFIG, replace(CURRENT, exemplars=(), evaluation=()), "cold", lambda: range(len(new)))
     assert not seen.unseen    # by their vectors: the texts are not kept
+
+
+@pytest.mark.parametrize("start", ["auto", "cold"])
+def test_where_no_row_is_new_the_versions_are_compared_on_those_that_measured_the_one_in_production(start: str) -> None:
+    """Previously on none: the rows that measured it were trained on."""
+    lesson = plan_lesson("words", OLD, None, CONFIG, CURRENT, start)
+    assert lesson.unseen and lesson.validation == lesson.again == CURRENT.evaluation and EVALUATION not in lesson.slices
+    assert texts(lesson.train) == texts(OLD) - texts(CURRENT.evaluation)
+    assert lesson.known == texts(lesson.train)
+    assert lesson.notes[-1] == "4 of the rows measured words@1: they measure this one, too, and are not trained on"
+    if start == "auto":
+        assert lesson.notes[0] == "no example of words@1 is replayed: those kept are among the rows"
+    changed = plan_lesson("words", [Example(OLD[0].text, "zebra"), *OLD[1:]], None, CONFIG, CURRENT, start)
+    assert texts(changed.again) == texts(CURRENT.evaluation) - {OLD[0].text} and OLD[0].text in texts(changed.train)
+    told = plan_lesson("words", OLD, rows("apple", "zebra", frame="fresh {} {}"), CONFIG, CURRENT, start)
+    assert told.again == () and texts(told.train) == texts(OLD)    # other rows measure: these are free to learn from
+    few = plan_lesson("words", CURRENT.evaluation, None, CONFIG, replace(CURRENT, exemplars=()), start)
+    assert few.again == () and {row.label for row in few.train} == {"apple", "zebra"}    # or no label would be left
 
 
 def test_one_validation_row_that_is_known_leaves_the_others_to_compare_on() -> None:
     """Previously it left none: a worse version was promoted."""
     new = rows("mango", "apple", frame="fresh {} {}")
-    asked_of = (*new[:6], OLD[0])
+    asked_of = (*new[:6], OLD[3])
     lesson = plan_lesson("words", new[6:], asked_of, CONFIG, CURRENT, "cold")
     assert lesson.unseen
     right, wrong = ({row.text: Output(label=answer(row)) for row in asked_of} for answer in (lambda row: row.label, lambda row: "none"))
@@ -234,6 +255,39 @@ def test_where_only_vectors_are_kept_the_router_keeps_them_and_lost_labels_are_r
     assert hub.state(report.ref).count == 24 + 36 and "no text of words@1 is kept that could be replayed" in report.gate.notes
     again = hub.learn("words", rows("apple", "zebra", "mango", frame="fresh {} {}"), config=CONFIG, promote="always")
     assert hub.state(again.ref).count == 60 and "words@2 may know the validation rows: on them it is not compared with" in again.gate.notes
+
+
+def test_the_same_rows_again_are_compared_on_what_measured_the_version_before(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    """Previously its note said that no text was kept, and nothing compared the two."""
+    hub = opened(taught, "text", tmp_path)
+    kept = hub.kept(AdapterRef("words", 1), "evaluation.jsonl")
+    for version in (1, 2):
+        report = hub.learn("words", OLD, config=CONFIG, promote="always")
+        before = f"words@{version}"
+        assert f"no example of {before} is replayed: those kept are among the rows" in report.gate.notes
+        assert f"{before} 1.000" in report.gate.reason and not any("may know the validation rows" in note for note in report.gate.notes)
+        assert texts(hub.kept(report.ref, "evaluation.jsonl")) == texts(kept) and len(hub.kept(report.ref, "exemplars.jsonl")) == len(OLD)
+    grown = hub.learn("words", [*OLD, *rows("apple", "zebra", frame="fresh {} {}")], config=CONFIG, promote="always")
+    assert EVALUATION in {finding.check for finding in grown.gate.findings}
+    assert texts(kept) < texts(hub.kept(grown.ref, "evaluation.jsonl"))
+
+
+def test_what_is_refused_is_refused_before_anything_is_encoded(taught: Mapping[str, Path], tmp_path: Path) -> None:
+    """Previously the kept rows of a version that only its name reaches were encoded first."""
+    hub = opened(taught, "text", tmp_path)
+    hub.learn("words", OLD, config=replace(CONFIG, epochs=1), routed=False, promote="always")
+    hub = Hub.open(tmp_path / "registry")
+    with pytest.raises(InvalidInput, match="it has r=4, and the config says 8"):
+        hub.learn("words", rows("mango"), config=replace(CONFIG, r=8), start="warm")
+    assert hub._encoder is None
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_labels_without_a_validation_row_are_told_of_the_rows_that_were_given(taught: Mapping[str, Path], tmp_path: Path, given: bool) -> None:
+    hub = opened(taught, "text", tmp_path)
+    validation = rows("mango", count=4, frame="a {} {}") if given else None
+    report = hub.learn("words", rows("mango"), validation, config=replace(CONFIG, epochs=1), promote="never")
+    assert (report.data.validation_label, report.data.unvalidated) == (("mango", ("apple", "zebra")) if given else (None, ()))
 
 
 @pytest.mark.parametrize("name", ["words", "new"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
-from adapter_hub.training.data import check_task, hold_out, split, task_seed
+from adapter_hub.training.data import check_held_out, check_task, hold_out, split, task_seed
 from adapter_hub.training.report import near_duplicates
 
 GOOD = [Example("a sharp saw", "tool"), Example("a ripe pear", "fruit")]
@@ -49,6 +49,16 @@ def test_rows_that_cannot_be_learned_from_are_refused_with_their_position(rows: 
 def test_validation_rows_that_cannot_be_measured_are_refused_with_their_position(validation: list[Example], says: str) -> None:
     with pytest.raises(InvalidInput, match=says):
         check_task(GOOD, validation)
+
+
+def test_labels_that_seem_numbers_are_pointed_to_a_regression_where_they_cannot_be_classes() -> None:
+    prices = [Example(f"house {number}", str(100.5 + number)) for number in range(6)]
+    for check in (check_held_out, lambda rows: check_task(rows[:5], rows[5:])):
+        with pytest.raises(InvalidInput, match=r"Or are the labels numbers\? problem_type=\"regression\" \(`--problem-type regression`\)"):
+            check(prices)
+    with pytest.raises(InvalidInput) as caught:
+        check_held_out([Example(f"house {number}", f"street {number}") for number in range(6)])
+    assert str(caught.value.hint) == "Give validation rows, or more training rows."
 
 
 def test_labels_are_in_one_order_whatever_the_order_of_the_rows() -> None:

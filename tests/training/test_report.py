@@ -12,7 +12,7 @@ from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.training.data import hold_out, split
 from adapter_hub.training.report import SIMILAR, Contradiction, Leak, near_duplicates, normalised, report_of
-from adapter_hub.training.tasks import Number, Spans, Writing
+from adapter_hub.training.tasks import Number, Several, Spans, Writing
 
 LONG = "please tell me how many vacation days i still have left for the rest of this year"
 NEARLY = LONG.replace("still ", "")
@@ -123,3 +123,43 @@ def test_validation_rows_that_are_a_handful_are_said_with_what_rests_on_them() -
         "the choice of the epoch and its figures rest on 9 validation rows: so few tell little, give more",
     )
     assert replace(report, measuring=1).warnings == ("its figures rest on 1 validation row: so few tell little, give more",)
+
+
+def test_labels_that_differ_in_case_or_outer_blanks_are_told_and_stay_apart() -> None:
+    """Previously they were two classes without a word."""
+    labels = ["yes", "yes ", "YES", "no", "no"]
+    report = report_of([Example(f"{word} text", label) for word, label in zip(("red", "blue", "green", "old", "new"), labels, strict=True)])
+    assert (report.alike_labels_count, report.alike_labels) == (1, (("YES", "yes", "yes "),)) and len(report.rows_per_label) == 4
+    assert report.warnings == ("the labels 'YES' and 'yes' and 'yes ' differ in case or outer blanks alone: each is learned as a label of its own",)
+    several = [Example("a red fox", extra={"labels": ["fox", "red"]}), Example("a dog", extra={"labels": ["Red", "FOX"]})]
+    report = report_of(several, target=Several.shown, classes=False, named=Several.named)
+    assert report.alike_labels == (("FOX", "fox"), ("Red", "red")) and "'FOX' and 'fox' differ" in report.warnings[-1]
+    assert "(and 1 more such sets)" in report.warnings[-1]
+    assert report_of([Example("a", "c"), Example("b", "c++")]).alike_labels == ()
+
+
+def test_labels_that_no_validation_row_has_are_told() -> None:
+    rows = [Example(f"{word} number {number}", word) for word in ("red", "blue", "green") for number in range(9)]
+    report = report_of(rows, [Example("a blue one", "blue"), Example("a red one", "red")])
+    assert (report.unvalidated_count, report.unvalidated, report.validation_label) == (1, ("green",), None)
+    assert report.warnings == ("1 label that training has no validation row has, and nothing measures: 'green'",)
+    [warning] = report_of(rows, [Example("a blue one", "blue")]).warnings
+    assert warning == "all validation rows have the label 'blue': how the others are told from it is not measured"
+    assert report_of(rows).warnings == report_of(rows, [Example(f"a {word} one", word) for word in ("red", "blue", "green")]).warnings == ()
+    many = [Example(f"row {number} of many", f"l{number}") for number in range(30)]
+    report = report_of(many, many[:2])
+    assert report.unvalidated_count == 28 and len(report.unvalidated) == 20
+    assert any(said.endswith("'l10', 'l11', 'l12', 'l13', 'l14', …") for said in report.warnings)
+    assert report.beside((), given=False).unvalidated == () and report.beside((), given=True) == report
+    spans = [Example("a red fox", extra={"spans": [{"start": 2, "end": 5, "label": label}]}) for label in ("colour", "mood")]
+    assert report_of(spans, spans[:1], Spans.shown, classes=False, named=Spans.named).unvalidated == ("mood",)
+
+
+def test_labels_that_are_numbers_and_mostly_differ_are_pointed_to_a_regression() -> None:
+    """Previously each number became a class."""
+    prices = [Example(f"house {number} in {word} street", str(100.5 + number)) for number, word in enumerate("red blue green old new".split())]
+    rows = [*prices, Example("one more house", "100.5")]
+    [warning] = report_of(rows).warnings
+    assert warning.startswith('the 5 labels are numbers, and most of them of one row: problem_type="regression" (`--problem-type regression`)')
+    stars = [Example(f"{number} text of many", str(number % 5)) for number in range(20)]
+    assert report_of(stars).warnings == report_of([*rows, Example("so to say", "none")]).warnings == ()
