@@ -11,6 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """"1 row", "2 rows": how messages count. `many` is `one` with an s where it is not given."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
 class HubError(Exception):
     """Root of the tree. `str(error)` is the fact, then the hint."""
 

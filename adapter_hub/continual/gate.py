@@ -3,8 +3,8 @@
 | the candidate | verdict |
 |---|---|
 | has a fault: the engine answers otherwise than it was trained, its numbers are not finite | reject |
-| is right no more often than always answering the commonest label | reject |
-| has scores, and is better than its baseline neither on more rows than it is worse on nor in the mean | reject |
+| is right no more often than always answering the commonest label, on rows that can tell | reject |
+| has scores, and is better than its baseline neither on more rows than it is worse on nor in the mean, on rows that can tell | reject |
 | is the first version (or no row is new to the one in production), right or wrong, and worse than a linear probe on the frozen encoder | reject |
 | is worse than the version in production, on rows that neither was trained on | hold |
 | answers what that one was made for worse, by more than `margin` | hold |
@@ -16,6 +16,10 @@
 A reject outweighs a hold. *Worse* is told by a paired bootstrap (Efron and Tibshirani 1993, ch. 16; Koehn 2004): of all samples, drawn with
 replacement from the rows that were judged, fewer than `level` have the candidate at least as good. Few rows cannot tell: one row that
 each of the two wins is added, so that five rows of one mind are the fewest that count at 5 %. What one row decides is no evidence.
+A constant answer is to be beaten, not only equalled: who is no better shows no use, where there was room to show it. Rows *can tell* where
+the same bootstrap would call a candidate better that wins every row which can be won, those that the constant answer has not right: at 5 %
+five such rows, however many there are beside them. Where there are fewer, only who is worse by that bootstrap is rejected; of others the
+reason says that the rows are too few.
 
 A row of one label among several is right or wrong. Of other tasks it has a score, and of the two whose score is higher wins the row; who
 differ by less than `continual.measures` says do both:
@@ -27,7 +31,8 @@ differ by less than `continual.measures` says do both:
 | labels of tokens | share of the tokens that are right, 0-1 | always the commonest label of these tokens |
 | text | minus the nats a token of what was to be written | the base model, asked with the same prompt |
 
-The baseline is what a first version is compared with. Where a constant answer is right on every row, these tell nothing apart and it is none.
+The baseline is what a first version is compared with; one of one label, with a linear probe, too. Where a constant answer is right on every row,
+these tell nothing apart and it is none.
 """
 
 # n rows
@@ -39,6 +44,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Self
+
+from adapter_hub.errors import counted
 
 LABELS_SHOWN = 6
 ROUNDING = 1e-9    # of a mean of scores: what is no larger is no difference
@@ -74,16 +81,19 @@ class Paired:
     measure: str = ""              # what the scores are, in words; empty where a row is right or wrong
     means: tuple[float, float] = (0.0, 0.0)    # of the scores: candidate's and reference's
     least: float = 0.0             # by which scores must differ to be told apart
+    at_best: int = 0               # rows whose reference has the best score that there is, as far as is told apart: nobody wins them
 
     def __post_init__(self) -> None:
         if len(self.candidate_right) != len(self.reference_right):
             raise ValueError(f"{len(self.candidate_right)} rows of the candidate stand beside {len(self.reference_right)} of {self.reference}")
 
     @classmethod
-    def of_scores(cls, reference: str, candidate: Sequence[float], other: Sequence[float], *, measure: str, least: float = 0.0) -> Self:
+    def of_scores(
+        cls, reference: str, candidate: Sequence[float], other: Sequence[float], *, measure: str, least: float = 0.0, best: float = math.inf
+    ) -> Self:
         """Who wins each row, by scores (n,) of which the higher is the better; both where they differ by `least` or less.
 
-        What is not a number is the worst there is.
+        What is not a number is the worst there is. `best` is of all scores.
         """
         mine, theirs = ([-math.inf if math.isnan(score) else score for score in scores] for scores in (candidate, other))
         drawn = [a == b or abs(a - b) <= least for a, b in zip(mine, theirs, strict=True)]
@@ -91,13 +101,18 @@ class Paired:
             tuple(even or a > b for even, a, b in zip(drawn, *sides, strict=True)) for sides in ((mine, theirs), (theirs, mine))
         )
         means = (sum(mine) / max(1, len(mine)), sum(theirs) / max(1, len(theirs)))
-        return cls(reference, candidate_right, reference_right, measure, means, least)
+        return cls(reference, candidate_right, reference_right, measure, means, least, sum(best - score <= max(least, ROUNDING) for score in theirs))
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """(rows, gained, lost): of candidate against reference."""
         pairs = list(zip(self.candidate_right, self.reference_right, strict=True))
         return len(pairs), sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+
+    @property
+    def winnable(self) -> int:
+        """Rows on which the reference can be beaten."""
+        return len(self.reference_right) - self.at_best if self.measure else self.reference_right.count(False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +131,7 @@ class Evidence:
     """All that a verdict rests on."""
 
     validation: Paired
-    commonest_right: int | None = None             # rows of `validation` that have the commonest label; None where all have the same one
-    baseline: Paired | None = None                 # where rows have scores: against the baseline; None where nothing is told apart
+    baseline: Paired | None = None                 # the same rows against one constant answer, or the base model; None where nothing can be won
     probed: bool = True                            # the reference is a linear probe or the baseline, not the version in production
     slices: Mapping[str, Paired] = field(default_factory=dict)    # old inputs, by what they are
     lost_labels: tuple[str, ...] = ()              # that the version in production knows and the candidate does not
@@ -185,23 +199,30 @@ def _validation(evidence: Evidence, policy: GatePolicy) -> Finding:
     if evidence.validation.measure:
         return _scored(evidence, policy)
     rows, gained, lost = evidence.validation.counts
-    right, commonest = sum(evidence.validation.candidate_right), evidence.commonest_right
+    right, baseline, unclear = sum(evidence.validation.candidate_right), evidence.baseline, ""
     numbers = _numbers(rows, gained, lost) | {"right": right, "reference_right": right - gained + lost}
-    if commonest is not None:
-        numbers["commonest_right"] = commonest
     accuracy = f"validation accuracy {_share(right, rows)}"
     if not rows:
         return Finding("validation", Verdict.PROMOTE, "no row was left to judge it on", numbers)
-    if commonest is not None and right <= commonest:
-        reason = f"{accuracy} is not above always answering the commonest label ({_share(commonest, rows)})"
-        return Finding("validation", Verdict.REJECT, reason, numbers)
+    if baseline is not None:
+        numbers["commonest_right"] = commonest = sum(baseline.reference_right)
+        constant = f"{baseline.reference} ({_share(commonest, rows)})"
+        if right <= commonest and _tells(baseline, policy.level):
+            return Finding("validation", Verdict.REJECT, f"{accuracy} is not above {constant}", numbers)
+        if right <= commonest:
+            unclear = f"; {counted(rows, 'row is', 'rows are')} too few to tell whether it is of more use than {constant}"
     beside = f"{accuracy}, {evidence.validation.reference} {_share(right - gained + lost, rows)}"
     if is_worse(rows, gained, lost, policy.level):
         verdict = Verdict.REJECT if evidence.probed else Verdict.HOLD
-        return Finding("validation", verdict, f"{beside}: worse on {lost} of {rows} rows, better on {gained}", numbers)
-    better = is_worse(rows, lost, gained, policy.level)
-    told = f"better on {rows} rows" if better else f"not to be told apart on {rows} rows, {gained} of them better, {lost} worse"
-    return Finding("validation", Verdict.PROMOTE, f"{beside}: {told}", numbers)
+        return Finding("validation", verdict, f"{beside}: worse on {lost} of {counted(rows, 'row')}, better on {gained}", numbers)
+    better, asked = is_worse(rows, lost, gained, policy.level), counted(rows, "row")
+    told = f"better on {asked}" if better else f"not to be told apart on {asked}, {gained} of them better, {lost} worse"
+    return Finding("validation", Verdict.PROMOTE, f"{beside}: {told}{unclear}", numbers)
+
+
+def _tells(baseline: Paired, level: float) -> bool:
+    """Whether rows on which a candidate is no better than its baseline are evidence that it is of no use: see the top."""
+    return is_worse(*baseline.counts, level) or is_worse(len(baseline.reference_right), 0, baseline.winnable, level)
 
 
 def _scored(evidence: Evidence, policy: GatePolicy) -> Finding:
@@ -210,18 +231,21 @@ def _scored(evidence: Evidence, policy: GatePolicy) -> Finding:
     numbers = _numbers(rows, gained, lost) | _finite({"score": pairs.means[0], "reference_score": pairs.means[1]})
     if not rows:
         return Finding("validation", Verdict.PROMOTE, "no row was left to judge it on", numbers)
-    said = f"{_compared(pairs)}: better on {gained} of {rows} rows, worse on {lost}"
+    said, unclear = f"{_compared(pairs)}: better on {gained} of {counted(rows, 'row')}, worse on {lost}", ""
     if baseline is not None:
         _, above, below = baseline.counts
         numbers |= {"above_baseline": above, "below_baseline": below} | _finite({"baseline_score": baseline.means[1]})
-        if above <= below and not baseline.means[0] - baseline.means[1] > max(baseline.least, ROUNDING):
-            reason = said if evidence.probed else f"{_compared(baseline)}: better on {above} of {rows} rows, worse on {below}"
+        useless = above <= below and not baseline.means[0] - baseline.means[1] > max(baseline.least, ROUNDING)
+        if useless and _tells(baseline, policy.level):
+            reason = said if evidence.probed else f"{_compared(baseline)}: better on {above} of {counted(rows, 'row')}, worse on {below}"
             return Finding("validation", Verdict.REJECT, reason, numbers)
+        if useless:
+            unclear = f"; {counted(rows, 'row is', 'rows are')} too few to tell whether it is of more use than {baseline.reference}"
     elif evidence.probed and is_worse(rows, gained, lost, policy.level):    # than one that is right on every row: there is nothing to win
         return Finding("validation", Verdict.REJECT, said, numbers)
     # Of a baseline the rule above is all: squared errors may be small in the mean and yet larger on most rows.
     harmed = not evidence.probed and is_worse(rows, gained, lost, policy.level)
-    return Finding("validation", Verdict.HOLD if harmed else Verdict.PROMOTE, said, numbers)
+    return Finding("validation", Verdict.HOLD, said, numbers) if harmed else Finding("validation", Verdict.PROMOTE, f"{said}{unclear}", numbers)
 
 
 def _compared(pairs: Paired) -> str:
@@ -237,21 +261,23 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float]:
 def _slice(name: str, pairs: Paired, policy: GatePolicy) -> Finding:
     rows, gained, lost = pairs.counts
     harmed = _harmed(rows, gained, lost, policy.margin, policy.level)
-    said = f"of {rows} {name} it answers {lost} wrongly that {pairs.reference} has right, and {gained} the other way round"
+    asked = counted(rows, name.removesuffix("s"), name)
+    said = f"of {asked} it answers {lost} wrongly that {pairs.reference} has right, and {gained} the other way round"
     if pairs.measure:
-        said = f"of {rows} {name} it answers {lost} worse than {pairs.reference} does, and {gained} better ({_compared(pairs)})"
+        said = f"of {asked} it answers {lost} worse than {pairs.reference} does, and {gained} better ({_compared(pairs)})"
     return Finding(name, Verdict.HOLD if harmed else Verdict.PROMOTE, said, _numbers(rows, gained, lost))
 
 
 def _routing(routed: Sequence[Routed], policy: GatePolicy) -> Iterator[Finding]:
     inputs, gained, lost = (sum(getattr(other, name) for other in routed) for name in ("inputs", "gained", "lost"))
     harmed = _harmed(inputs, gained, lost, policy.margin, policy.level)
-    said = f"of {inputs} inputs of all other adapters {lost} would no longer reach theirs, and {gained} would that do not now"
+    said = f"of {counted(inputs, 'input')} of all other adapters {lost} would no longer reach theirs, and {gained} would that do not now"
     yield Finding("routing", Verdict.HOLD if harmed else Verdict.PROMOTE, said, _numbers(inputs, gained, lost))
     for other in routed:
         # Looked at one by one, many adapters would show harm by chance: each gets its part of the level (Bonferroni).
         if _harmed(other.inputs, other.gained, other.lost, policy.routed_margin, policy.level / len(routed)):
-            said = f"of {other.inputs} inputs of {other.adapter} {other.lost} would no longer reach it, and {other.gained} would that do not now"
+            asked = counted(other.inputs, "input")
+            said = f"of {asked} of {other.adapter} {other.lost} would no longer reach it, and {other.gained} would that do not now"
             yield Finding(f"routing of {other.adapter}", Verdict.HOLD, said, _numbers(other.inputs, other.gained, other.lost))
     most = max(routed, key=lambda other: other.taken)
     above = policy.max_taken < 1 and most.taken > policy.max_taken

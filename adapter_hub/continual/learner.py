@@ -7,7 +7,6 @@ are new to both, and on those that were kept to evaluate it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from adapter_hub.continual.gate import Evidence, Routed
 from adapter_hub.continual.measures import ONE_LABEL, Answers, Kind
 from adapter_hub.engine.engine import Output
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
@@ -155,7 +154,8 @@ def plan_lesson(
     none = f"no text of {current.ref} is kept that could be replayed"
     if current.exemplars:
         none = f"no example of {current.ref} is replayed: those kept are among the rows"
-    notes = [f"{len(replayed)} examples of {current.ref} are replayed" if replayed else none]
+    again = counted(len(replayed), f"example of {current.ref} is replayed", f"examples of {current.ref} are replayed")
+    notes = [again if replayed else none]
     notes.append(f"its weights are not: {fault}" if fault else f"it starts from the weights of {current.ref}")
     lesson = Lesson(
         (*rows, *replayed), _given(validation), _shaped(config, None if fault else current), kind,
@@ -210,7 +210,7 @@ def _check_none_lost(current: Current, labels: Collection[str]) -> None:
     """Raises InvalidInput where `current` has labels that are not among those to learn."""
     if lost := sorted(set(current.labels).difference(labels)):
         shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
-        what = f"{len(lost)} label{'s' if len(lost) > 1 else ''} of {current.ref} would be lost ({shown})"
+        what = f"{counted(len(lost), 'label')} of {current.ref} would be lost ({shown})"
         cold = 'start="cold" (`--start cold`) makes a version without them; ' if len(labels) > 1 else "Rows of one label alone make no classifier; "
         hint = f'Give rows of these labels too. {cold}with keep = "text" in hub.toml a version keeps its texts, and is learned on with them.'
         raise InvalidInput(f"{what}: no row has them, and no other text of theirs is kept.", hint=hint)
@@ -332,13 +332,11 @@ def evidence_of(
     if rival is not None and current is not None:
         rows = fresh
         if len(fresh) < len(asked.validation):
-            notes.append(f"{len(asked.validation) - len(fresh)} validation rows are left out: {current.ref} was trained on them")
-    baseline = None
-    if measure.words:
-        baseline = measure.beside_baseline(rows, asked.candidate, train, asked.base)
+            notes.append(f"left out: {counted(len(asked.validation) - len(fresh), 'validation row')} that {current.ref} was trained on")
+    baseline = measure.beside_baseline(rows, asked.candidate, train, asked.base)
     if rival is not None and current is not None:
         validation = measure.paired(rows, asked.candidate, rival, str(current.ref), train)
-    elif baseline is not None:
+    elif measure.words:
         validation = baseline
     else:
         found = vectors([row.text for row in (*train, *rows)])
@@ -356,9 +354,8 @@ def evidence_of(
     if current is not None and asked.current is not None:
         sides = asked.candidate, asked.current, str(current.ref), train
         slices = {what: measure.paired(given, *sides) for what, given in asked.slices.items() if given}
-    told = baseline is not None and not measure.is_best(baseline.means[1])
     return Evidence(
-        validation, None if measure.words else commonest_right(rows), baseline=baseline if told else None, probed=rival is None, slices=slices,
+        validation, baseline if baseline.winnable else None, probed=rival is None, slices=slices,
         lost_labels=lesson.lost_labels, routed=asked.routed, faults=tuple(faults), notes=tuple(notes),
     )  # fmt: skip
 
@@ -376,12 +373,6 @@ def linear_probe(
     from adapter_hub.training.probe import logistic_regression
 
     return list(names[logistic_regression(train, targets, PENALTY_INVERSE).predict(asked)])
-
-
-def commonest_right(rows: Sequence[Example]) -> int | None:
-    """How many have the commonest label; None where all have the same one, so that nothing is told apart."""
-    counts = Counter(row.label for row in rows)
-    return max(counts.values()) if len(counts) > 1 else None
 
 
 def routed_of(effect: Effect) -> tuple[Routed, ...]:

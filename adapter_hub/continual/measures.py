@@ -132,29 +132,28 @@ class Measure:
 
     def paired(self, rows: Sequence[Example], candidate: Answers, reference: Answers, name: str, train: Sequence[Example]) -> Paired:
         """Their answers to `rows`; `train` are what the candidate was trained on."""
-        mine, theirs = self.scores(rows, candidate), self.scores(rows, reference)
+        return self._paired(name, self.scores(rows, candidate), self.scores(rows, reference), train)
+
+    def _paired(self, name: str, mine: Sequence[float], theirs: Sequence[float], train: Sequence[Example]) -> Paired:
         if not self.words:
             return Paired(name, tuple(map(bool, mine)), tuple(map(bool, theirs)))
-        return Paired.of_scores(name, mine, theirs, measure=self.words, least=self.least(train))
+        return Paired.of_scores(name, mine, theirs, measure=self.words, least=self.least(train), best=self.best)
 
     def least(self, train: Sequence[Example]) -> float:
         """By how much two scores must differ for one to win."""
         return 0.0
 
-    def is_best(self, mean: float) -> bool:
-        """Whether it is the mean of scores of which each is the best: of who has it nothing can be better."""
-        return math.isclose(mean, self.best, abs_tol=1e-9)
-
     def beside_baseline(self, rows: Sequence[Example], candidate: Answers, train: Sequence[Example], base: Answers) -> Paired:
-        """Scores of the candidate beside those of what it must beat where nobody is in production."""
+        """The candidate's answers beside those of what it must beat whoever is in production: a constant answer, or the base model."""
         name, scores = self.baseline(rows, candidate, train, base)
-        return Paired.of_scores(name, self.scores(rows, candidate), scores, measure=self.words, least=self.least(train))
+        return self._paired(name, self.scores(rows, candidate), scores, train)
 
     def baseline(
         self, rows: Sequence[Example], candidate: Answers, train: Sequence[Example], base: Answers
     ) -> tuple[str, list[float]]:
         """Who that is, in words, and its scores of `rows`."""
-        raise NotImplementedError
+        (always, _), *_ = Counter(row.label for row in rows).most_common(1) or [(None, 0)]
+        return "always answering the commonest label", [float(row.label == always) for row in rows]
 
     def unlike_training(self, rows: Sequence[Example], answers: Answers, metrics: Mapping[str, float]) -> str:
         """How the answers differ from what training measured on the same rows, in words; empty where they do not, or may for a reason."""

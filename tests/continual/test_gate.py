@@ -27,6 +27,13 @@ def evidence(*, rows: int = 100, gained: int = 0, lost: int = 0, **more: object)
     return replace(Evidence(pairs(rows, gained, lost), probed=False), **more)  # type: ignore[arg-type]
 
 
+def constant(rows: int, commonest: int, right: int) -> Evidence:
+    """Of a first version that has `right` of `rows` right, `commonest` of which have the commonest label; a probe that answers as it does."""
+    mine = (True,) * right + (False,) * (rows - right)
+    always = Paired("always answering the commonest label", mine, (True,) * commonest + (False,) * (rows - commonest))
+    return Evidence(Paired("a linear probe of the encoder", mine, mine), baseline=always)
+
+
 # ---- the bootstrap --------------------------------------------------------------------------------------------------
 
 
@@ -71,9 +78,15 @@ def test_five_rows_of_one_mind_are_the_fewest_that_tell() -> None:
         (evidence(lost=2), Verdict.PROMOTE, "not to be told apart on 100 rows, 0 of them better, 2 worse"),
         (evidence(lost=20), Verdict.HOLD, "worse on 20 of 100 rows, better on 0"),
         (evidence(lost=20, probed=True), Verdict.REJECT, "worse on 20 of 100 rows"),
-        (evidence(rows=1, lost=1), Verdict.PROMOTE, "not to be told apart on 1 rows"),
+        (evidence(rows=1, lost=1), Verdict.PROMOTE, "not to be told apart on 1 row, 0 of them better, 1 worse"),
         (evidence(rows=0), Verdict.PROMOTE, "no row was left to judge it on"),
-        (evidence(lost=50, commonest_right=50), Verdict.REJECT, "0.500 is not above always answering the commonest label (0.500)"),
+        (constant(100, 50, 50), Verdict.REJECT, "0.500 is not above always answering the commonest label (0.500)"),
+        (constant(100, 50, 51), Verdict.PROMOTE, "0.510, a linear probe of the encoder 0.510: not to be told apart on 100 rows"),
+        (constant(2, 1, 0), Verdict.PROMOTE, "2 rows are too few to tell whether it is of more use than always answering the commonest"),
+        (constant(9, 5, 5), Verdict.PROMOTE, "9 rows are too few to tell"),
+        (constant(10, 5, 5), Verdict.REJECT, "0.500 is not above"),
+        (constant(100, 97, 97), Verdict.PROMOTE, "100 rows are too few to tell"),    # three rows could be won
+        (constant(100, 97, 90), Verdict.REJECT, "0.900 is not above always answering the commonest label (0.970)"),    # it is told to be worse
         (evidence(faults=("its scores are not finite",)), Verdict.REJECT, "; but its scores are not finite"),
         (evidence(slices={"old inputs": pairs(100, lost=10)}), Verdict.HOLD, "; but of 100 old inputs it answers 10 wrongly that skill@1 has right"),
         (evidence(slices={"old inputs": pairs(100, gained=8, lost=10)}), Verdict.PROMOTE, "not to be told apart"),
@@ -114,7 +127,8 @@ def test_one_more_right_answer_never_makes_the_verdict_graver(
 ) -> None:
     def found(rows: list[tuple[bool, bool]], old: list[tuple[bool, bool]]) -> Evidence:
         asked, slice_ = (Paired("skill@1", *zip(*part, strict=True)) for part in (rows, old))    # type: ignore[misc]
-        return Evidence(asked, commonest_right=len(rows) // 2, probed=probed, slices={"old inputs": slice_})
+        always = Paired("always", asked.candidate_right, tuple(place % 2 == 0 for place, _ in enumerate(rows)))
+        return Evidence(asked, baseline=always, probed=probed, slices={"old inputs": slice_})
 
     before = judge(found(rows, old), POLICY).verdict
     better = [list(rows), list(old)]
@@ -122,6 +136,23 @@ def test_one_more_right_answer_never_makes_the_verdict_graver(
     place = data.draw(st.integers(0, len(part) - 1))
     part[place] = (True, part[place][1])
     assert gravity(judge(found(*better), POLICY).verdict) <= gravity(before)
+
+
+def test_no_first_version_is_rejected_or_promoted_by_a_single_row_where_rows_are_few() -> None:
+    """Previously one row of two decided: right on it, it went live, and wrong it was of no use."""
+    for rows, commonest in ((1, 1), (2, 1), (3, 2), (4, 3), (6, 5), (8, 4)):
+        assert {judge(constant(rows, commonest, right), POLICY).verdict for right in range(max(0, commonest - 2), rows + 1)} == {Verdict.PROMOTE}
+    for found in (constant(2, 1, 1), constant(2, 1, 2)):
+        assert ("too few to tell" in judge(found, POLICY).reason) == (sum(found.validation.candidate_right) == 1)
+
+
+@pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
+def test_rows_are_enough_where_one_that_wins_all_that_can_be_won_would_be_told_to_be_better(level: float) -> None:
+    for rows in range(1, 30):
+        for commonest in range(1, rows + 1):
+            equal = constant(rows, commonest, commonest)
+            rejected = judge(equal, GatePolicy(level=level)).verdict is Verdict.REJECT
+            assert rejected == is_worse(rows, 0, rows - commonest, level)
 
 
 def test_answers_to_other_rows_are_not_compared() -> None:

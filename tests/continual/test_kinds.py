@@ -392,9 +392,9 @@ def by_row(kind: Kind, asked: list[Example], answers: list[Any]) -> Answers:
 
 
 def test_a_constant_answer_is_of_no_use_whatever_the_task() -> None:
-    sets = [Example(f"{i}", extra={"labels": ["a"] if i < 6 else ["b"]}) for i in range(10)]
-    report = judged(MULTI, sets, by_row(MULTI, sets, [Output(labels=("a",))] * 10))
-    assert report.verdict is Verdict.REJECT and "always the commonest set of labels 0.600: better on 0 of 10 rows" in report.reason
+    sets = [Example(f"{i}", extra={"labels": ["a"] if i < 9 else ["b"]}) for i in range(15)]
+    report = judged(MULTI, sets, by_row(MULTI, sets, [Output(labels=("a",))] * 15))
+    assert report.verdict is Verdict.REJECT and "always the commonest set of labels 0.600: better on 0 of 15 rows" in report.reason
     numbers = [Example(f"{i}", str(i)) for i in range(10)]
     report = judged(NUMBER, numbers, by_row(NUMBER, numbers, [Output(value=4.5)] * 10))
     assert report.verdict is Verdict.REJECT and "mean absolute error 2.500, always the mean of the training rows 2.500" in report.reason
@@ -409,6 +409,24 @@ def test_a_constant_answer_is_of_no_use_whatever_the_task() -> None:
     assert judged(TEXT, texts, sure, base=by_row(TEXT, texts, [Likelihood(3.0, 2)] * 10)).verdict is Verdict.PROMOTE
 
 
+def test_rows_that_could_not_show_a_use_reject_nobody_and_it_is_said() -> None:
+    """Previously a single row, or none at all, decided that it is of no use."""
+    sets = [Example(f"{i}", extra={"labels": ["a"] if i < 6 else ["b"]}) for i in range(10)]    # four can be won
+    report = judged(MULTI, sets, by_row(MULTI, sets, [Output(labels=("a",))] * 10))
+    assert report.verdict is Verdict.PROMOTE
+    assert "10 rows are too few to tell whether it is of more use than always the commonest set of labels" in report.reason
+    assert judged(MULTI, sets, by_row(MULTI, sets, [Output(labels=())] * 10)).verdict is Verdict.REJECT    # worse on six
+    for kind, row, answer in (
+        (NUMBER, Example("x", "3"), Output(value=9.0)),
+        (TEXT, Example("x", "y"), Likelihood(6.0, 2)),
+        (Kind(), Example("x", "y"), Output(label="z")),
+    ):
+        one = [row, replace(row, text="other", label="z" if kind == Kind() else "3.5")]
+        base = by_row(kind, one, [Likelihood(2.0, 2)] * 2) if kind == TEXT else None
+        report = judged(kind, one, by_row(kind, one, [answer] * 2), base=base)
+        assert report.verdict is Verdict.PROMOTE and "2 rows are too few to tell" in report.reason, report.reason
+
+
 def test_rows_on_which_one_answer_is_always_right_tell_nothing() -> None:
     sets = [Example(f"{i}", extra={"labels": ["a"]}) for i in range(6)]
     assert judged(MULTI, sets, by_row(MULTI, sets, [Output(labels=("a",))] * 6)).verdict is Verdict.PROMOTE
@@ -420,7 +438,8 @@ def test_who_is_worse_than_an_answer_that_is_always_right_is_of_no_use() -> None
 
 
 def test_rounding_is_no_gain() -> None:
-    up, down = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]    # their sums differ in the last bit
+    up, down = [0.1, 0.2, 0.3] * 3, [0.3, 0.2, 0.1] * 3    # their sums differ in the last bit
+    assert sum(up) != sum(down)
     pairs = [Paired.of_scores("always", *sides, measure="overlap", least=0.0) for sides in ((up, down), (down, up))]
     assert {judge(Evidence(one, baseline=one), GatePolicy()).verdict for one in pairs} == {Verdict.REJECT}
 
