@@ -3,7 +3,8 @@
 Which adapters are nearest is the router's to say. Each of them is a start, and so are all together; each start and the cold one are
 trained for equally many steps on the same rows, and asked the same rows that none was trained on. The best of several looks better than it
 is on the rows that chose it, so each half of those rows chooses for the other: what the chosen gained there is the advantage, and the best
-start of all rows is taken where that exceeds its standard error.
+start of all rows is taken where that exceeds its standard error. Ranks need not agree: of a higher one the best approximation is taken, to a
+lower one directions are added that do nothing yet.
 """
 
 # i inputs of a module, o its outputs, r rank, k adapters, n rows
@@ -28,7 +29,7 @@ from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.source import ADAPTER_WEIGHTS
 from adapter_hub.adapters.weights import KEY_PREFIX, Adapter, LoraDelta
 from adapter_hub.base_model import FrozenBase
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
@@ -41,6 +42,7 @@ NEIGHBOURS_MAX = 2
 STEPS = 30             # of each trial: what 60 tell, 20 told already (benchmarks/LOG.md)
 ASKED_SHARE = 0.2      # of the training rows, in each of the two halves that are asked
 DECIMALS = 6           # of stored figures
+NOTHING = 1e-7         # of the largest singular value: below it there is no direction, but float32's rounding
 
 Losses = NDArray[np.float64]
 
@@ -75,6 +77,7 @@ class Transfer:
     error: float = math.inf                     # its standard error
     rows: int = 0                               # that were asked
     unfit: Mapping[AdapterRef, str] = field(default_factory=dict)    # nearer than those tried, and why they were not
+    few: int | None = None                      # training rows, where they were too few to hold any out that could be asked
 
     @property
     def best(self) -> Trial | None:
@@ -95,9 +98,13 @@ class Transfer:
     def note(self) -> str:
         """In words."""
         if self.best is None:
-            return "it starts cold: no adapter fits to start from, or the rows are too few to tell"
+            why = "no adapter fits to start from" if self.few is None else f"{counted(self.few, 'row is', 'rows are')} too few to hold some out"
+            return f"it starts cold: {why}"
         begins = f"from {' and '.join(map(str, self.origins))}" if self.origins else "cold"
-        return f"it starts {begins}: the best start gains {self.advantage:+.3f} ± {self.error:.3f} nats a row on {self.rows} rows"
+        gains = f"{self.best.advantage:+.3f} ± {self.best.error:.3f} nats a row on {counted(self.rows, 'row')}"
+        if len(self.trials) > 1:    # the best of several on the rows that chose it: what decides is another figure
+            gains += f", and what one half of them chose {self.advantage:+.3f} ± {self.error:.3f} on the other half"
+        return f"it starts {begins}: the best start gains {gains}"
 
     def to_json(self) -> dict[str, Any]:
         trials = [trial.to_json() | {"chosen": trial is self.chosen} for trial in self.trials]
@@ -119,10 +126,10 @@ def fault_of(adapter: Adapter, base: FrozenBase, config: TrainConfig) -> str:
         return "it is no classifier of one label among several"
     if adapter.prompt_template is not None:
         return "it has a prompt template, and a new one is trained on the text alone"
-    if settings.use_dora or config.use_dora:
-        return "a DoRA's directions are nothing without its magnitudes"
-    if any(settings.rank(module) != config.r for module in adapter.deltas):
-        return f"it has not the rank {config.r} everywhere"
+    if settings.use_dora:
+        return "it is a DoRA, whose pairs are nothing without its magnitudes, and a start is pairs alone"
+    if config.use_dora:
+        return "the config asks for a DoRA, whose magnitudes would not be those of another adapter's pairs"
     return "" if placed(adapter, base, config) else "it adapts none of the modules that the config names"
 
 
@@ -144,22 +151,27 @@ def placed(adapter: Adapter, base: FrozenBase, config: TrainConfig) -> dict[str,
 # ---- starts ---------------------------------------------------------------------------------------------------------
 
 
-def combined(parts: Sequence[tuple[LoraDelta, float]], r: int, scaling: float) -> tuple[Tensor, Tensor]:
+def combined(
+    parts: Sequence[tuple[LoraDelta, float]], r: int, scaling: float, fresh: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """(A (r, i), B (o, r)) whose `scaling · B A` is the best approximation of rank r to the weighted sum of the parts' own.
 
     Best in every unitarily invariant norm (Eckart and Young 1936, Mirsky 1960). Sums of A and B would be another thing: the product of sums
-    has cross terms. The sum of k parts is [w₁s₁B₁ … wₖsₖBₖ] · [A₁; …; Aₖ] = (Q₁R₁)(Q₂R₂)ᵀ, so an SVD of R₁R₂ᵀ, kr wide, is all that is
-    needed: the (o, i) matrix is never made. Each factor gets the root of the singular values.
+    has cross terms. The sum of k parts is [w₁s₁B₁ … wₖsₖBₖ] · [A₁; …; Aₖ] = (Q₁R₁)(Q₂R₂)ᵀ, so an SVD of R₁R₂ᵀ, as wide as the sum of their
+    ranks, is all that is needed: the (o, i) matrix is never made. Each factor gets the root of the singular values. Where the sum has a lower
+    rank than r, the rest begins as a fresh LoRA does, drawn from `fresh`: A as PEFT draws it (Kaiming, a = √5), B as nothing.
     """
     left = torch.cat([weight * delta.scaling * delta.b.double() for delta, weight in parts], dim=1)    # (o, kr)
     right = torch.cat([delta.a.double() for delta, _ in parts])                                         # (kr, i)
     (q1, r1), (q2, r2) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     u, s, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
-    root = (s[:r] / scaling).sqrt()
-    a, b = root[:, None] * (q2 @ vt[:r].T).T, (q1 @ u[:, :r]) * root
-    if missing := r - len(root):    # a module narrower than the rank
-        a, b = (torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing)))
-    return a.float().contiguous(), b.float().contiguous()
+    rank = int((s[:r] > NOTHING * s[0]).sum())
+    root = (s[:rank] / scaling).sqrt()
+    a, b = root[:, None] * (q2 @ vt[:rank].T).T, (q1 @ u[:, :rank]) * root
+    # Zeros in both would stay zeros: neither has a gradient without the other.
+    width = a.shape[1]
+    noise = (2 * torch.rand(r - rank, width, generator=fresh, dtype=a.dtype) - 1) / math.sqrt(width)
+    return torch.cat([a, noise]).float().contiguous(), torch.nn.functional.pad(b, (0, r - rank)).float().contiguous()
 
 
 def start_of(neighbours: Sequence[Neighbour], base: FrozenBase, config: TrainConfig, folder: Path) -> Start:
@@ -172,8 +184,9 @@ def start_of(neighbours: Sequence[Neighbour], base: FrozenBase, config: TrainCon
             parts.setdefault(module, []).append((delta, share))
     scaling = config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     tensors: dict[str, Tensor] = {}
+    fresh = torch.Generator().manual_seed(config.seed)
     for module, pairs in sorted(parts.items()):
-        a, b = combined(pairs, config.r, scaling)
+        a, b = combined(pairs, config.r, scaling, fresh)
         tensors |= {f"{KEY_PREFIX}{module}.lora_A.weight": a, f"{KEY_PREFIX}{module}.lora_B.weight": b}
     folder.mkdir(parents=True)
     save_file(tensors, folder / ADAPTER_WEIGHTS)
@@ -219,7 +232,7 @@ def transfer(
     except InvalidInput:
         groups = []
     if not groups or first is train:
-        return None, Transfer(unfit=dict(unfit or {}))
+        return None, Transfer(unfit=dict(unfit or {}), few=len(rows) if neighbours else None)
     starts = {tuple(one.ref for one in group): start_of(group, base, config, folder / str(i)) for i, group in enumerate(groups)}
     asked, brief = [*first, *second], dataclasses.replace(config, progress=False)
     cold, *warm = (losses_after(base, train, asked, steps=steps, task=task, config=brief, start=start) for start in (None, *starts.values()))

@@ -95,7 +95,7 @@ def test_one_validation_row_that_is_known_leaves_the_others_to_compare_on() -> N
     right, wrong = ({row.text: Output(label=answer(row)) for row in asked_of} for answer in (lambda row: row.label, lambda row: "none"))
     evidence = evidence_of(lesson, Asked(asked_of, {}, wrong, right), CURRENT, lambda texts: np.eye(len(texts), dtype=np.float32))
     assert evidence.validation.counts == (6, 0, 6) and not evidence.probed
-    assert any("1 validation rows are left out" in note for note in evidence.notes)
+    assert any(note == "left out: 1 validation row that words@1 was trained on" for note in evidence.notes)
 
 
 def test_what_is_said_now_holds_against_what_was_said_before() -> None:
@@ -327,7 +327,7 @@ def test_one_class_and_a_start_that_is_not_there_are_refused(taught: Mapping[str
 
 def test_a_new_name_starts_from_its_nearest_where_trials_say_so_and_says_from_whom(bert: Path, taught: Mapping[str, Path], tmp_path: Path) -> None:
     hub = opened(taught, "vectors", tmp_path)
-    hub.register("others", make_adapter(hub.base, tmp_path / "others", r=8), OLD, labels=["zebra", "apple"])
+    hub.register("others", make_adapter(hub.base, tmp_path / "others", use_dora=True), OLD, labels=["zebra", "apple"])
     before = weights(hub, "words@1")
     new = rows("apple", "zebra", count=20, frame="{} item {}")    # what words@1 tells apart already
     config = replace(CONFIG, learning_rate=1e-9, epochs=1)    # what counts is what its weights make of the rows
@@ -336,7 +336,8 @@ def test_a_new_name_starts_from_its_nearest_where_trials_say_so_and_says_from_wh
     assert report.transfer is not None and stored["transfer"] == report.transfer.to_json() == report.to_json()["transfer"]
     [trial] = report.transfer.trials
     assert trial.origins == (AdapterRef("words", 1),) and report.transfer.rows == 14 and trial.advantage > trial.error
-    assert stored["start"] and stored["transfer"]["unfit"] == {"others@1": "it has not the rank 4 everywhere"}
+    why = "it is a DoRA, whose pairs are nothing without its magnitudes, and a start is pairs alone"
+    assert stored["start"] and stored["transfer"]["unfit"] == {"others@1": why}
     assert report.transfer.note in stored["notes"] and "it starts from words@1: the best start gains +" in report.transfer.note
     manifest = hub.show(report.ref)
     assert (manifest.started_from, manifest.parent) == (("words@1",), None)
@@ -364,7 +365,7 @@ def test_a_new_name_without_neighbours_starts_cold_and_one_in_production_is_lear
     hub = opened(taught, "vectors", tmp_path)
     with pytest.raises(InvalidInput, match=r"words@1 is in production: .* start=\"auto\""):
         hub.learn("words", OLD, config=CONFIG, start="transfer")
-    report = hub.learn("things", OLD, config=replace(CONFIG, r=2, epochs=1), start="transfer")
+    report = hub.learn("things", OLD, config=replace(CONFIG, use_dora=True, epochs=1), start="transfer")
     assert report.transfer is not None and report.transfer.origins == () and hub.show(report.ref).started_from == ()
     assert report.transfer.note in report.gate.notes and "no adapter fits to start from" in report.transfer.note
 

@@ -87,6 +87,32 @@ def test_it_is_not_the_product_of_averaged_factors() -> None:
     assert not torch.allclose(averaged.double(), dense(one), atol=1e-1)
 
 
+@pytest.mark.parametrize(("r", "rslora"), [(2, False), (3, True), (8, False)])
+def test_an_adapter_of_another_rank_begins_with_what_it_adds_as_far_as_the_rank_reaches(
+    base: FrozenBase, tmp_path: Path, r: int, rslora: bool
+) -> None:
+    """Previously only ranks that were equal everywhere were a start."""
+    config = replace(CONFIG, learning_rate=1e-12, use_rslora=rslora)
+    near = Neighbour(ONE, 0.5, adapter(base, tmp_path / "a", r=r, lora_alpha=16, rank_pattern={"query": 1}, seed=1))
+    starts = [start_of([near], base, config, tmp_path / name) for name in ("start", "again")]
+    first, again = (load_file(start.folder / "adapter_model.safetensors") for start in starts)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    result = train_classifier(base, ROWS, config=config, folder=tmp_path / "trained", start=starts[0])
+    found = read_adapter(result.folder, labels=result.labels)
+    for module, delta in near.adapter.deltas.items():
+        torch.testing.assert_close(dense(found.deltas[module]), best_of_rank(dense(delta), 4), atol=1e-5, rtol=1e-5)
+
+
+def test_directions_beyond_a_lower_rank_begin_as_fresh_ones_and_learn() -> None:
+    """Zeros on both sides would stay zeros."""
+    delta = pair(20, 12, 2, 2.0, 1)
+    a, b = combined([(delta, 1.0)], 5, 0.5, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(0.5 * b.double() @ a.double(), dense(delta), atol=1e-5, rtol=1e-5)
+    assert not b[:, 2:].any() and (a[2:].abs() <= 12**-0.5).all() and a[2:].std() > 0.1 and len(torch.unique(a[2:])) == 3 * 12
+    nothing = combined([(replace(delta, b=torch.zeros(20, 2)), 1.0)], 5, 0.5, torch.Generator().manual_seed(0))
+    assert not nothing[1].any() and (nothing[0] != 0).all()
+
+
 def test_a_module_narrower_than_the_rank_is_filled_up_with_nothing() -> None:
     delta = pair(3, 12, 4, 1.0, 1)
     a, b = combined([(delta, 1.0)], 4, 1.0)
@@ -116,10 +142,11 @@ def test_training_begins_with_what_the_neighbours_add_together_and_a_head_of_its
     [
         ({}, CONFIG, ""),
         ({"lora_alpha": 64, "use_rslora": True}, CONFIG, ""),
-        ({"r": 8}, CONFIG, "it has not the rank 4 everywhere"),
-        ({"rank_pattern": {"query": 2}}, CONFIG, "it has not the rank 4 everywhere"),
-        ({"use_dora": True}, CONFIG, "a DoRA's directions"),
-        ({}, replace(CONFIG, use_dora=True), "a DoRA's directions"),
+        ({"r": 8}, CONFIG, ""),
+        ({"r": 2}, CONFIG, ""),
+        ({"rank_pattern": {"query": 2}}, CONFIG, ""),
+        ({"use_dora": True}, CONFIG, "it is a DoRA, whose pairs are nothing without its magnitudes"),
+        ({}, replace(CONFIG, use_dora=True), "the config asks for a DoRA"),
         ({"task_type": "TOKEN_CLS"}, CONFIG, "it is no classifier of one label among several"),
         ({"target_modules": ["query"]}, replace(CONFIG, target_modules=("value",)), "it adapts none of the modules"),
         ({"target_modules": ["query"]}, replace(CONFIG, target_modules=("query", "value")), ""),
@@ -208,7 +235,19 @@ def test_too_few_rows_or_no_neighbour_start_cold(base: FrozenBase, tmp_path: Pat
     for rows, neighbours in ((few, near), (ROWS, [])):
         start, found = transfer(base, rows, neighbours, task="t", config=CONFIG, folder=tmp_path / "s", unfit={TWO: "why"})
         assert start is None and found.origins == () and found.to_json() == {"trials": [], "unfit": {"two@1": "why"}}
-        assert "starts cold" in found.note
+        why = "no adapter fits to start from" if rows is ROWS else "2 rows are too few to hold some out"
+        assert found.note == f"it starts cold: {why}"    # previously one sentence for both
+
+
+def test_the_note_says_of_each_figure_on_which_rows_it_is() -> None:
+    """Previously what was chosen gained on the other half stood as the gain of the best start, which its trial gives otherwise."""
+    cold, lucky = np.ones(8), np.array([0.5, 0.6, 0.5, 0.6, -0.4, -0.3, -0.4, -0.3])
+    found = judged(cold, {(ONE,): cold - lucky, (TWO,): cold - lucky[::-1]}, 4)
+    one = found.trials[0]
+    best = f"the best start gains {one.advantage:+.3f} ± {one.error:.3f} nats a row on 8 rows"
+    assert found.note == f"it starts cold: {best}, and what one half of them chose -0.350 ± {found.error:.3f} on the other half"
+    alone = judged(cold, {(ONE,): cold - lucky}, 4)
+    assert alone.note == f"it starts cold: {best}"
 
 
 def test_a_start_without_a_head_needs_no_labels_in_common(base: FrozenBase, tmp_path: Path) -> None:
