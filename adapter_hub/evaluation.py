@@ -3,8 +3,9 @@
 A row's target is where training has it: `label` (a label, a number, the text to write), the lists `labels` and `spans`, or the end of
 `messages`.
 Every adapter is measured twice. *oracle* is what it answers when it is named; *routed* what came when nobody named one: of its rows,
-whoever answered them. One that the router never chooses is measured as oracle alone: nobody asks it otherwise, and a routed figure of its
-rows would be either its own answers again or a fault of the router's that is none. Numbers are `training.evaluate`'s.
+whoever answered them. One that the router never chooses, as what is not in production, is measured as oracle alone: nobody asks it otherwise,
+and a routed figure of its rows would be either its own answers again, another's, or a fault of the router's that is none. Numbers are
+`training.evaluate`'s.
 """
 
 # n rows, c labels
@@ -12,9 +13,10 @@ rows would be either its own answers again or a fault of the router's that is no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,6 +54,9 @@ from adapter_hub.training.evaluate import (
 if TYPE_CHECKING:
     from adapter_hub.hub import Hub
     from adapter_hub.routing.router import Router
+
+
+LABELS_SHOWN = 5    # of those that an adapter does not know
 
 
 class Kind(StrEnum):
@@ -112,6 +117,15 @@ class Task:
         if self.kind is Kind.TEXT and self.chats and (said := _said(row)):
             return said[-1][1]
         return None if self.kind is Kind.VECTOR or (self.kind is Kind.TEXT and text_fault(row.label)) else row.label
+
+    def unknown(self, row: Example) -> frozenset[str]:
+        """The labels of its target that the head has not: no answer can have them."""
+        target = self.target(row) if self.labels and self.kind in (Kind.LABEL, Kind.LABELS, Kind.SPANS) else None
+        if target is None:
+            return frozenset()
+        wanted = {target} if self.kind is Kind.LABEL else {span[2] for span in target} if self.kind is Kind.SPANS else target
+        tagged = (label[2:] for label in self.labels if self.kind is Kind.SPANS and label[:2] in ("B-", "I-"))
+        return frozenset(wanted).difference(self.labels, tagged)
 
     def right(self, row: Example, answer: Prediction) -> bool | None:
         """Whether the whole answer is right; None where that is no question: of numbers, and of rows without a target."""
@@ -249,7 +263,7 @@ def part_of(answered: Sequence[Answered], home: AdapterRef | None, task: Task, k
     abstained, measurable = _abstained(answered), sum(hit is not None for hit in routed)
     figures = _of_adapter(task, answered, by_name)
     figures |= {} if by_name else {"routing_accuracy": reached / len(answered), "abstained": abstained / len(answered)}
-    figures |= {"digest": digest_of([one.row for one in answered])} | ({"known": known} if known else {})
+    figures |= {"digest": digest_of([one.row for one in answered])} | ({"known": known} if known else {}) | _unknown(task, answered)
     return Part(len(answered), abstained, measurable, routed.count(True), home, named.count(True), reached, by_name, figures)
 
 
@@ -289,6 +303,12 @@ def _of_adapter(task: Task, rows: Sequence[Answered], by_name: bool) -> dict[str
     return facts | ({"unlabelled": unlabelled} if unlabelled else {})
 
 
+def _unknown(task: Task, rows: Sequence[Answered]) -> dict[str, Any]:
+    """Rows that ask for a label which the adapter has not, and some of those labels; nothing where there are none."""
+    found = [labels for one in rows if (labels := task.unknown(one.row))]
+    return {"unknown_labels": {"rows": len(found), "labels": sorted(frozenset().union(*found))[:LABELS_SHOWN]}} if found else {}
+
+
 def _same(row: Example, answer: Prediction) -> bool:
     return same_text(answer.text, row.label or "") if answer.text is not None else answer.label == row.label
 
@@ -319,10 +339,7 @@ def evaluate(
         check_packages(Task.of(manifest) for manifest in manifests if EVALUATION_FILE in manifest.files)
         groups = ((ref, measuring(hub.kept(ref, EVALUATION_FILE))) for ref in refs)    # one set in memory at a time
     else:
-        rows = rows_of(data) if wanted is None else _rows_of(hub, wanted, rows_of(data))
-        named = [row.extra.get("adapter") for row in rows]
-        known = {home: hub.registry.resolve(home) for home in named if isinstance(home, str)}
-        homes = [known[home] if isinstance(home, str) else None for home in named]
+        rows, homes = _placed(hub, rows_of(data), wanted)
         tasks = {ref: Task.of(hub.registry.manifest(ref)) for ref in homes if ref}
         check_rows(rows, homes, tasks)
         check_packages(tasks.values())
@@ -330,10 +347,11 @@ def evaluate(
         for row, home in zip(rows, homes, strict=True):
             by_home.setdefault(home, []).append(row)
         groups = by_home.items()
-    router, parts, without = hub.live.snapshot(), [], []
+    router, live, parts, without = hub.live.snapshot(), frozenset(hub.registry.production()), [], []
     for home, group in groups:
         if group:
-            parts.append(_measured(hub, router, home, group, max_false_reject, ask))
+            by_name = home is not None and _by_name(hub, router, live, home)
+            parts.append(_measured(hub, router, home, group, max_false_reject, ask, by_name))
         elif home:
             without.append(str(home))
     if not parts:
@@ -343,12 +361,13 @@ def evaluate(
     return report(parts) | ({"without": without} if data is None else {})
 
 
-def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None, ask: int) -> Part:
+def _measured(
+    hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[Example], max_false_reject: float | None, ask: int, by_name: bool
+) -> Part:
     """Of the rows of one adapter, or of those that name none: what they are in figures. The answers are let go."""
     task = Task.of(hub.registry.manifest(home)) if home else Task(Kind.LABEL)
     texts = [row.text for row in rows]
-    by_name = home is not None and _by_name(hub, router, home)    # there is no other way to it
-    decisions = [Decision.named(home)] * len(rows) if by_name else route(hub, router, texts, 1, max_false_reject)
+    decisions = [Decision.named(home)] * len(rows) if by_name and home else route(hub, router, texts, 1, max_false_reject)    # no other way to it
     answering = [decision.adapter for decision in decisions]
     tasks: dict[AdapterRef | None, Task] = {ref: Task.of(hub.registry.manifest(ref)) for ref in (*answering, home) if ref}
     if home is None:
@@ -379,17 +398,41 @@ def _measured(hub: Hub, router: Router, home: AdapterRef | None, rows: Sequence[
     return part_of(answered, home, task, known=sum(text in examples for text in texts), by_name=by_name)
 
 
-def _by_name(hub: Hub, router: Router, ref: AdapterRef) -> bool:
-    """Whether the router is not to choose it, or knows nothing to choose it by. Of one that is damaged it should: its rows count as routed."""
+def _by_name(hub: Hub, router: Router, live: Collection[AdapterRef], ref: AdapterRef) -> bool:
+    """Whether the router is not to choose it, or knows nothing to choose it by. Of one that is damaged it should: its rows count as routed.
+
+    What is retired, or gave way to a later version, the router does not know: `live` are those in production.
+    """
     manifest = hub.registry.manifest(ref)
-    return not manifest.routed or ROUTING_FILE not in manifest.files or (ref in router.versions and ref not in router.refs)
+    unknown = ref not in live or (ref in router.versions and ref not in router.refs)
+    return unknown or not manifest.routed or ROUTING_FILE not in manifest.files
 
 
-def _rows_of(hub: Hub, names: Sequence[str], rows: Sequence[Example]) -> list[Example]:
-    """The rows of these adapters. Raises AdapterNotFound, InvalidInput for a name that no row mentions."""
-    homes = {id(row): str(row.extra.get("adapter")).partition("@")[0] for row in rows}
+def _placed(hub: Hub, rows: Sequence[Example], names: Sequence[str] | None) -> tuple[list[Example], list[AdapterRef | None]]:
+    """(the rows that are measured, whose each is). With `names` those of these adapters; where no row says whose it is, all are the named one's.
+
+    Raises AdapterNotFound, InvalidInput for a name that no row mentions.
+    """
+    said = [home if isinstance(home := row.extra.get("adapter"), str) else None for row in rows]
+    resolve = cache(hub.registry.resolve)
+    if names is None:
+        return list(rows), [None if home is None else resolve(home) for home in said]
+    alone = not any(said) and len({_bare(name) for name in names}) == 1    # also two versions of one name
+    found: dict[tuple[int, AdapterRef], Example] = {}
     for name in names:
-        hub.registry.aliases(name)
-        if name not in homes.values():
-            raise InvalidInput(f"no row names the adapter {name!r}.", hint="The field `adapter` of a row says whose it is.")
-    return [row for row in rows if homes[id(row)] in names]
+        hub.registry.aliases(_bare(name))
+        mine = [i for i, home in enumerate(said) if alone or (home is not None and _is_of(home, name, resolve))]
+        if not mine and rows:
+            hint = "The field `adapter` of a row says whose it is; where no row has one and one adapter is named, all are its."
+            raise InvalidInput(f"no row names the adapter {name!r}.", hint=hint)
+        found |= {(i, resolve(name if alone or "@" in name else str(said[i]))): rows[i] for i in mine}
+    return list(found.values()), [home for _, home in found]
+
+
+def _bare(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _is_of(home: str, name: str, resolve: Callable[[str], AdapterRef]) -> bool:
+    """Whether a row that says `home` is meant by `name`: of two versions both count."""
+    return _bare(home) == _bare(name) and ("@" not in home or "@" not in name or resolve(home) == resolve(name))

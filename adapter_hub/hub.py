@@ -961,15 +961,18 @@ class Hub:
         """How good the answers to labelled rows are: over all, and of each adapter that rows name, oracle (named) and routed.
 
         Without `data` each adapter in production, or of the `names`, is measured on the evaluation set that is kept with it. Else a row
-        may name its adapter in the field `adapter`, and `names` restricts to rows of those.
+        may name its adapter in the field `adapter`, and `names` restricts to rows of those; where no row does, and one adapter (or several
+        versions of one) is named, all rows are its. A name with a version ("banking@2") measures that one.
 
         Always there: `rows`. Of the rows: `abstained`, and `accuracy`, the share whose whole answer is right as routed (no question of
         numbers). Where every row names its adapter: `routing_accuracy`, `accuracy_named`, the share right when that one is asked, and the `gap`
         of the two on the rows that both count. Where any does: `adapters`, for each version its `task`, `rows`, `oracle`, `routed`, their `gap`,
         `routing_accuracy`, `abstained`, and the `digest` of its rows, which a manifest's `evaluation_digest` compares with; and
         `mean_of_adapters`, `oracle` and `routed`: each metric's mean over the adapters that have it, however many rows each has.
-        Adapters that only their name reaches (`routed=False`, or neither examples nor a description) have `oracle` alone, and their rows,
-        counted as `by_name`, are in `accuracy_named` and in no figure of routing: nobody who does not name them is meant to reach them.
+        Adapters that only their name reaches (`routed=False`, neither examples nor a description, or not in production: retired, a candidate,
+        an old version) have `oracle` alone, and their rows, counted as `by_name`, are in `accuracy_named` and in no figure of routing: nobody
+        who does not name them is meant to reach them. Rows that ask for a label which their adapter does not have count as wrong, and are
+        told: `unknown_labels` of the adapter, the number of these `rows` and the first of the `labels`.
         One label: accuracy, macro_f1. Several: accuracy (all right), macro_f1. A number: rmse, mae, correlation. Spans: span_precision,
         span_recall, span_f1, token_accuracy. Texts: exact_match, rouge_l, chrf (the extra `evaluation`) and, oracle only, perplexity a token.
         Vectors: only their routing. Without `data` also `without`, the adapters of which no set is kept, and of an adapter `unlabelled`, the

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from adapter_hub.cli import app
 from adapter_hub.engine.engine import Request
 from adapter_hub.errors import AdapterNotFound, HubError, InvalidInput
+from adapter_hub.evaluation import Kind, Task
 from adapter_hub.examples import Example, digest_of, read_examples
 from adapter_hub.hub import Hub
 from adapter_hub.registry.manifest import Manifest
@@ -201,12 +202,66 @@ def test_rows_whose_answers_are_no_question_of_accuracy_are_found_before_any_is_
     assert not asked
 
 
-def test_a_version_that_is_not_in_production_is_measured_by_its_name_and_number(hub: Hub, made: Path) -> None:
+def test_a_version_that_is_not_in_production_is_measured_by_its_name_and_number_and_not_as_routed(hub: Hub, made: Path) -> None:
+    """Previously the answers of the one in production counted as its routed ones, and what was retired as the router's mistakes."""
     folder = make_adapter(hub.base, made / "other", seed=31, size=0.5)
     ref = hub.register("colours", folder, EXAMPLES["colours"], evaluation=ROWS["colours"], labels=["red", "blue"], promote=False)
-    found = hub.evaluate(names=[str(ref), "colours"])
-    assert list(found["adapters"]) == ["colours@1", "colours@2"] and found["routing_accuracy"] == 1.0
-    assert found["adapters"]["colours@2"]["routed"] == found["adapters"]["colours@1"]["routed"]
+    alone = hub.evaluate(names=["colours", "moods"])
+    assert list(hub.evaluate(names=[str(ref), "colours"])["adapters"]) == ["colours@1", "colours@2"]
+    for change in (lambda: None, lambda: hub.promote(ref), lambda: hub.retire("colours@1")):
+        change()
+        out = "colours@2" if hub.registry.resolve("colours").version == 1 else "colours@1"
+        found = hub.evaluate(names=[out, "colours", "moods"])
+        assert found["by_name"] == 4 and found["rows"] == 12 and found["routing_accuracy"] == 1.0
+        assert set(found["adapters"][out]) == {"task", "rows", "oracle", "digest"} and found["adapters"][out]["oracle"]
+        assert found["accuracy"] == hub.evaluate(names=["colours", "moods"])["accuracy"] and found["abstained"] == alone["abstained"]
+    given = hub.evaluate([{**row, "adapter": "colours@1"} for row in ROWS["colours"]])
+    assert given["by_name"] == 4 and not {"accuracy", "routing_accuracy", "abstained"} & set(given)
+
+
+def test_rows_that_name_no_adapter_are_the_one_that_is_named(hub: Hub, made: Path, root: Path, tmp_path: Path) -> None:
+    """Previously "no row names the adapter 'colours'"."""
+    for name in ("colours", "moods", "stars", "names"):
+        assert hub.evaluate(ROWS[name], names=[name]) == hub.evaluate([{**row, "adapter": name} for row in ROWS[name]])
+    ref = str(hub.register("colours", make_adapter(hub.base, made / "another", seed=7, size=0.5), EXAMPLES["colours"], labels=["red", "blue"]))
+    both = hub.evaluate(ROWS["colours"], names=["colours@1", ref])    # two versions on the same rows
+    assert list(both["adapters"]) == ["colours@1", ref] and {told["rows"] for told in both["adapters"].values()} == {4}
+    mine = [{**row, "adapter": "colours"} for row in ROWS["colours"]]
+    assert list(hub.evaluate([*mine, ROWS["colours"][0]], names=["colours@1"])["adapters"]) == ["colours@1"]
+    assert hub.evaluate([*mine, ROWS["moods"][0]], names=["colours"])["rows"] == 4    # where some say whose they are, others are nobody's
+    for names, says in ((["moods", "stars"], "no row names the adapter 'moods'"), (["moods"], "no row names the adapter 'moods'")):
+        with pytest.raises(InvalidInput, match=says):
+            hub.evaluate(ROWS["moods"] if len(names) > 1 else mine, names=names)
+    with pytest.raises(AdapterNotFound, match="Closest: 'colours'"):
+        hub.evaluate(ROWS["colours"], names=["colurs"])
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS["colours"]))
+    asked = CliRunner().invoke(app, ["evaluate", "colours@1", "--data", str(data), "--registry", str(root), "--json"])
+    assert json.loads(asked.stdout)["adapters"]["colours@1"]["oracle"].keys() == {"accuracy", "macro_f1"}, asked.output
+
+
+def test_labels_that_an_adapter_does_not_know_count_as_wrong_and_are_told(hub: Hub, root: Path, tmp_path: Path) -> None:
+    """Previously they were wrong without a word."""
+    rows = [*ROWS["colours"], {"text": "paint the fifth", "label": "purple"}, {"text": "paint the sixth", "label": "green"}]
+    told = hub.evaluate(rows, names=["colours"])["adapters"]["colours@1"]
+    known = hub.evaluate(ROWS["colours"], names=["colours"])["adapters"]["colours@1"]
+    assert told["unknown_labels"] == {"rows": 2, "labels": ["green", "purple"]} and "unknown_labels" not in known
+    assert told["oracle"]["accuracy"] == pytest.approx(known["oracle"]["accuracy"] * 4 / 6)
+    moods = hub.evaluate([*ROWS["moods"], {"text": "feel it", "labels": ["joy", "awe"]}], names=["moods"])["adapters"]["moods@1"]
+    spans = [{"start": 0, "end": 4, "label": label} for label in ("PER", "ORG")]
+    names = hub.evaluate([{"text": "meet it", "spans": spans}], names=["names"])["adapters"]["names@1"]
+    assert moods["unknown_labels"] == {"rows": 1, "labels": ["awe"]} and names["unknown_labels"] == {"rows": 1, "labels": ["ORG"]}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = CliRunner().invoke(app, ["evaluate", "colours", "--data", str(data), "--registry", str(root)])
+    said = "colours@1 does not know what 2 of its 6 rows ask for, such as 'green': these labels count as wrong."
+    assert said in drawn.stdout.splitlines(), drawn.output
+
+
+def test_a_span_that_a_tagged_head_names_by_its_bare_label_is_known() -> None:
+    task = Task(Kind.SPANS, ("O", "B-PER", "I-PER"))
+    row = Example("meet it", extra={"spans": [{"start": 0, "end": 4, "label": "PER"}, {"start": 5, "end": 7, "label": "LOC"}]})
+    assert task.unknown(row) == {"LOC"}
 
 
 def test_rows_without_a_target_count_for_routing_alone(hub: Hub, made: Path) -> None:

@@ -732,7 +732,7 @@ def test_a_hub_that_closes_answers_what_was_submitted(filled: Hub) -> None:
         (lambda h: Hub.open(None), InvalidInput, "not NoneType"),
         (lambda h: h.predict(["x"], adapters="colours", max_false_reject=0.1), InvalidInput, "exclude each other"),
         (lambda h: h.evaluate(COLOURS, names=["colurs"]), AdapterNotFound, "Closest: 'colours'"),
-        (lambda h: h.evaluate(COLOURS, names=["colours"]), InvalidInput, "no row names the adapter 'colours'"),
+        (lambda h: h.evaluate([{**COLOURS[0], "adapter": "animals"}], names=["colours"]), InvalidInput, "no row names the adapter 'colours'"),
         (lambda h: h.list(task_type="FOO"), InvalidInput, "'FOO' is not a task type. Known are SEQ_CLS"),
         (lambda h: h.predict(["x"], adapters=["colours", None]), InvalidInput, "2 adapters were named for 1 texts"),
         (lambda h: h.predict(["x"], adapters="colurs"), AdapterNotFound, "Closest: 'colours'"),
