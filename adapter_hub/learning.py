@@ -21,7 +21,7 @@ from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from adapter_hub.arguments import rows_of, task_type_of
 from adapter_hub.continual.gate import Evidence, GatePolicy, GateReport, Verdict, judge
 from adapter_hub.engine.generation import check_generation, merged
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import CHOSE, Example, as_examples, check_targets, chose, digest_of, measuring_digest, read_examples
 from adapter_hub.refs import PRODUCTION, AdapterRef, check_name
 from adapter_hub.registering import Prepared, by_name, effect_of_next, prepare, routing_files, sound_states, store, warn_of_labels, warn_of_twins
@@ -202,7 +202,7 @@ def _nearest(hub: Hub, name: str, state: RoutingState) -> Sequence[tuple[Adapter
     """The closest to `state` of the adapters in production of other names."""
     from adapter_hub.routing.nearest import nearest
 
-    return nearest(state, sound_states(hub, (ref for ref in hub.live.snapshot().refs if ref.name != name)))
+    return nearest(state, sound_states(hub, (ref for ref in hub.live.snapshot(routing=False).refs if ref.name != name)))
 
 
 def _current(hub: Hub, name: str) -> Current | None:
@@ -324,6 +324,6 @@ def teach(
     files |= routing_files(hub, state, [*kept, *rows], held_out, [*texts_of[NEGATIVES_FILE], *refused])
     if promote is None:
         promote = hub.registry.aliases(old.name).get(PRODUCTION) == old.version
-    reason = f"taught {len(rows)} texts" + (f", and {len(refused)} that are none of its" if refused else "")
+    reason = f"taught {counted(len(rows), 'text')}" + (f", and {len(refused)} that are none of its" if refused else "")
     facts = manifest.facts(parent=str(old), evaluation_digest=digest)
     return store(hub, old.name, facts, files, state, promote=promote, reason=reason)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adapter_hub.adapters.config import ProblemType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, fetch_adapter
 from adapter_hub.arguments import texts_of
-from adapter_hub.errors import CorruptVersion, InvalidInput, ModelNotFound, NotRoutable, WrongBase
+from adapter_hub.errors import CorruptVersion, InvalidInput, ModelNotFound, NotRoutable, WrongBase, counted
 from adapter_hub.examples import Example, jsonl_of, measuring_digest
 from adapter_hub.refs import AdapterRef
 from adapter_hub.registry.layout import EVALUATION_FILE, EXEMPLARS_FILE, NEGATIVES_FILE
@@ -120,7 +120,8 @@ def prepare(
     warn_of_labels(name, rows, label_names)
     for what, given, kept in (("evaluation inputs", held_out, state.evaluation), ("negatives", refused, state.negatives)):
         if dropped := len(given) - len(kept):
-            log.warning("%d of the %d %s of %s are among its examples or negatives, and dropped.", dropped, len(given), what, name)
+            all_, are = counted(len(given), what.removesuffix("s"), what), "is" if dropped == 1 else "are"
+            log.warning("%d of the %s of %s %s among its examples or negatives, and dropped.", dropped, all_, name, are)
     if not state.count:
         log.warning("%s has no examples and no description: the router never chooses it, only its name reaches it.", name)
     if len(state.evaluation) < len(held_out):
@@ -159,10 +160,10 @@ def warn_of_labels(name: str, rows: Sequence[Example], labels: Sequence[str]) ->
     unknown = Counter(row.label for row in rows if row.label is not None and row.label not in labels) if labels else Counter()
     if unknown:
         shown = ", ".join(f"{label!r} ({count})" for label, count in unknown.most_common(LABELS_SHOWN))
-        more = f", … ({len(unknown)} labels)" if len(unknown) > LABELS_SHOWN else ""
+        more, one = f", … ({len(unknown)} labels)" if len(unknown) > LABELS_SHOWN else "", unknown.total() == 1
         log.warning(
-            "%d of the %d examples of %s have a label that its head does not know, and are classes for the router alone: %s%s.",
-            unknown.total(), len(rows), name, shown, more,
+            "%d of the %s of %s %s for the router alone: %s%s.", unknown.total(), counted(len(rows), "example"), name,
+            f"{'has' if one else 'have'} a label that its head does not know, and {'is a class' if one else 'are classes'}", shown, more,
         )    # fmt: skip
 
 
@@ -203,7 +204,7 @@ def effect_of(hub: Hub, ref: str | AdapterRef) -> Effect:
 
 def effect_of_next(hub: Hub, name: str, state: RoutingState, exemplars_max: int | None = None, gone: Collection[AdapterRef] = ()) -> Effect:
     """Of a version that is not stored yet; with `exemplars_max` estimated on so many exemplars of all adapters together."""
-    now = hub.live.snapshot()
+    now = hub.live.snapshot(routing=False)
     version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
     return _effect(hub, now, AdapterRef(name, version + 1), state, exemplars_max, gone)    # the number it gets is not known yet
 
@@ -255,7 +256,8 @@ def warn_of_twins(hub: Hub, name: str, state: RoutingState, gone: Collection[Ada
     for other, count in hub.live.twins(name, state).items():
         if other in gone:
             continue
-        log.warning("%d of the examples of %s are those of %s too, and go to either: an example should belong to one.", count, name, other)
+        also = f"is one of {other} too, and goes" if count == 1 else f"are those of {other} too, and go"
+        log.warning("%d of the examples of %s %s to either: an example should belong to one.", count, name, also)
 
 
 def _loses_too_much(hub: Hub, name: str, state: RoutingState) -> Taken | None:

@@ -296,6 +296,22 @@ def test_a_registry_is_filled_used_checked_and_shared_by_verbs_alone(made: Path,
     assert code == 0 and json.loads(out)[0]["adapter"] == "colours@1", err
 
 
+def test_learn_prints_json_alone_beside_a_bar_and_each_reason_once(made: Path, tmp_path: Path) -> None:
+    """Previously the trainer's losses stood on stdout among the JSON, and the gate's reason was printed twice."""
+    registry = ["--registry", str(tmp_path / "registry")]
+    code, out, err = invoke("init", *registry, "--base-model", str(made / "bert"), "--encoder", "hash", "--keep", "text")
+    assert code == 0 and re.search(r"^keep +text$", out, re.MULTILINE) and 'keep = "text"' in (tmp_path / "registry" / "hub.toml").read_text(), err
+    words = lines(tmp_path / "words.jsonl", [{"text": f"{word} number {i}", "label": word} for word in ("apple", "zebra") for i in range(12)])
+    learn = ["learn", "words", words, "--config", '{"epochs": 2, "steps_min": 0, "progress": true}', "--promote", "always", *registry]
+    done = as_process(*learn, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["ref"] == "words@1", done.stderr
+    assert "100%" in done.stderr and done.stderr.count("eval_accuracy") == 2
+    code, out, err = invoke(*learn)
+    gate = json.loads((tmp_path / "registry/adapters/words/2/gate.json").read_text())
+    [validation] = [found["reason"] for found in gate["findings"] if found["check"] == "validation"]
+    assert code == 0 and out.count(validation) == 1, out
+
+
 def test_what_is_asked_wrongly_or_without_result_is_said(made: Path, tmp_path: Path) -> None:
     registry = ["--registry", str(made / "registry")]
     adapter = ["register", "shades", str(made / "colours"), *registry]

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from adapter_hub.errors import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -95,11 +97,12 @@ def learned(document: Mapping[str, JSON]) -> None:
     line(f"reason: {document['reason']}")
     tried = document.get("transfer", {"trials": (), "unfit": {}})
     for trial in tried["trials"]:
-        line(f"  start from {' and '.join(trial['origins'])}: {trial['advantage']:+.3f} ± {trial['error']:.3f} nats a row")
+        gained = f"{trial['advantage']:+.3f} ± {trial['error']:.3f} nats a row on all {counted(tried['rows'], 'row')}"
+        line(f"  start from {' and '.join(trial['origins'])}: {gained}")
     for ref, why in tried["unfit"].items():
         line(f"  no start from {ref}: {why}")
     for finding in gate["findings"]:
-        if finding["reason"]:
+        if finding["reason"] and finding["reason"] not in document["reason"]:    # which is made of those that decided
             line(f"  {finding['verdict']}: {finding['check']}: {finding['reason']}")
     for note in gate["notes"]:
         line(f"  note: {note}")
@@ -253,6 +256,10 @@ def evaluated(document: Mapping[str, JSON]) -> None:
         each.append({"adapter": "mean of adapters", **document["mean_of_adapters"]})
     if each:
         rows([{column: told.get(column) for column in columns} for told in each])
+    for one in each:
+        if unknown := one.get("unknown_labels"):
+            told = f"{one['adapter']} does not know what {unknown['rows']} of its {counted(one['rows'], 'row')} ask for"
+            line(f"{told}, such as {unknown['labels'][0]!r}: these labels count as wrong.")
     if without := document.get("without"):
         line(f"No evaluation set is kept of {', '.join(without)}: give --data FILE, or keep texts (hub.toml) and register with --evaluation.")
 
@@ -307,7 +314,7 @@ def attended(document: Mapping[str, JSON]) -> None:
         line(f"{one['adapter']}  {one['step']}{made}: {one['reason']}")
         figures = one.get("evaluation") or {}
         if ways := [f"{way} {figures[way]['accuracy']:.3f}" for way in ("oracle", "routed") if "accuracy" in figures.get(way, {})]:
-            line(f"  evaluated on {figures['rows']} rows: {', '.join(ways)}")
+            line(f"  evaluated on {counted(figures['rows'], 'row')}: {', '.join(ways)}")
     if document["dry_run"]:
         line("a dry run: nothing was done")
 
@@ -321,7 +328,7 @@ def mapped(document: Mapping[str, JSON]) -> None:
     if document["edges"]:
         rows([{key: edge.get(key) for key in ("kind", "source", "target", "value", "inputs")} for edge in document["edges"]])
     for pair in document["near_duplicates"]:
-        common = f", {len(pair['labels'])} labels in common" if pair["labels"] else ""
+        common = f", {counted(len(pair['labels']), 'label')} in common" if pair["labels"] else ""
         line(f"near-duplicates: {' and '.join(pair['adapters'])} (closeness {shown(pair['closeness'])}{common}). To try: {pair['proposal']}")
     for note in document["notes"]:
         line(f"note: {note}")
@@ -337,7 +344,7 @@ def proposed(documents: Sequence[Mapping[str, JSON]]) -> None:
     """Each proposal in words, then a group a line."""
     for document in documents:
         near = ", ".join(f"{one['adapter']} {100 * one['share']:.0f} %" for one in document["nearest"])
-        size = f"{document['size']} inputs in {len(document['groups'])} groups"
+        size = f"{counted(document['size'], 'input')} in {counted(len(document['groups']), 'group')}"
         line(f"{document['id']}  {document['suggested']}: {size}; nearest {near or 'no adapter'}")
         line(f"  cohesion {document['cohesion']:.2f}, stability {document['stability']:.2f}, since {document['at']}")
         if document["state"] == "open":
@@ -359,7 +366,7 @@ def accepted(document: Mapping[str, JSON], output: str) -> None:
         line(f"{document['ref']} was taught them.")
     elif output:
         again = f"adapter-hub accept {' '.join(document['ids'])} --name {document['name']} --train {output}"
-        line(f"{len(document['rows'])} rows are in {output}. Fill in their labels, then `{again}`.")
+        line(f"{counted(len(document['rows']), 'row is', 'rows are')} in {output}. Fill in their labels, then `{again}`.")
     else:
         rows(document["rows"])
         line("Label them: --label ID=LABEL for groups, or --output FILE and then --train FILE.")

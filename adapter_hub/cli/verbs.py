@@ -62,7 +62,7 @@ from adapter_hub.cli.console import (
     verified,
     versions,
 )
-from adapter_hub.errors import HubError, InvalidInput
+from adapter_hub.errors import HubError, InvalidInput, counted
 
 if TYPE_CHECKING:
     from adapter_hub.chat import Conversation
@@ -167,6 +167,7 @@ def init(
     base_model: Annotated[str, typer.Option(help="Hub id or folder of the frozen base model; by default all-MiniLM-L6-v2.")] = "",
     encoder: Annotated[str, typer.Option(help='Hub id or folder of the text encoder, or "hash"; by default all-MiniLM-L6-v2.')] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Longest input; by default the base model's.", min=1)] = None,
+    keep: Annotated[Literal["vectors", "text"], typer.Option(help="What is stored of examples; text: learning on replays them.")] = "vectors",
     database: Annotated[str, typer.Option(help="PostgreSQL URL for the catalogue; by default it is a file in PATH.")] = "",
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
@@ -175,9 +176,9 @@ def init(
 
     chosen: dict[str, Any] = {key: value for key, value in {"base_model": base_model, "encoder": encoder}.items() if value}
     chosen |= {key: ctx.find_root().obj[key] for key in ("device", "precision")}
-    hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, **chosen)
+    hub = Hub.create(path or registry, max_tokens=max_tokens, database=database or None, policy={"keep": keep}, **chosen)
     made = {"registry": path or registry, "base_model": hub.config.base_model, "base_fingerprint": hub.config.base_fingerprint}
-    emit(made | {"encoder": hub.config.encoder, "max_tokens": hub.config.max_tokens}, as_json, facts)
+    emit(made | {"encoder": hub.config.encoder, "max_tokens": hub.config.max_tokens, "keep": hub.config.keep}, as_json, facts)
 
 
 @_verb("register", "adapter-hub register banking ./my-peft-folder --examples train.jsonl --labels labels.json")
@@ -215,7 +216,7 @@ def register(
     if routed and not known and not description.strip():
         said += "; only its name reaches it: `adapter-hub teach` shows the router what belongs to it"
     kept = len(hub.state(ref).evaluation) if routed else len(held_out)
-    said += f"; {kept} of {len(held_out)} evaluation inputs are kept" if held_out else ""
+    said += f"; {kept} of {counted(len(held_out), 'evaluation input is', 'evaluation inputs are')} kept" if held_out else ""
     emit({"ref": ref, "production": live, "examples": len(known), "evaluation": kept}, as_json, lambda _: line(said))
 
 
@@ -300,7 +301,7 @@ def teach(
 
     known, refused = (read_examples(Path(rows)) if rows else [] for rows in (file, negatives))
     taught = _open(ctx, registry).teach(ref, known, negatives=refused)
-    said = f"{taught} knows {len(known)} more inputs" + (f", and {len(refused)} that are none of its" if refused else "")
+    said = f"{taught} knows {counted(len(known), 'more input')}" + (f", and {len(refused)} that are none of its" if refused else "")
     emit({"ref": taught, "examples": len(known), "negatives": len(refused)}, as_json, lambda _: line(said))
 
 
@@ -557,11 +558,16 @@ def _options(values: dict[str, Any]) -> list[Any]:
     return [word for option, value in values.items() if value is not None for word in (option, value)]
 
 
-@_verb("evaluate", "adapter-hub evaluate --data held_out.jsonl")
+@_verb("evaluate", "adapter-hub evaluate banking --data held_out.jsonl")
 def evaluate(
     ctx: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these; by default all.", autocompletion=complete_ref)] = None,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Rows with `text`, `label` and, where known, `adapter`; by default the sets kept.")] = "",
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[REF]...", help="Only these: name, or name@3; by default all.", autocompletion=complete_ref)
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Rows with `text`, `label` and, unless all are the named one's, `adapter`; by default the sets kept."),
+    ] = "",
     max_false_reject: Rate = 0.0, ask: Ask = 1,
     registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:

@@ -52,18 +52,23 @@ class LiveRouter:
         self._failed: set[tuple[str, str]] = set()  # (task, head digest) that failed in the background: not tried again for each input
         self._keys: Mapping[AdapterRef, frozenset[int]] = {}    # hashes of exemplars
         self._warned: int | None = -1
+        self._looked = -1                       # the event as of which it was last seen whether there is something to warn of
         self._begun: int | None = -1                # number of the newest calibration when the router began
 
     # ---- hand out ---------------------------------------------------------------------------------------------------
 
-    def snapshot(self, *, settled: bool = False) -> Router:
+    def snapshot(self, *, settled: bool = False, routing: bool = True) -> Router:
         """The router over the versions in production now. `settled` waits for the head that knows all of them.
+
+        Where nothing is to be routed by it (`routing=False`) it is not warned that its thresholds are off: the first input will bring that.
 
         The first snapshot is settled in any case: a process that ends soon would never see what it left to the background.
         """
         while True:
             with self._lock:
                 self._follow()
+                if routing:
+                    self._warn_if_young()
                 router, event = self._router, self._event
                 assert router is not None
                 known = self._solved == router.head_digest
@@ -156,7 +161,6 @@ class LiveRouter:
         if self._event < 0 and self._solved != self._router.head_digest:    # the saved router was behind
             self._solved = None
         self._event = standing.event
-        self._warn_if_young()
 
     def _is_over(self, newest: int | None) -> bool:
         """Whether the router must begin again: under another calibration than its own, or than the one that its own stands in for."""
@@ -248,8 +252,9 @@ class LiveRouter:
     def _warn_if_young(self) -> None:
         assert self._router is not None
         calibration, refs = self._router.calibration, self._router.refs
-        if calibration is None or not refs or self._warned == calibration.id:
+        if calibration is None or not refs or self._warned == calibration.id or self._looked == self._event:
             return
+        self._looked = self._event
         if calibration.of_earlier_head:
             self._warned = calibration.id
             log.warning("calibration %s was measured under an earlier head, and thresholds are off: see `adapter-hub calibrate`.", calibration.id)
@@ -257,8 +262,8 @@ class LiveRouter:
         known = sum(ref in calibration.centres for ref in refs)
         if known < YOUNG * len(refs):
             self._warned = calibration.id
-            said = "calibration %s knows %d of the %d adapters in production, thresholds of the others are estimates: see `adapter-hub calibrate`."
-            log.warning(said, calibration.id, known, len(refs))
+            whom = f"{known} of the {len(refs)} adapters in production, thresholds of the others" if known else "no version in production, thresholds"
+            log.warning("calibration %s knows %s are estimates: see `adapter-hub calibrate`.", calibration.id, whom)
 
     # ---- calibrate --------------------------------------------------------------------------------------------------
 

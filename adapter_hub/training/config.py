@@ -49,7 +49,7 @@ class TrainConfig:
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
     report_to: tuple[str, ...] = ()        # some of TRACKERS; `trackers` says where the logs are
-    progress: bool = False                 # show the trainer's own bar and losses
+    progress: bool = False                 # show the trainer's own bar and losses, on stderr
 
     def __post_init__(self) -> None:
         for name in ("report_to", "target_modules"):

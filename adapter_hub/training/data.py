@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example, check_targets, text_fault
 from adapter_hub.training.report import AS_NUMBERS, asked, equal_texts, near_duplicates, seem_numbers
 
@@ -27,7 +27,8 @@ def task_seed(seed: int, task: str, labels: Sequence[str]) -> int:
 def check_rows(rows: Sequence[Example], what: str = "training") -> tuple[str, ...]:
     """The labels of the rows, sorted. Raises InvalidInput with the position (from 1) of the first row that will not do."""
     if len(rows) < 2:
-        raise InvalidInput(f"{len(rows)} {what} rows are too few.", hint="Give at least two rows with different labels.")
+        few = counted(len(rows), f"{what} row is", f"{what} rows are")
+        raise InvalidInput(f"{few} too few.", hint="Give at least two rows with different labels.")
     check_targets(rows, what, ("label",))
     labels: set[str] = set()
     for position, row in enumerate(rows, 1):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.frozen import HIDDEN
@@ -73,9 +74,22 @@ def trainer_of(
     )
     if config.patience:
         trainer.add_callback(_Patience(config.patience))
-    if not config.progress:
-        trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Bar)
     return trainer
+
+
+class _Bar(ProgressCallback):
+    """Bars and losses on stderr, where transformers writes the losses to stdout: that belongs to whoever calls."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any] | None = None, **_: Any
+    ) -> None:
+        bar: Any = self.training_bar    # of a type that transformers does not say
+        if bar is not None:
+            shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in (logs or {}).items() if key != "total_flos"}
+            bar.write(str(shown), file=sys.stderr)
 
 
 class _Patience(EarlyStoppingCallback):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adapter_hub.errors import counted
 from adapter_hub.examples import Example
 
 SIMILAR = 0.85          # one word of ten differs
@@ -97,11 +98,13 @@ class DataReport:
         if self.contradictions_count:
             first, what = self.contradictions[0], "labels" if self.rows_per_label else "targets"
             shown = ", ".join(map(repr, first.labels))
-            found.append(f"{_texts(self.contradictions_count)} with two {what} or more, as {first.text[:60]!r}: {shown}")
+            texts = counted(self.contradictions_count, "text stands", "texts stand")
+            found.append(f"{texts} with two {what} or more, as {first.text[:60]!r}: {shown}")
         if self.relabelled_count:
             one, what = self.relabelled[0], "label" if self.rows_per_label else "target"
             shown = f"{one.text[:60]!r}: {one.before!r} before, {one.now!r} now"
-            found.append(f"{_texts(self.relabelled_count)} with another {what} than the version before was taught, as {shown}")
+            texts = counted(self.relabelled_count, "text stands", "texts stand")
+            found.append(f"{texts} with another {what} than the version before was taught, as {shown}")
         if self.alike_labels_count:
             shown = " and ".join(map(repr, self.alike_labels[0]))
             more = f" (and {self.alike_labels_count - 1} more such sets)" if self.alike_labels_count > 1 else ""
@@ -112,24 +115,27 @@ class DataReport:
             found.append(f"all validation rows have the label {self.validation_label!r}: how the others are told from it is not measured")
         elif self.unvalidated_count:
             shown = ", ".join(map(repr, self.unvalidated[:LABELS_SHOWN])) + (", …" if self.unvalidated_count > LABELS_SHOWN else "")
-            labels = f"{self.unvalidated_count} label{'' if self.unvalidated_count == 1 else 's'} that training has"
+            labels = counted(self.unvalidated_count, "label that training has", "labels that training has")
             found.append(f"{labels} no validation row has, and nothing measures: {shown}")
         if self.leaks_count:
             leak = self.leaks[0]
             place = f"row {leak.validation_row}, row {leak.training_row} of training"
-            found.append(f"{self.leaks_count} validation rows stand in training too, or nearly, as {place}: what they measure flatters")
+            leaks = counted(self.leaks_count, "validation row stands", "validation rows stand")
+            found.append(f"{leaks} in training too, or nearly, as {place}: what is measured by that flatters")
         if self.imbalance >= IMBALANCED:
             (rare, few), (common, many) = self.rows_per_label[0], self.rows_per_label[-1]
-            found.append(f"{rare!r} has {few} rows and {common!r} {many}: class_weights=True lets all labels weigh alike")
+            found.append(f"{rare!r} has {counted(few, 'row')} and {common!r} {many}: class_weights=True lets all labels weigh alike")
         if self.held_out > HELD_OUT * self.rows:
-            kept = f"{self.held_out} of {self.rows} rows are held out to choose the epoch and to measure it"
+            are = "is" if self.held_out == 1 else "are"
+            kept = f"{self.held_out} of {counted(self.rows, 'row')} {are} held out to choose the epoch and to measure it"
             found.append(f"{kept}: with validation rows of your own all of them are trained on")
         if self.held_out_alike:
-            kept = f"{self.held_out_alike} of the {self.held_out} rows held out are near-duplicates of rows that are trained on"
-            found.append(f"{kept}, and what they measure flatters: validation rows of your own, written otherwise, would tell")
+            alike = "is a near-duplicate" if self.held_out_alike == 1 else "are near-duplicates"
+            kept = f"{self.held_out_alike} of the {counted(self.held_out, 'row')} held out {alike} of rows that are trained on"
+            found.append(f"{kept}, and what is measured by that flatters: validation rows of your own, written otherwise, would tell")
         if 0 < (rows := self.choosing + self.measuring) < VALIDATION_FEW:
             what = "the choice of the epoch and its figures rest" if self.choosing else "its figures rest"
-            found.append(f"{what} on {rows} validation row{'s' if rows > 1 else ''}: so few tell little, give more")
+            found.append(f"{what} on {counted(rows, 'validation row')}: so few tell little, give more")
         return tuple(found)
 
     def beside(self, relabelled: Sequence[Relabelled], *, given: bool) -> DataReport:
@@ -139,10 +145,6 @@ class DataReport:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"rows_per_label": dict(self.rows_per_label), "warnings": list(self.warnings)}
-
-
-def _texts(count: int) -> str:
-    return "1 text stands" if count == 1 else f"{count} texts stand"
 
 
 def _label(row: Example) -> str:
@@ -263,8 +265,8 @@ def _grams(texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(hashed 3-grams of one text after another (g,), where each text's begin and the last one's end (n + 1,))."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    counted: Any = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=2**20, norm=None, binary=True, alternate_sign=False)
-    matrix = counted.transform(list(texts) or [""])
+    counter: Any = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 3), n_features=2**20, norm=None, binary=True, alternate_sign=False)
+    matrix = counter.transform(list(texts) or [""])
     matrix.sort_indices()
     return matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
 

@@ -28,7 +28,7 @@ from transformers import (
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.base_model import Encoded, FrozenBase
 from adapter_hub.chat import Conversation, shortened
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example, check_targets, text_fault
 from adapter_hub.training.data import check_task
 from adapter_hub.training.evaluate import OUTSIDE, classifier_metrics, labels_metrics, number_metrics
@@ -431,7 +431,7 @@ def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequen
 
 def _check(rows: Sequence[Example], validation: Sequence[Example] | None, kind: type[Task]) -> None:
     if len(rows) < 2:
-        raise InvalidInput(f"{len(rows)} training rows are too few.", hint="Give at least two.")
+        raise InvalidInput(f"{counted(len(rows), 'training row is', 'training rows are')} too few.", hint="Give at least two.")
     if validation is not None and not validation:
         raise InvalidInput("the validation rows are empty.", hint="Leave validation out: then some training rows are held out.")
     for what, part in (("training", rows), ("validation", validation or ())):

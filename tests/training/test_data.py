@@ -25,7 +25,7 @@ def rows_of(counts: dict[str, int]) -> list[Example]:
     ("rows", "says"),
     [
         ([], "0 training rows are too few"),
-        (GOOD[:1], "1 training rows are too few"),
+        (GOOD[:1], "1 training row is too few"),
         ([*GOOD, Example("   ", "tool")], "training row 3 has a text that is empty"),
         ([GOOD[0], Example("a ripe fig"), GOOD[1]], "training row 2 has no label"),
         ([*GOOD, Example("a ripe fig", " ")], "training row 3 has no label"),

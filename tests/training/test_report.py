@@ -95,7 +95,7 @@ def test_held_out_rows_that_nearly_repeat_what_is_trained_on_are_counted() -> No
     parts = split(rows, None, 0.1, 0)
     report = report_of(rows, train=parts.train)
     assert (report.held_out, report.held_out_alike) == (8, 8)
-    assert "8 of the 8 rows held out are near-duplicates of rows that are trained on, and what they measure flatters" in report.warnings[-1]
+    assert "8 of the 8 rows held out are near-duplicates of rows that are trained on, and what is measured by that flatters" in report.warnings[-1]
     assert report_of([*rows, *apart], train=rows).held_out_alike == 0
 
 
@@ -122,6 +122,9 @@ def test_validation_rows_that_are_a_handful_are_said_with_what_rests_on_them() -
     assert replace(report, choosing=4, measuring=5).warnings == (
         "the choice of the epoch and its figures rest on 9 validation rows: so few tell little, give more",
     )
+    one = replace(report, leaks_count=1, leaks=(Leak(3, 1, "red"),), held_out_alike=1, held_out=1)
+    assert one.warnings[0].startswith("1 validation row stands in training too, or nearly, as row 1, row 3 of training")
+    assert one.warnings[1].startswith("1 of the 1 row held out is a near-duplicate of rows that are trained on")    # previously "1 rows"
     assert replace(report, measuring=1).warnings == ("its figures rest on 1 validation row: so few tell little, give more",)
 
 

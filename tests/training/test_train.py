@@ -163,7 +163,9 @@ def test_beside_a_bar_it_is_not_said_that_the_head_is_fresh(
 ) -> None:
     """Previously the bar brought transformers' report of weights that are missing."""
     train_classifier(base, ROWS[:24], config=replace(SHORT, progress=True), folder=tmp_path)
-    assert "100%" in capfd.readouterr().err and caplog.text == ""
+    out, err = capfd.readouterr()
+    assert "100%" in err and caplog.text == ""
+    assert out == "" and "eval_accuracy" in err    # previously the losses were on stdout
 
 
 def test_rows_that_chose_the_epoch_do_not_measure_it(base: FrozenBase, tmp_path: Path) -> None:
