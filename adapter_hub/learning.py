@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from adapter_hub.routing.statistics import RoutingState
     from adapter_hub.training.config import TrainConfig
     from adapter_hub.training.report import DataReport, Relabelled
+    from adapter_hub.training.tasks import Task
     from adapter_hub.training.train import TrainResult
     from adapter_hub.training.transfer import Transfer
 
 log = logging.getLogger("adapter_hub")
 
+PASSES_LONG = 20_000    # rows times epochs: more take minutes on few cores, and are told of before they begin
 FACTS = frozenset(("description", "tags", "license", "evaluation", "negatives", "metrics", "generation"))    # that `learn` passes on
 
 
@@ -117,8 +119,14 @@ def learn(
         # What reads like a new row to the router, and asks for something else, is given again: the router keeps one side of equal texts.
         texts, keys = {row.text for row in rows}, set(map(key, rows))
         rows = [*rows, *(row for row in current.exemplars if row.text in texts and key(row) not in keys)]
-    encoded = cache(lambda: build_state(hub.encoder, kind.routed(rows), "", evaluation, (), refused))
     learned_on = None if current is None or start in ("cold", "transfer") else current.ref
+    replayed = current.exemplars if current is not None and learned_on is not None else ()
+
+    @cache
+    def encoded() -> RoutingState:
+        _announce(name, [*{key(row): row for row in (*replayed, *rows)}.values()], kind.task, config or TrainConfig())
+        return build_state(hub.encoder, kind.routed(rows), "", evaluation, (), refused)
+
     before = cache(lambda: None if learned_on is None else _known(hub, learned_on))
 
     def seen() -> list[int]:
@@ -167,6 +175,17 @@ def learn(
     gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
     ref = hub.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
     return LearnReport(ref, good, reason, result.metrics, report, data, lesson.transfer)
+
+
+def _announce(name: str, rows: Sequence[Example], task: type[Task], config: TrainConfig) -> None:
+    """Say how much there is to do, so that nobody waits for minutes without a word."""
+    labels = len({label for row in rows for label in task.named(row)})
+    what = f"{len(rows)} rows{f' of {labels} labels' if labels else ''} with epochs={config.epochs}"
+    if len(rows) * config.epochs <= PASSES_LONG or config.progress:
+        log.info("%s: it is learned from %s.", name, what)
+    else:
+        bar = """progress=True in the config (`--config '{"progress": true}'`) shows how far it is"""
+        log.warning("%s: it is learned from %s, which takes minutes; %s.", name, what, bar)
 
 
 def _relabelled(

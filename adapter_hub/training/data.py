@@ -83,11 +83,12 @@ def _numbers_hint(labels: Sequence[str]) -> str:
 def hold_out(
     rows: Sequence[Example], share: float, seed: int, stratum: Callable[[Example], str] = label_of
 ) -> tuple[list[Example], list[Example]]:
-    """(training, validation): of each label (or other `stratum`) `share` of its rows, at least one, never all. Order is kept.
+    """(training, validation): of each label (or other `stratum`) `share` of its rows, rounded, at least one, never all. Order is kept.
 
-    Where one of each would be more than `share` of all rows and ROWS_ABOVE, labels of the fewest rows keep theirs. Near-duplicates stay on
-    one side, whatever their labels; groups that are too large for what is to be held out are trained on. Only where all are, those stay
-    together that read the same. Raises InvalidInput when no row can be held out.
+    All together may be `share` of all rows, or what the labels add up to whose share is a row or more, since each is rounded; and ROWS_ABOVE
+    rows, or as many again, beyond. Where one of each label would be more, labels of the fewest rows keep theirs. Near-duplicates stay on one
+    side, whatever their labels; groups that are too large for what is to be held out are trained on, and with them half of the label's other
+    rows. Only where all groups are, those stay together that read the same, however many. Raises InvalidInput when no row can be held out.
     """
     check_held_out(rows, stratum)
     names, texts = list(map(stratum, rows)), list(map(asked, rows))

@@ -272,6 +272,19 @@ def test_the_same_rows_again_are_compared_on_what_measured_the_version_before(ta
     assert texts(kept) < texts(hub.kept(grown.ref, "evaluation.jsonl"))
 
 
+def test_a_training_that_takes_minutes_is_told_of_before_it_begins(
+    taught: Mapping[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Previously nothing was said until it was done."""
+    hub, once = opened(taught, "text", tmp_path), replace(CONFIG, epochs=1)
+    for limit, progress in ((len(OLD), False), (len(OLD) - 1, True)):
+        monkeypatch.setattr("adapter_hub.learning.PASSES_LONG", limit)
+        hub.learn("short", OLD, config=replace(once, progress=progress), promote="never")
+        assert "is learned from" not in caplog.text
+    hub.learn("long", OLD, config=once, promote="never")
+    assert 'long: it is learned from 24 rows of 2 labels with epochs=1, which takes minutes; progress=True in the config' in caplog.text
+
+
 def test_what_is_refused_is_refused_before_anything_is_encoded(taught: Mapping[str, Path], tmp_path: Path) -> None:
     """Previously the kept rows of a version that only its name reaches were encoded first."""
     hub = opened(taught, "text", tmp_path)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from adapter_hub.errors import InvalidInput
@@ -85,17 +89,12 @@ def test_holding_out_splits_the_rows_and_leaves_every_label_to_train_on(counts: 
     assert (train, held_out) == hold_out(rows, share, seed)
 
 
-def test_a_new_label_does_not_reshuffle_what_is_held_out_of_the_others() -> None:
-    _, before = hold_out(rows_of({"a": 20, "b": 20}), 0.2, 5)
-    _, after = hold_out(rows_of({"a": 20, "b": 20, "c": 20}), 0.2, 5)
-    assert before == [row for row in after if row.label != "c"]
-
-
 def test_the_share_is_taken_of_each_label() -> None:
     _, held_out = hold_out(rows_of({"a": 100, "b": 20, "c": 4}), 0.1, 0)
     assert [sum(row.label == label for row in held_out) for label in "abc"] == [10, 2, 1]
 
 
+@cache
 def worded(seed: int) -> str:
     return " ".join(f"{random.Random(seed + 0.01 * place).randrange(36**5):x}" for place in range(12))
 
@@ -104,6 +103,127 @@ def apart(counts: dict[str, int]) -> list[Example]:
     """So many rows of each label, no two alike."""
     labels = [label for label, count in counts.items() for _ in range(count)]
     return [Example(worded(number), label) for number, label in enumerate(labels)]
+
+
+def grouped(*groups: str) -> list[Example]:
+    """One row for each letter, its label; the rows of one group are near-duplicates of each other, and read otherwise."""
+    return [Example(f"{worded(10_000 + number)} {place}", label) for number, group in enumerate(groups) for place, label in enumerate(group)]
+
+
+def held_by_label(rows: list[Example], share: float = 0.1, seed: int = 0) -> Counter[str | None]:
+    return Counter(row.label for row in hold_out(rows, share, seed)[1])
+
+
+def held_of_each_size(counts: Sequence[int], share: float) -> dict[int, int]:
+    """How many rows are held out of all labels of so many rows, no two of which are alike, by the rules in words.
+
+    Each label's share is rounded, is one row at least, and leaves one. All together may be the rounded share of all rows, or what the labels add up
+    to whose share is a row or more; labels of fewer than 4 rows, unless there are no others, keep to that, and others may go 10 rows, or as much
+    again, beyond. Labels of many rows come first.
+    """
+    wanted = {count: min(count - 1, max(1, math.floor(count * share + 0.5))) for count in counts}
+    shares = sum(wanted[count] for count in counts if count * share >= 1)
+    total, found = max(1, math.floor(sum(counts) * share + 0.5), shares), dict[int, int]()
+    for count in sorted(set(counts), reverse=True):
+        room = total if count < 4 and count < max(counts) else total + min(total, 10)
+        found[count] = min(wanted[count] * counts.count(count), room - sum(found.values()))
+        found[count] = max(found[count], 0)
+    return found
+
+
+@given(st.lists(st.integers(1, 24), min_size=2, max_size=20), st.sampled_from([0.05, 0.1, 0.2, 0.5, 0.9]), st.integers(0, 99))
+@example([10] * 40 + [15] * 40, 0.1, 0)    # shares of exactly one row count, and are what all may be
+@example([3] * 20 + [4] * 20, 0.1, 0)
+@example([40, 3, 3, 4, 5], 0.1, 0)
+@example([4] * 5, 0.1, 0)
+@example([2, 2], 0.1, 0)
+def test_of_rows_that_are_not_alike_each_label_has_its_rounded_share_held_out(counts: list[int], share: float, seed: int) -> None:
+    assume(max(counts) > 1)
+    rows = apart({f"l{number}": count for number, count in enumerate(counts)})
+    held = held_by_label(rows, share, seed)
+    found = {count: sum(held[f"l{number}"] for number, other in enumerate(counts) if other == count) for count in counts}
+    assert found == held_of_each_size(counts, share)
+
+
+GROUPS = st.lists(st.text("aaabbc", min_size=1, max_size=7), min_size=1, max_size=14)
+
+
+@given(GROUPS, st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.integers(0, 99), st.randoms())
+@example(["aa", "b" * 20], 0.1, 0, random.Random(0))
+@example(["ab", "b" * 20], 0.1, 0, random.Random(0))
+@example(["ab", "ab", "cb", "ca"], 0.5, 0, random.Random(0))
+def test_rows_are_parted_in_their_order_and_near_duplicates_stay_on_one_side(
+    groups: list[str], share: float, seed: int, shuffled: random.Random
+) -> None:
+    rows = [replace(row, id=place) for place, row in enumerate(grouped(*groups))]
+    counts = Counter(row.label for row in rows)
+    assume(max(counts.values()) > 1)
+    shuffled.shuffle(rows)
+    train, held = hold_out(rows, share, seed)
+    out = {row.id for row in held}
+    assert held and [row for row in rows if row.id in out] == held and [row for row in rows if row.id not in out] == train
+    assert {row.label for row in train} == set(counts)    # each label keeps a row
+    rounded = {count: min(count - 1, max(1, math.floor(count * share + 0.5))) for count in counts.values()}
+    total = max(1, math.floor(len(rows) * share + 0.5), sum(rounded[count] for count in counts.values() if count * share >= 1))
+    assert len(held) <= total + min(total, 10)
+    leader = near_duplicates([row.text for row in rows])
+    taken = [Counter(row.label for row, other in zip(rows, leader, strict=True) if other == group) for group in set(leader)]
+    free = [one for one in taken if one.total() <= total + min(total, 10) and all(one[label] < counts[label] for label in one)]
+    sides = {(group, row.id in out) for group, row in zip(leader, rows, strict=True)}
+    if free:    # a group that leaves every label a row, and is not too large
+        assert len(sides) == len(set(leader))
+
+
+@given(st.lists(st.integers(10, 30), min_size=1, max_size=6), st.integers(0, 99), st.booleans())
+def test_labels_that_are_added_do_not_reshuffle_what_is_held_out_of_the_others(counts: list[int], seed: int, first: bool) -> None:
+    rows = apart({"a": 20, "b": 30} | {f"l{number}": count for number, count in enumerate(counts)})
+    rows, others = rows[:50], rows[50:]
+    both = [*others, *rows] if first else [*rows, *others]
+    assert hold_out(rows, 0.1, seed)[1] == [row for row in hold_out(both, 0.1, seed)[1] if row.label in ("a", "b")]
+
+
+def test_each_label_draws_for_itself_and_each_seed_otherwise() -> None:
+    counts = {f"l{number}": 20 for number in range(8)}
+    rows = [replace(row, id=place % 20) for place, row in enumerate(apart(counts))]
+    drawn = [tuple(row.id for row in hold_out(rows, 0.1, seed)[1] if row.label == label) for seed in range(3) for label in counts]
+    assert len(set(drawn)) > 18    # of 24
+    few = {f"l{number:02}": 3 for number in range(40)}    # of which some keep all rows: by lot, not by name
+    assert len({frozenset(held_by_label(apart(few), seed=seed)) for seed in range(5)}) == 5
+
+
+def test_a_group_counts_once_however_often_it_is_drawn() -> None:
+    assert held_by_label(grouped(*["aa"] * 40, *"b" * 80), share=0.5) == {"a": 40, "b": 40}
+
+
+def test_a_group_may_go_that_is_a_fifth_larger_than_what_is_wanted_of_its_label() -> None:
+    five = {held_by_label(grouped(*["a" * 6] * 8, "a", "a", *"b" * 50), seed=seed)["a"] for seed in range(6)}
+    assert max(five) == 6    # 5 are wanted of 50
+    four = {held_by_label(grouped(*["a" * 5] * 7, *"a" * 5, *"b" * 40), seed=seed)["a"] for seed in range(6)}
+    assert four == {3}    # 4 are wanted of 40, groups of 5 are too large, and of the 5 others training keeps some
+
+
+def test_where_all_groups_of_a_label_are_larger_one_of_twice_what_is_wanted_may_go() -> None:
+    assert held_by_label(grouped("a" * 10, "a" * 42, *"b" * 50)) == {"a": 10, "b": 5}    # 5 are wanted of each
+    assert held_by_label(grouped("a" * 11, "a" * 41, *"b" * 50)) == {"b": 5}
+    assert held_by_label(grouped(*["a" * 7] * 7, *["b" * 7] * 7)) == {"a": 7, "b": 7}
+    assert held_by_label(grouped(*["a" * 4] * 3, "a" * 38, *"b" * 50)) == {"a": 4, "b": 5}    # it has one already: no more for the sake of the share
+
+
+def test_training_keeps_half_of_what_is_not_in_groups_too_large_or_the_share() -> None:
+    counts = (1, 4, 5, 8)
+    assert [held_by_label(grouped("a" * (50 - loose), *"a" * loose, *"b" * 50))["a"] for loose in counts] == [1, 2, 3, 4]
+    assert held_by_label(grouped("a" * 42, "a" * 6, "a", "a", *"b" * 50))["a"] == 2    # 8 might go, of which a group of 6 is more than half
+    assert held_by_label(grouped("a" * 145, *"a" * 5, *"b" * 50), share=0.8)["a"] == 4
+
+
+def test_where_no_group_is_small_enough_the_smallest_goes_unless_it_is_larger_than_what_may_go() -> None:
+    for sizes in ((13, 12, 11), (11, 12, 13)):
+        assert sum(held_by_label(grouped(*("a" * size for size in sizes), *("b" * size for size in sizes))).values()) == 11
+    assert sum(held_by_label(grouped("a" * 12, "a" * 13, "b" * 12, "b" * 13)).values()) == 12    # 6 are wanted: 12 may go
+    assert held_by_label(grouped("a" * 13, "a" * 14, "b" * 13, "b" * 14)) == {"a": 3, "b": 3}    # single texts: all groups are too large
+    words = [[worded(2 * number), worded(2 * number + 1)] for number in range(2)]
+    train, held = hold_out([Example(text, label) for label, two in zip("ab", words, strict=True) for text in two for _ in range(30)], 0.1, 0)
+    assert len(held) == 30 and len({row.text for row in held}) == 1 and len(train) == 90    # equal texts stay together, however many
 
 
 def test_of_labels_with_few_rows_no_more_is_held_out_than_the_share_and_a_little() -> None:
