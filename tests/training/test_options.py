@@ -154,6 +154,9 @@ def test_a_sweep_suggests_a_rate_below_the_one_at_which_the_loss_rises(base: Fro
     assert sweep == find_learning_rate(base, ROWS, config=CONFIG, steps=40, rate_max=3.0)
     with pytest.raises(InvalidInput, match="a sweep of 3 steps"):
         find_learning_rate(base, ROWS, steps=3)
+    apart = [Example(f"{row.text} {number}", extra={"labels": [f"l{number}", f"l{number + 1}"]}) for number, row in enumerate(ROWS[:8])]
+    sweep = find_learning_rate(base, apart, problem_type="multi_label_classification", config=CONFIG, steps=10)    # sets that all occur once
+    assert len(sweep.rates) == 10
 
 
 def test_a_loss_that_is_not_finite_ends_the_sweep() -> None:
