@@ -118,6 +118,8 @@ def test_the_registry_is_taken_from_after_the_verb_then_before_it_then_the_envir
         (["evaluate", "--data", "absent.jsonl", "--registry", "absent"], "absent"),
         (["purge", "banking@1"], "Pass --yes"),
         (["learn", "travel", "rows.jsonl", "--config", "{"], "--config is not JSON"),
+        (["learn", "travel", "rows.jsonl", "--config", "nosuch.json"], "there is no file 'nosuch.json'"),
+        (["maintain", "--config", "nosuch.toml"], "there is no file 'nosuch.toml'"),
     ],
 )
 def test_bad_use_is_one_line_that_names_it(args: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,5 +453,7 @@ def test_a_training_config_is_a_presets_name_json_or_a_file(tmp_path: Path) -> N
     assert _train_config("fast") == TrainConfig.preset("fast")
     assert _train_config('{"preset": "fast", "r": 16}') == _train_config(str(tmp_path / "c.toml")) == TrainConfig.preset("fast", r=16)
     assert _train_config("") is None
-    with pytest.raises(InvalidInput, match="JSON"):
+    with pytest.raises(InvalidInput, match=r"--config 'fastest' is no preset, no JSON, and no \.json or \.toml file\. .* fast, balanced, thorough"):
         _train_config("fastest")
+    with pytest.raises(InvalidInput, match=r"there is no file 'nosuch\.json'\. There are the presets fast, balanced, thorough\."):
+        _train_config("nosuch.json")

@@ -276,7 +276,12 @@ def _train_config(text: str) -> TrainConfig | None:
 
     if text in PRESETS:
         return TrainConfig.preset(text)
-    written = read_utf8(text) if text.endswith((".json", ".toml")) else text
+    file, presets = text.endswith((".json", ".toml")), f"There are the presets {', '.join(PRESETS)}."
+    if file and not os.path.isfile(text):
+        raise InvalidInput(f"there is no file {text[:200]!r}.", hint=presets)
+    if not file and not text.lstrip().startswith("{"):
+        raise InvalidInput(f"--config {text[:200]!r} is no preset, no JSON, and no .json or .toml file.", hint=presets)
+    written = read_utf8(text) if file else text
     if not text.endswith(".toml"):
         return TrainConfig.from_dict(json_object("--config", written) or {})
     try:
@@ -647,7 +652,7 @@ def maintain(
     ctx: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these; by default all.", autocompletion=complete_ref)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
-    config: Annotated[str, typer.Option(metavar="PRESET", help="Of the trainings: fast, balanced or thorough.")] = "",
+    config: Annotated[str, typer.Option(help="Of the trainings, as of `learn`: fast, balanced or thorough, or settings.")] = "",
     webhook: Webhook = "", alert_command: AlertCommand = "", registry: Registry = "registry", as_json: AsJson = False,
 ) -> None:
     """One pass: watch, evaluate, and update or roll back where people's feedback asks for it. For cron; one at a time.
@@ -656,8 +661,9 @@ def maintain(
     on also where nothing is wrong. The new version goes live where the gate promotes it and it is better on new rows, in the second case no
     worse. Exit code 1 where an adapter could not be maintained.
     """
+    settings = _train_config(config)
     hub = _open(ctx, registry)
-    report = hub.maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=config or None)
+    report = hub.maintain(names or None, dry_run=dry_run, sinks=_sinks(webhook, alert_command), config=settings)
     emit(report, as_json, attended)
     if not as_json and hub.config.observe == "off":
         line(NOTHING_LOGGED)
