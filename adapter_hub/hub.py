@@ -428,7 +428,7 @@ class Hub:
         name: str,
         train: str | Path | Iterable[Mapping[str, Any] | Example],
         validation: str | Path | Iterable[Mapping[str, Any] | Example] | None = None,
-        config: TrainConfig | str | None = None,
+        config: TrainConfig | Mapping[str, Any] | str | None = None,
         promote: str = "auto",
         start: str = "auto",
         checkpoint_folder: str | Path | None = None,
@@ -458,9 +458,10 @@ class Hub:
         `purge` finds what they know, and what it takes from them is no harm. To take them out of production is the caller's.
         With `checkpoint_folder` each epoch of the training is kept there until it is done: the same call, after it was killed, goes on, to
         the weights that it would have had.
-        `config` may be a preset's name. `facts` go to `register` (tags, license, generation, …). `LearnReport.data` tells of rows that
-        contradict each other, or what the version in production was taught (of several labels, numbers and spans where its texts are kept),
-        stand in training and validation, leave a label rare, or are too few to measure by; it is warned of.
+        `config` may be a mapping of its settings, or a preset's name. `facts` go to `register` (tags, license, generation, …).
+        `LearnReport.data` tells of rows that contradict each other, or what the version in production was taught (of several labels,
+        numbers and spans where its texts are kept), stand in training and validation, leave a label rare, or are too few to measure by; it
+        is warned of.
         The base stays frozen: training happens on a copy. Raises InvalidInput, also for another kind of task than the version in production
         has, which only "cold" replaces, and what `register` raises; nothing is stored then.
         """

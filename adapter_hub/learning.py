@@ -79,7 +79,7 @@ def learn(
     train: str | Path | Iterable[Mapping[str, Any] | Example],
     *,
     validation: str | Path | Iterable[Mapping[str, Any] | Example] | None,
-    config: TrainConfig | str | None,
+    config: TrainConfig | Mapping[str, Any] | str | None,
     promote: str,
     start: str,
     checkpoint_folder: str | Path | None,

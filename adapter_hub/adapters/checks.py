@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.config import HEADED, TaskType
 from adapter_hub.adapters.patterns import matches_end
 from adapter_hub.adapters.source import AdapterFiles
 from adapter_hub.adapters.weights import ELSEWHERE, KEY_PREFIX, Adapter, LoraDelta, outputs_of, settings_of, tensors_of
@@ -39,6 +39,7 @@ from adapter_hub.precision import Precision, float_weight
 _WITHOUT_COPIES = "Save it with save_pretrained(folder, save_embedding_layers=False)."
 _ADAPT_IT = "Adapt that module instead (target_modules), and train again."
 _NO_DORA = "Train without use_dora, or leave embeddings out of target_modules."
+HEAD_TOLERANCE, HEAD_TOLERANCE_NARROW = 1e-3, 0.2    # of the greatest number: what is more than rounding; in fewer than 32 bits
 PROBE = ("The quick brown fox jumps over the lazy dog.", "What is the balance of my account?", "12 + 30 = 42")
 
 _AUTO: dict[tuple[BaseKind, TaskType | None], tuple[Any, ...]] = {
@@ -70,6 +71,19 @@ def skeletons(base: FrozenBase, task_type: TaskType | None, outputs: int = 2) ->
         except ValueError as error:
             raise WrongBase(f"transformers has no {auto.__name__} for {base.model.config.model_type!r}.", hint="Use another base.") from error
         yield model
+
+
+def head_modules(model: PreTrainedModel, base: FrozenBase) -> list[str]:
+    """The modules of a task's model that the base lacks: all that stands outside the transformer, and a pooler that the base's files lack."""
+    inside = {base.canonical(name) for name in base.model.state_dict()}
+    found = {}
+    for name in model.state_dict():
+        first, _, rest = name.partition(".")
+        if first != model.base_model_prefix:
+            found[first] = True
+        elif base.canonical(name) not in inside:
+            found[f"{first}.{rest.partition('.')[0]}"] = True
+    return list(found)
 
 
 def without_copies(files: AdapterFiles, base: FrozenBase) -> AdapterFiles:
@@ -115,8 +129,7 @@ def check_fits(adapter: Adapter, base: FrozenBase) -> None:
     if None not in faults:
         raise DoesNotFit(f"{faults[0]}.", hint="It was trained on another model, or its config and weights do not belong together.")
     for name in adapter.head:
-        # A pooler that the base's files lack is not in `inside`, and still no head.
-        if base.canonical(name) in inside or name.startswith(base.model.base_model_prefix + "."):
+        if base.canonical(name) in inside:
             raise UnsupportedOption("modules_to_save", name, "it replaces weights of the frozen base; only heads are saved whole", hint=_ADAPT_IT)
     for name, delta in adapter.deltas.items():
         module = base.modules.get(base.canonical(name))
@@ -152,13 +165,15 @@ def _check_vocabulary(adapter: Adapter, base: FrozenBase) -> None:
 def check_acts(adapter: Adapter, base: FrozenBase) -> float:
     """The largest change of a hidden state or logit on a probe batch.
 
-    Raises NoEffect if it is zero or not finite, UnsupportedOption where rows of one batch could not have adapters of their own.
+    Raises NoEffect if it is zero or not finite, UnsupportedOption where rows of one batch could not have adapters of their own, WrongBase
+    where the head would not give a row of a mixed batch what it gives the text alone.
     """
     with torch.inference_mode():
-        _check_rows(adapter, base)
+        check_rows(adapter, base)
         plain = _probe(base)
         with applied(base, adapter):
             changed = _probe(base)
+        _check_head_runs(adapter, base)
     if not torch.isfinite(changed).all():
         raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
     effect = float((changed - plain).abs().max())
@@ -168,6 +183,19 @@ def check_acts(adapter: Adapter, base: FrozenBase) -> float:
             hint = f"It was never trained (B is zero), or does less than {base.precision} can show: register it at float32."
         raise NoEffect("the adapter leaves the base's output unchanged on a probe batch.", hint=hint)
     return effect
+
+
+def _check_head_runs(adapter: Adapter, base: FrozenBase) -> None:
+    """Raises WrongBase."""
+    if not adapter.head:
+        return
+    model = next(skeletons(base, adapter.task_type, outputs_of(adapter.head)))
+    if lacks_pooler(model, base):    # the base cannot be called as this head's own transformer; as BERT's, it is fed by hidden states alone
+        return
+    setattr(model, model.base_model_prefix, base.body)    # the frozen one: what is built here is the head alone
+    model.load_state_dict({name: tensor.to(base.device, base.dtype) for name, tensor in adapter.head.items()}, strict=False, assign=True)
+    if reason := run_fault(model.train(False), base):
+        raise WrongBase(f"a {adapter.task_type} adapter cannot run on {base.id!r}: {reason}.", hint="Register it with a fitting base.")
 
 
 @contextmanager
@@ -220,15 +248,71 @@ def _alike(delta: LoraDelta, output: Tensor) -> LoraDelta:
     return replace(delta, a=delta.a.to(output), b=delta.b.to(output), magnitude=magnitude)
 
 
-def _check_rows(adapter: Adapter, base: FrozenBase) -> None:
-    """Every adapted module must be called, and see the rows of a batch one after another: the engine tells them apart by place."""
-    modules = {name: base.modules[base.canonical(name)] for name in adapter.deltas}
+def head_fault(model: PreTrainedModel, base: FrozenBase) -> str | None:
+    """Why the head of a task's model, weights or not, has no place on this base, to be read as a sentence; None where it has."""
+    body, own = type(model.base_model).__name__, type(base.body).__name__
+    if body != own:
+        return f"the head of {type(model).__name__} is fed by a {body}, and the base is a {own}"
+    if lacks_pooler(model, base) and isinstance(model.base_model.pooler, nn.Linear):
+        return f"the base was saved without its pooler, of which {body} computes a part itself: it cannot be learned as a part of the head"
+    return None
+
+
+def lacks_pooler(model: PreTrainedModel, base: FrozenBase) -> bool:
+    """Whether a task's model has a pooler that the base's files lack: it is a part of the head then."""
+    return getattr(model.base_model, "pooler", None) is not None and getattr(base.body, "pooler", None) is None
+
+
+@torch.inference_mode()
+def run_fault(model: PreTrainedModel, base: FrozenBase) -> str | None:
+    """Why the head of a task's model cannot be run on what the base computes for a mixed batch, as a sentence; None where it can.
+
+    The transformer hears only of tokens and mask there, and texts are padded on the right to the longest.
+    """
+    name, body, rows = type(model).__name__, model.base_model, base.encode(PROBE)
+    short = min(rows, key=len)
+    one, many = ({key: inputs[key] for key in ("input_ids", "attention_mask")} for inputs in (base.pad([short]), base.pad(rows)))
+    try:
+        own, alone, plain, plain_alone = model(**many).logits, model(**one).logits, body(**many), body(**one)
+        thread = threading.get_ident()    # it may be the base's own body, on which others go on predicting
+        handle = body.register_forward_hook(lambda *_: plain if threading.get_ident() == thread else None)
+        try:
+            replayed = model(**many).logits
+        finally:
+            handle.remove()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{name} cannot be run on a text alone: {str(error)[:200]}"
+    exact = base.precision is Precision.FLOAT32 or body is not base.body    # a copy to train is float32 whatever the base is held in
+    tolerance = HEAD_TOLERANCE if exact else HEAD_TOLERANCE_NARROW
+    for found, lone in ((plain.last_hidden_state, plain_alone.last_hidden_state), (own, alone)):
+        beside = found[rows.index(short)]
+        beside = beside[: lone.shape[1]] if lone.ndim == 3 else beside    # of each token, or of the text
+        if (lone[0] - beside).abs().max() > tolerance * found.abs().max():
+            return f"{name} answers a text otherwise beside a longer one, to whose length it is padded"
+    if (own - replayed).abs().max() > tolerance * own.abs().max():
+        return f"{name} tells its transformer more than a text's tokens, which the rows of other adapters would hear"
+    return None
+
+
+def check_rows(adapter: Adapter, base: FrozenBase) -> None:
+    """Raises UnsupportedOption where an adapted module does not see each row of a batch by itself."""
+    for name, reason in row_faults(base, list(adapter.deltas)).items():
+        raise UnsupportedOption("target_modules", name, reason, hint=ELSEWHERE)
+
+
+@torch.inference_mode()
+def row_faults(base: FrozenBase, names: Sequence[str]) -> dict[str, str]:
+    """Why a module cannot be adapted, of those that cannot: each must be called, and see the rows of a batch one after another, since the
+    engine tells them apart by place."""
+    modules = {name: base.modules[base.canonical(name)] for name in names}
     one, many = (_leading_sizes(base, list(modules.values()), rows) for rows in (1, len(PROBE)))
+    found = {}
     for name, module in modules.items():
         if not one[module]:
-            raise UnsupportedOption("target_modules", name, "the base does not call this module, so adapting it does nothing", hint=ELSEWHERE)
-        if many[module] != [size * len(PROBE) for size in one[module]]:
-            raise UnsupportedOption("target_modules", name, "the base gives this module an input that all rows of a batch share", hint=ELSEWHERE)
+            found[name] = "the base does not call this module, so adapting it does nothing"
+        elif many[module] != [size * len(PROBE) for size in one[module]]:
+            found[name] = "the base gives this module an input that all rows of a batch share"
+    return found
 
 
 def _leading_sizes(base: FrozenBase, modules: list[nn.Module], rows: int) -> dict[nn.Module, list[int]]:
@@ -261,7 +345,9 @@ def _probe(base: FrozenBase, rows: int = len(PROBE)) -> Tensor:
 
 
 def _fault(adapter: Adapter, base: FrozenBase, model: PreTrainedModel, found: dict[str, Tensor], inside: set[str]) -> str | None:
-    for name in model.state_dict():
+    if adapter.head and (reason := head_fault(model, base)):
+        return reason
+    for name in model.state_dict() if adapter.task_type in HEADED else ():    # vectors are pooled from hidden states: a pooler may be missing
         if name not in adapter.head and base.canonical(name) not in inside:
             return f"the head's tensor {name!r} is neither in the base nor in the adapter: name its module in modules_to_save"
     targets = adapter.settings.target_modules

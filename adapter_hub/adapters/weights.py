@@ -116,9 +116,9 @@ def outputs_of(head: Mapping[str, Tensor]) -> int:
 
 
 def _lastness(name: str) -> int:
-    """Heads of two layers call the last one by one of these names, in RoBERTa, DistilBERT, Llama and XLNet."""
+    """Heads of two layers call the last one by one of these names, in RoBERTa, Funnel, DistilBERT, Llama and XLNet."""
     layer = name.split(".")[-2] if "." in name else name
-    return {"out_proj": 4, "classifier": 3, "score": 2, "logits_proj": 1}.get(layer, 0)
+    return {"out_proj": 4, "linear_out": 4, "classifier": 3, "score": 2, "logits_proj": 1}.get(layer, 0)
 
 
 def _json_of(files: AdapterFiles) -> Any:

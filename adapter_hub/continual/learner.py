@@ -92,7 +92,7 @@ def plan_lesson(
     name: str,
     rows: Sequence[Example],
     validation: Sequence[Example] | None,
-    config: TrainConfig | None,
+    config: TrainConfig | Mapping[str, Any] | str | None,
     current: Current | None,
     start: str,
     seen: Callable[[], Collection[int]] = tuple,
@@ -107,8 +107,7 @@ def plan_lesson(
     """
     if start not in STARTS:
         raise InvalidInput(f"start={start!r} is not a way to start.", hint=f"Use {', '.join(map(repr, STARTS))}.")
-    if config is not None and not isinstance(config, TrainConfig):
-        raise InvalidInput(f"the training config is {type(config).__name__}, not a TrainConfig.", hint="Use TrainConfig.from_dict for a mapping.")
+    config = None if config is None else TrainConfig.of(config)
     if not rows:
         raise InvalidInput("there is nothing to learn: no rows were given.", hint='A row to learn from is {"text": …, "label": …}.')
     if current is None:
@@ -117,8 +116,10 @@ def plan_lesson(
         if start == "transfer" and kind.task is not Task:
             fact = f'start="transfer" is for one label among several, and this is {kind}'
             raise InvalidInput(f"{fact}.", hint='Use start="auto" (`--start auto`).')
-        if start == "transfer" and (kind.prompt_template is not None or (config is not None and config.pissa)):
+        if start == "transfer" and (kind.prompt_template is not None or (config is not None and (config.pissa or config.lora))):
             what = "a prompt template: trials leave it out" if kind.prompt_template else "pissa, which begins with the base's singular vectors"
+            if config is not None and config.lora:
+                what = f"lora={config.lora!r}: others' weights have one rank, and their own modules"
             raise InvalidInput(f'start="transfer" does not go with {what}.', hint='Use start="auto" (`--start auto`).')
         _job(kind, rows, validation)
         return Lesson(tuple(rows), _given(validation), config or TrainConfig(), kind)
@@ -288,6 +289,9 @@ def _warm_fault(current: Current, config: TrainConfig | None) -> str:
     for ours, theirs in (("r", "r"), ("alpha", "lora_alpha"), ("use_rslora", "use_rslora"), ("use_dora", "use_dora")):
         if (wanted := getattr(config, ours)) != (found := peft.get(theirs, False)):
             return f"it has {theirs}={found!r}, and the config says {wanted!r}"
+    for name, wanted in (config.lora or {}).items():
+        if name not in ("init_lora_weights", "modules_to_save") and (found := peft.get(name)) != wanted:
+            return f"it has {name}={found!r}, and the config says {wanted!r}"
     targets = peft.get("target_modules")
     adapted = {targets} if isinstance(targets, str) else set(targets or ())
     wanted = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
@@ -299,9 +303,10 @@ def _shaped(config: TrainConfig | None, current: Current | None) -> TrainConfig:
     if config is not None or current is None:
         return config or TrainConfig()
     peft, targets = current.peft, current.peft["target_modules"]
+    lora = {name: peft[name] for name in ("exclude_modules", "layers_pattern", "layers_to_transform") if peft.get(name) is not None}
     return replace(
         TrainConfig(), r=peft["r"], alpha=peft["lora_alpha"], use_rslora=bool(peft.get("use_rslora")), use_dora=bool(peft.get("use_dora")),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=targets if isinstance(targets, str) else tuple(targets), lora=lora,
     )  # fmt: skip
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from adapter_hub.adapters.checks import skeletons
+from adapter_hub.adapters.checks import lacks_pooler, skeletons
 from adapter_hub.adapters.config import ProblemType, TaskType
 from adapter_hub.adapters.weights import Adapter, outputs_of
 from adapter_hub.base_model import FrozenBase
@@ -25,15 +25,18 @@ from adapter_hub.base_model import FrozenBase
 
 
 class Replay(nn.Module):
-    """Answers a call with the output it was given."""
+    """Answers a call with the output it was given, pooled where the base has no pooler and the head brings one."""
 
-    def __init__(self) -> None:
+    def __init__(self, pooler: nn.Module | None) -> None:
         super().__init__()
+        self.pooler = pooler
         self.output: ModelOutput | None = None
 
     def forward(self, *_: Any, **__: Any) -> ModelOutput:
         assert self.output is not None
-        return self.output
+        if self.pooler is None:
+            return self.output
+        return type(self.output)(**{**self.output, "pooler_output": self.pooler(self.output["last_hidden_state"])})
 
 
 class Heads:
@@ -49,7 +52,8 @@ class Heads:
         with self._lock:
             if form not in self._models:
                 model = next(iter(skeletons(self._base, *form)))
-                setattr(model, model.base_model_prefix, Replay())
+                pooler = model.base_model.pooler if lacks_pooler(model, self._base) else None
+                setattr(model, model.base_model_prefix, Replay(cast(nn.Module | None, pooler)))
                 self._models[form] = model.train(False).requires_grad_(False)
             model = copy.deepcopy(self._models[form])
         model.load_state_dict({name: tensor.to(self._base.device, self._base.dtype) for name, tensor in adapter.head.items()}, assign=True)

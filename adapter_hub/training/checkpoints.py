@@ -57,7 +57,12 @@ def checkpoints(
         part = folder.with_name(f"{folder.name}.part")    # a killed process leaves no half of it
         part.write_text(json.dumps({"training": identity}) + "\n")
         part.replace(path)
-    yield folder
+    try:
+        yield folder
+    except Exception:
+        if not any(folder.glob("checkpoint-*")):    # refused before its first epoch: the folder is free for what is mended
+            path.unlink()
+        raise
     for one in folder.glob("checkpoint-*"):
         shutil.rmtree(one)
     path.unlink()

@@ -1,19 +1,23 @@
-"""How an adapter is trained: one frozen set of facts, checked when made. Standard library only."""
+"""How an adapter is trained: one frozen set of facts, checked when made. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
-from adapter_hub.errors import InvalidInput
+from adapter_hub.adapters.config import parse_config
+from adapter_hub.errors import AdapterRejected, InvalidInput
 
 _SEE = "See adapter_hub.training.config.TrainConfig."
 SCHEDULES = ("linear", "cosine", "constant_with_warmup")    # transformers' names
 PRECISIONS = ("float32", "bfloat16", "auto")
 TRACKERS = ("tensorboard", "wandb", "mlflow")    # transformers' names; each is its package's, too
-ALL_LINEAR = "all-linear"    # every linear layer of the transformer, the head excepted; PEFT's word
+ALL_LINEAR = "all-linear"    # every linear layer of the transformer that rows of a batch do not share, the head excepted; PEFT's word
+LORA = ("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern")
+INITS = (True, False, "gaussian", "orthogonal")    # of the weights, that leave the base's as they are and need no data; PEFT's names
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class TrainConfig:
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
     report_to: tuple[str, ...] = ()        # some of TRACKERS; `trackers` says where the logs are
     progress: bool = False                 # show the trainer's own bar and losses, on stderr
+    lora: Mapping[str, Any] | None = field(default=None, hash=False)    # more of PEFT's LoraConfig, by its names: those of LORA
 
     def __post_init__(self) -> None:
         for name in ("report_to", "target_modules"):
@@ -73,11 +78,19 @@ class TrainConfig:
         if self.pissa and (self.use_dora or self.use_rslora):
             other = "use_dora" if self.use_dora else "use_rslora"
             raise InvalidInput(f"pissa and {other} do not go together: what is written would not be a plain LoRA.", hint="Choose one of them.")
+        object.__setattr__(self, "lora", _checked_lora(self.lora, self.r, self.alpha))
+        if self.pissa and (own := {"alpha_pattern", "init_lora_weights", "rank_pattern"}.intersection(self.lora or ())):
+            raise InvalidInput(f"pissa and lora's {min(own)} do not go together: it has one rank, and its own weights.", hint="Choose one of them.")
         if not isinstance(self.report_to, tuple) or not set(self.report_to) <= set(TRACKERS):
             raise InvalidInput(f"report_to={self.report_to!r} is not a list of some of {', '.join(TRACKERS)}.", hint='As in ["tensorboard"].')
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
         if not endings or not all(isinstance(ending, str) and ending for ending in endings):
             raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")
+
+    def __repr__(self) -> str:
+        """Without `lora` where there is none: what is kept of a training is known by this, and was before there was that field."""
+        shown = (one.name for one in dataclasses.fields(self) if one.name != "lora" or self.lora)
+        return f"TrainConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -87,14 +100,15 @@ class TrainConfig:
         return cls.from_dict(dict(PRESETS[name]) | changes)
 
     @classmethod
-    def of(cls, config: Self | str | None) -> Self:
-        """A config as it is, a preset by its name, the defaults for None. Raises InvalidInput for anything else."""
+    def of(cls, config: Self | Mapping[str, Any] | str | None) -> Self:
+        """A config as it is, of a mapping (`from_dict`), a preset by its name, the defaults for None. Raises InvalidInput for anything else."""
         if isinstance(config, str):
             return cls.preset(config)
+        if isinstance(config, Mapping):
+            return cls.from_dict(config)
         if config is not None and not isinstance(config, cls):
-            raise InvalidInput(
-                f"the training config is {type(config).__name__}, not a TrainConfig.", hint="Use TrainConfig.from_dict for a mapping."
-            )
+            hint = f"Give one, a mapping of its settings, or the name of a preset: {', '.join(PRESETS)}."
+            raise InvalidInput(f"the training config is {type(config).__name__}, not a TrainConfig.", hint=hint)
         return cls() if config is None else config
 
     @classmethod
@@ -115,6 +129,32 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "balanced": {"layers_share": 0.5, "epochs": 6},
     "thorough": {"r": 16, "alpha": 32, "epochs": 15, "patience": 4},
 }
+
+
+# Of PEFT's names those that are settings here, and what they are called.
+_OWN = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {name: name for name in ("target_modules", "use_dora", "use_rslora")}
+
+
+def _checked_lora(lora: Mapping[str, Any] | None, r: int, alpha: int) -> dict[str, Any] | None:
+    """A copy as JSON would have it; None for nothing. Raises InvalidInput for what no adapter could be registered with."""
+    if not isinstance(lora, Mapping | None):
+        raise InvalidInput(f"lora={lora!r} is not a mapping of PEFT's names to values.", hint='As in {"rank_pattern": {"query": 4}}.')
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(dict(lora or {})))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"lora cannot be written to an adapter's config: {error}.", hint="Give lists, names and numbers.") from error
+    for name in found:
+        if name in _OWN:
+            raise InvalidInput(f"lora has {name!r}, which is a setting beside it.", hint=f"Use {_OWN[name]}=….")
+    if (init := found.get("init_lora_weights", True)) not in INITS:
+        raise InvalidInput(f"lora has init_lora_weights={init!r}, not one of {', '.join(map(str, INITS))}.", hint="For PiSSA use pissa=True.")
+    try:
+        parse_config({"peft_type": "LORA", "r": r, "lora_alpha": alpha, **found})
+    except AdapterRejected as error:
+        raise InvalidInput(error.fact.replace("adapter_config.json", "lora", 1), hint=f"There are: {', '.join(LORA)}.") from error
+    if unknown := sorted(found.keys() - set(LORA)):
+        raise InvalidInput(f"lora has {unknown[0]!r}, which is nothing to be set here.", hint=f"There are: {', '.join(LORA)}.")
+    return found or None
 
 
 def _at_least(low: float) -> Callable[[float], bool]:

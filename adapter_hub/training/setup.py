@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,17 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapter_hub.adapters.checks import check_fits, check_rows, head_fault, head_modules, row_faults, run_fault
 from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.source import AdapterFiles
+from adapter_hub.adapters.weights import adapter_of
 from adapter_hub.base_model import BaseKind, FrozenBase, building
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import InvalidInput, WrongBase
 from adapter_hub.examples import Example
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.data import Parts, split, task_seed
@@ -27,7 +32,6 @@ from adapter_hub.training.tasks import IGNORED, Features, Number, Task, check_te
 from adapter_hub.training.warm import Start, start_from
 
 FACTOR = re.compile(r"\.lora_[AB]\.")    # in a tensor's name
-HEADS = r"(.*\.)?(classifier|score)"    # of token classification, which PEFT would take for linear layers of the transformer
 
 
 def prepared(
@@ -77,6 +81,8 @@ def set_up(
 ) -> Iterator[tuple[PeftModel, list[list[Features]]]]:
     """The model to train, its adapter fresh or `start`'s, and the features of each part; what frozen layers make of them is computed."""
     whole = _model_copy(base, job, config)
+    if job.outputs:
+        _check_head(whole, base)
     features = [job.features(base, part) if part else [] for part in parts]
     _check_targets(features[0])
     output = output_name(whole)
@@ -86,15 +92,18 @@ def set_up(
         _probe(whole, features[0])
     if config.probe and type(job) is Number and start is None:
         _start_from_mean(whole, features[0])
+    endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
     try:
         with building():
-            model: PeftModel = get_peft_model(whole, _lora_config(whole, job, config))
-    except ValueError as error:    # PEFT's, of modules that are not there, or of a kind that it does not adapt
-        endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
+            model: PeftModel = get_peft_model(whole, _lora_config(whole, base, job, config))
+    except (ValueError, TypeError) as error:    # PEFT's, of modules that are not there, or of a kind that it does not adapt
         fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
-        raise InvalidInput(fact, hint=f"Its linear layers are named {', '.join(endings)}; {ALL_LINEAR!r} takes all.") from error
+        named = f"Its linear layers are named {', '.join(endings)}"
+        hint = f"{named}: name those that can." if config.target_modules == ALL_LINEAR else f"{named}; {ALL_LINEAR!r} takes all that can."
+        raise InvalidInput(fact, hint=hint) from error
     if config.pissa:
         _check_pissa(model, config, start)
+    _check_served(model, base, job)
     if start is not None:
         start_from(model, start, job.outputs, output)
     if probed and headless:    # on what it will be fed: those weights are in the model now
@@ -105,6 +114,22 @@ def set_up(
         for row, states in zip(once, hidden or (), strict=False):
             row[HIDDEN] = states
         yield model, features
+
+
+def _check_head(whole: PreTrainedModel, base: FrozenBase) -> None:
+    """Raises WrongBase where the engine could not run this head."""
+    if reason := head_fault(whole, base) or run_fault(whole, base):
+        raise WrongBase(f"no classifier can be learned on {base.id!r}: {reason}.", hint="Use another base.")
+
+
+def _check_served(model: PeftModel, base: FrozenBase, job: Task) -> None:
+    """Raises what registering the adapter would, of its config and of where its tensors have their places."""
+    config = model.peft_config["default"].to_dict() | {"init_lora_weights": True}    # whatever they begin with, a plain LoRA is written
+    weights = {key: tensor.contiguous() for key, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    files = AdapterFiles(json.dumps(config, default=list).encode(), save(weights), "the adapter to train")
+    adapter = adapter_of(files, labels=job.labels or None, problem_type=job.problem_type)
+    check_fits(adapter, base)
+    check_rows(adapter, base)
 
 
 def _check_pissa(model: PeftModel, config: TrainConfig, start: Start | None) -> None:
@@ -150,30 +175,49 @@ def _model_copy(base: FrozenBase, job: Task, config: TrainConfig) -> PreTrainedM
         for name, value in vars(own).items():
             if "drop" in name and isinstance(value, float):    # hidden_dropout_prob, attn_pdrop, dropout_rate, …
                 setattr(own, name, 0.0)
-    with building():
-        model: PreTrainedModel = job.auto.from_pretrained(
-            base.path, config=own, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-        ).to(base.device)
+    try:
+        with building():
+            model: PreTrainedModel = job.auto.from_pretrained(
+                base.path, config=own, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            ).to(base.device)
+    except ValueError as error:
+        raise WrongBase(f"transformers has no {job.auto.__name__} for {own.model_type!r}.", hint="Use another base, or task type.") from error
     # Causal models find the last token that is not padding by this number.
     model.config.pad_token_id = base.tokenizer.pad_token_id
     model.config.use_cache = False
     return model
 
 
-def _lora_config(model: PreTrainedModel, job: Task, config: TrainConfig) -> LoraConfig:
-    targets = config.target_modules
-    excluded: list[str] = []
+def _lora_config(model: PreTrainedModel, base: FrozenBase, job: Task, config: TrainConfig) -> LoraConfig:
+    targets, more = config.target_modules, dict(config.lora or {})
+    excluded = [_pattern(more.pop("exclude_modules", None))]
     if targets == ALL_LINEAR:
-        lower = below(model, config)
-        excluded = [*([lower] if lower else []), *([HEADS] if job.task_type is TaskType.TOKEN_CLS else [])]
+        excluded += [below(model, config) or "", _pattern(_not_by_row(model, base))]
+    heads = head_modules(model, base) if job.outputs else []
     return LoraConfig(
         task_type=str(job.task_type),
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules="|".join(excluded) or None,
+        exclude_modules="|".join(filter(None, excluded)) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights="pissa" if config.pissa else True,
+        modules_to_save=[*heads, *(more.pop("modules_to_save", None) or ())] or None,
+        **({"init_lora_weights": "pissa" if config.pissa else True} | more),
     )
+
+
+def _not_by_row(model: PreTrainedModel, base: FrozenBase) -> list[str]:
+    """Linear modules of the transformer that cannot be adapted for each row of a batch by itself."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and base.canonical(name) in base.modules]
+    faults = row_faults(base, names)
+    if names and len(faults) == len(names):
+        name, reason = next(iter(faults.items()))
+        raise WrongBase(f"no linear layer of {base.id!r} can be adapted; of {name}: {reason}.", hint="Use another base.")
+    return list(faults)
+
+
+def _pattern(modules: str | Sequence[str] | None) -> str:
+    """A regular expression of what PEFT takes as one, or as endings of names."""
+    return modules if isinstance(modules, str) else rf"(.*\.)?({'|'.join(map(re.escape, modules))})" if modules else ""

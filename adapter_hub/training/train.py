@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -53,7 +54,7 @@ def train_classifier(
     *,
     task: str = "",
     validation: Sequence[Example] | None = None,
-    config: TrainConfig | str | None = None,
+    config: TrainConfig | Mapping[str, Any] | str | None = None,
     folder: Path,
     checkpoint_folder: Path | None = None,
     start: Start | None = None,
@@ -71,20 +72,21 @@ def train_adapter(
     prompt_template: str | None = None,
     task: str = "",
     validation: Sequence[Example] | None = None,
-    config: TrainConfig | str | None = None,
+    config: TrainConfig | Mapping[str, Any] | str | None = None,
     folder: Path,
     checkpoint_folder: Path | None = None,
     start: Start | None = None,
 ) -> TrainResult:
     """Train a LoRA adapter on a copy of `base`; the epoch that is best on rows it was not trained on is written to `folder`.
 
-    `config` may be a preset's name. What a row's target is, `tasks` says for each task and problem type; `prompt_template` holds {text}.
+    `config` may be a mapping of its settings, or a preset's name. What a row's target is, `tasks` says for each task and problem type;
+    `prompt_template` holds {text}.
     The same rows, config, task name, threads and package versions give the same bytes, whatever ran before: trainings of one process
     wait for each other. Half of the validation rows choose the epoch, the others measure it; without any, training rows are held out
     for both, of every label its share. It begins with the weights of `start` where one is given: its labels must be among those of the rows.
     With `checkpoint_folder` each epoch is kept there until all are done: called again after it was killed, the training goes
     on, and gives the bytes that it would have given. Raises InvalidInput, with the position of the row where a row is at fault, and where
-    that folder is another training's.
+    that folder is another training's; and before anything is trained what registering the adapter would, of its config, head and modules.
     """
     config = TrainConfig.of(config)
     check_trackers(config.report_to)

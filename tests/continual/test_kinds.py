@@ -260,6 +260,7 @@ def test_a_number_that_was_registered_learns_on_and_keeps_its_name(models: Mappi
         ({"problem_type": "regression", "start": "transfer"}, "is for one label among several"),
         ({"prompt_template": "say {text}", "start": "transfer"}, "does not go with a prompt template"),
         ({"config": replace(STILL, pissa=True, r=4), "start": "transfer"}, "does not go with pissa"),
+        ({"config": {"lora": {"rank_pattern": {"query": 2}}}, "start": "transfer"}, "does not go with lora={'rank_pattern': {'query': 2}}"),
         ({"config": replace(STILL, pissa=True, r=64)}, "pissa with r=64: the narrowest module that is adapted has"),
         ({"task_type": "TOKEN_CLS", "start": "warm"}, "new has nothing in production to start from"),
     ],

@@ -125,6 +125,8 @@ def test_without_the_kept_texts_old_labels_must_be_among_the_new_rows() -> None:
         (replace(CONFIG, use_dora=True), CURRENT, "it has use_dora=False, and the config says True"),
         (replace(CONFIG, target_modules=("query",)), CURRENT, "it adapts modules that the config does not name"),
         (None, replace(CURRENT, peft=PEFT | {"rank_pattern": {"query": 8}}), "its rank differs from module to module"),
+        (replace(CONFIG, lora={"rank_pattern": {"query": 8}}), CURRENT, "it has rank_pattern=None, and the config says {'query': 8}"),
+        (replace(CONFIG, lora={"layers_to_transform": [1]}), CURRENT, "it has layers_to_transform=None, and the config says [1]"),
     ],
 )
 def test_weights_that_do_not_fit_are_no_start_and_it_is_said_why(config: TrainConfig | None, current: Current, says: str) -> None:
@@ -137,6 +139,9 @@ def test_weights_that_do_not_fit_are_no_start_and_it_is_said_why(config: TrainCo
 
 def test_without_a_config_the_shape_of_the_old_one_is_taken() -> None:
     config = plan_lesson("words", rows("mango", frame="fresh {} {}"), None, None, CURRENT, "auto").config
+    upper = replace(CURRENT, peft=PEFT | {"layers_to_transform": [1], "exclude_modules": "key", "init_lora_weights": "gaussian", "bias": "none"})
+    lesson = plan_lesson("words", rows("mango", frame="fresh {} {}"), None, None, upper, "auto")
+    assert lesson.start is not None and lesson.config.lora == {"layers_to_transform": [1], "exclude_modules": "key"} and config.lora is None
     assert (config.r, config.alpha, config.target_modules) == (4, 16, ("query", "value"))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
 
 from adapter_hub.errors import InvalidInput
-from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.config import LORA, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -61,3 +62,50 @@ def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
 def test_a_list_is_as_good_as_a_tuple() -> None:
     config = TrainConfig(target_modules=["query"], report_to=["tensorboard"])  # type: ignore[arg-type]
     assert config == TrainConfig(target_modules=("query",), report_to=("tensorboard",))
+
+
+def test_a_mapping_is_as_good_as_a_config() -> None:
+    assert TrainConfig.of({"preset": "fast", "r": 16}) == TrainConfig.preset("fast", r=16)
+
+
+def test_more_of_pefts_settings_are_kept_as_json_would_have_them() -> None:
+    given = {"rank_pattern": {"query": 2}, "layers_to_transform": (0, 1), "init_lora_weights": "gaussian"}
+    config = TrainConfig(lora=given)
+    given["rank_pattern"]["query"] = 3  # type: ignore[index]
+    assert config.lora == {"rank_pattern": {"query": 2}, "layers_to_transform": [0, 1], "init_lora_weights": "gaussian"}
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["lora"] == config.lora
+    again = TrainConfig.from_dict({"lora": dict(config.lora or {})})
+    assert config == again != TrainConfig() and hash(config) == hash(again)
+
+
+def test_a_config_without_them_is_known_by_what_it_was_before_they_were_there() -> None:
+    assert repr(TrainConfig(lora={})) == repr(TrainConfig()) and repr(TrainConfig()).endswith("report_to=(), progress=False)")
+    assert repr(TrainConfig(lora={"rank_pattern": {"a": 1}})).endswith("progress=False, lora={'rank_pattern': {'a': 1}})")
+
+
+@pytest.mark.parametrize(
+    ("lora", "fact"),
+    [
+        ([], "is not a mapping"),
+        ({"rank_pattern": {"query"}}, "cannot be written to an adapter's config"),
+        ({"r": 4}, "lora has 'r', which is a setting beside it. Use r="),
+        ({"lora_alpha": 4}, "Use alpha="),
+        ({"bias": "all"}, "lora has bias='all': this option is not supported."),
+        ({"trainable_token_indices": [1]}, "lora has trainable_token_indices=[1]: it replaces vectors of the base's vocabulary"),
+        ({"init_lora_weights": "olora"}, "lora has init_lora_weights='olora', not one of True, False, gaussian, orthogonal. For PiSSA use pissa"),
+        ({"rank_pattern": {"query": 0}}, "lora: a value has the wrong form (0 is not a rank)"),
+        ({"exclude_modules": "("}, "is not a regular expression"),
+        ({"task_type": "SEQ_CLS"}, f"lora has 'task_type', which is nothing to be set here. There are: {', '.join(LORA)}."),
+        ({"rank_patern": {}}, "lora has 'rank_patern', which is nothing to be set here."),
+    ],
+)
+def test_what_no_adapter_could_be_registered_with_is_refused_by_name(lora: Any, fact: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        TrainConfig(lora=lora)
+    assert fact in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "init_lora_weights"])
+def test_pissa_has_one_rank_and_its_own_weights(name: str) -> None:
+    with pytest.raises(InvalidInput, match=f"pissa and lora's {name} do not go together"):
+        TrainConfig(pissa=True, lora={name: "gaussian" if name == "init_lora_weights" else {"query": 4}})

@@ -15,10 +15,11 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from transformers.trainer_pt_utils import LabelSmoother
 
+from adapter_hub.adapters.checks import check_acts, check_fits
 from adapter_hub.adapters.weights import read_adapter
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.engine.engine import Engine, Request
-from adapter_hub.errors import InvalidInput
+from adapter_hub.errors import DoesNotFit, InvalidInput, UnsupportedOption
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import tiny_model
@@ -27,6 +28,7 @@ from adapter_hub.training.loss import class_weights, classifier_loss, varied
 from adapter_hub.training.train import train_classifier
 from adapter_hub.training.trials import _swept, find_learning_rate
 from adapter_hub.training.warm import Start
+from tests.engine.reference import distance, references
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers")}
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}")
@@ -114,6 +116,63 @@ def test_pissa_begins_with_singular_vectors_and_is_written_for_the_base_as_it_is
             replace(CONFIG, pissa=True, **{other: True})
     with pytest.raises(InvalidInput, match="pissa begins with the base's singular vectors"):
         train_classifier(base, ROWS, config=replace(CONFIG, pissa=True), folder=tmp_path / "x", start=Start(plain.folder, plain.labels))
+
+
+@pytest.mark.parametrize(
+    ("lora", "more", "ranks"),
+    [
+        ({"rank_pattern": {"query": 2, "1.attention.self.value": 6}, "alpha_pattern": {"query": 5}}, {}, {(0, 2), (1, 2), (0, 4), (1, 6)}),
+        ({"rank_pattern": {"query": 2}}, {"use_rslora": True, "use_dora": True}, {(0, 2), (1, 2), (0, 4), (1, 4)}),
+        ({"layers_to_transform": [1]}, {}, {(1, 4)}),
+        ({"layers_to_transform": 0, "layers_pattern": "layer"}, {}, {(0, 4)}),
+        ({"exclude_modules": ["value", "dense"]}, {"target_modules": "all-linear"}, {(0, 4), (1, 4)}),
+        ({"exclude_modules": r".*(value|dense)"}, {"target_modules": "all-linear", "layers_share": 0.5}, {(1, 4)}),
+        ({"init_lora_weights": "gaussian", "modules_to_save": ["classifier"]}, {}, {(0, 4), (1, 4)}),
+        ({"init_lora_weights": "orthogonal"}, {}, {(0, 4), (1, 4)}),
+        ({"init_lora_weights": False}, {"pissa": False}, {(0, 4), (1, 4)}),
+    ],
+)
+def test_more_of_pefts_settings_are_trained_with_and_served_as_peft_does(
+    base: FrozenBase, tmp_path: Path, lora: dict[str, object], more: dict[str, object], ranks: set[tuple[int, int]]
+) -> None:
+    config = replace(CONFIG, **{"target_modules": ("query", "value"), "lora": lora, **more})
+    result = train_classifier(base, ROWS, config=config, folder=tmp_path)
+    adapter, ref = read_adapter(result.folder, labels=result.labels), AdapterRef("a", 1)
+    check_fits(adapter, base)
+    assert check_acts(adapter, base) > 0
+    assert {(int(name.split("layer.")[1][0]), delta.a.shape[0]) for name, delta in adapter.deltas.items()} == ranks
+    assert all("value" not in name for name in adapter.deltas) or "exclude_modules" not in lora
+    texts = ["a pear", "the quick brown fox jumps over the lazy dog"]
+    outputs = Engine(base, lambda _: adapter).predict([Request(text, one) for text in texts for one in (ref, None)])[::2]
+    for output, expected in zip(outputs, references(base, result.folder, "SEQ_CLS", texts, len(result.labels)), strict=True):
+        assert distance([*output.scores.values()], expected) <= 1e-5
+
+
+def test_how_the_weights_begin_decides_what_they_become(base: FrozenBase, tmp_path: Path) -> None:
+    found = set()
+    for init in (True, "gaussian", "orthogonal"):
+        folder = train_classifier(base, ROWS, config=replace(CONFIG, lora={"init_lora_weights": init}), folder=tmp_path / str(init)).folder
+        found.add(hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest())
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "fact"),
+    [
+        ({"target_modules": ("position_embeddings",)}, UnsupportedOption, "an input that all rows of a batch share"),
+        ({"target_modules": ("word_embeddings",), "use_dora": True}, UnsupportedOption, "only linear modules are run as DoRA"),
+        ({"target_modules": ("query", "nosuch")}, DoesNotFit, "target_modules names 'nosuch', and the base has no such module"),
+        ({"lora": {"modules_to_save": ["word_embeddings"]}}, UnsupportedOption, "replaces weights of the frozen base"),
+        ({"lora": {"layers_to_transform": [1]}}, InvalidInput, "`layers_to_transform` cannot be used when `target_modules` is a str"),
+        ({"lora": {"layers_to_transform": [7]}, "target_modules": ("query",)}, InvalidInput, "You specified 'layers_to_transform'"),
+    ],
+)
+def test_what_could_not_be_served_is_refused_before_it_is_trained(
+    base: FrozenBase, tmp_path: Path, config: dict[str, object], error: type[Exception], fact: str
+) -> None:
+    with pytest.raises(error, match=fact):
+        train_classifier(base, ROWS, config=replace(CONFIG, **config), folder=tmp_path / "adapter", checkpoint_folder=tmp_path / "kept")
+    assert not (tmp_path / "adapter").exists() and not [*(tmp_path / "kept").iterdir()]    # free for a config that is mended
 
 
 def test_training_stops_when_epochs_get_no_better(base: FrozenBase, tmp_path: Path) -> None:

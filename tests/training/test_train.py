@@ -211,8 +211,8 @@ def test_trainings_at_once_give_the_bytes_of_one_at_a_time(base: FrozenBase, tmp
 
 
 def test_a_config_that_is_no_train_config_is_refused(base: FrozenBase, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match=r"the training config is dict, not a TrainConfig\. Use TrainConfig\.from_dict"):
-        train_classifier(base, ROWS, config={"epochs": 1}, folder=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match=r"the training config is list, not a TrainConfig\. Give one, a mapping of its settings, or .* fast, bal"):
+        train_classifier(base, ROWS, config=["fast"], folder=tmp_path)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
