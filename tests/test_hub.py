@@ -754,7 +754,7 @@ def test_a_hub_that_closes_answers_what_was_submitted(filled: Hub) -> None:
         (lambda h: h.predict(["a"], adapters=3), InvalidInput, "adapters is int"),
         (lambda h: h.predict(["a"], adapters="colours", generation=[1]), InvalidInput, "holds no settings"),
         (lambda h: h.evaluate(COLOURS, names="colours"), InvalidInput, "names is one string"),
-        (lambda h: h.learn("x", COLOURS, config={"epochs": 1}), InvalidInput, "the training config is dict"),
+        (lambda h: h.learn("x", COLOURS, config=3), InvalidInput, "the training config is int"),
         (lambda h: Hub.open("/nowhere"), RegistryNotFound, "/nowhere"),
     ],
 )

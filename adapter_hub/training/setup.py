@@ -181,6 +181,8 @@ def _model_copy(base: FrozenBase, job: Task, config: TrainConfig) -> PreTrainedM
                 base.path, config=own, dtype=torch.float32, local_files_only=True, trust_remote_code=False
             ).to(base.device)
     except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
         raise WrongBase(f"transformers has no {job.auto.__name__} for {own.model_type!r}.", hint="Use another base, or task type.") from error
     # Causal models find the last token that is not padding by this number.
     model.config.pad_token_id = base.tokenizer.pad_token_id
@@ -193,7 +195,7 @@ def _lora_config(model: PreTrainedModel, base: FrozenBase, job: Task, config: Tr
     excluded = [_pattern(more.pop("exclude_modules", None))]
     if targets == ALL_LINEAR:
         excluded += [below(model, config) or "", _pattern(_not_by_row(model, base))]
-    heads = head_modules(model, base) if job.outputs else []
+    whole = [*(head_modules(model, base) if job.outputs else ()), *(more.pop("modules_to_save", None) or ())]
     return LoraConfig(
         task_type=str(job.task_type),
         r=config.r,
@@ -203,7 +205,7 @@ def _lora_config(model: PreTrainedModel, base: FrozenBase, job: Task, config: Tr
         exclude_modules="|".join(filter(None, excluded)) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        modules_to_save=[*heads, *(more.pop("modules_to_save", None) or ())] or None,
+        modules_to_save=whole or None,
         **({"init_lora_weights": "pissa" if config.pissa else True} | more),
     )
 
