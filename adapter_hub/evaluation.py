@@ -413,7 +413,7 @@ def _placed(hub: Hub, rows: Sequence[Example], names: Sequence[str] | None) -> t
 
     Raises AdapterNotFound, InvalidInput for a name that no row mentions.
     """
-    said = [home if isinstance(home := row.extra.get("adapter"), str) else None for row in rows]
+    said = [home if isinstance(home := row.extra.get("adapter"), str) and home else None for row in rows]
     resolve = cache(hub.registry.resolve)
     if names is None:
         return list(rows), [None if home is None else resolve(home) for home in said]

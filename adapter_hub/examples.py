@@ -100,8 +100,8 @@ def _of_table(rows: Iterable[Any]) -> Iterable[Any]:
     if not (hasattr(rows, "iloc") and hasattr(rows, "columns")):
         return rows
     records: Any = rows.to_dict("records")    # type: ignore[attr-defined]
-    # What was read from Parquet holds arrays where rows have lists.
-    return [{str(key): _plain(value) for key, value in record.items()} for record in records]
+    # A cell without a value is None, NaN or NA there. What was read from Parquet holds arrays where rows have lists.
+    return [{str(key): _plain(value) for key, value in record.items() if not _absent(value)} for record in records]
 
 
 def _plain(value: Any) -> Any:
@@ -142,11 +142,17 @@ def label_fault(label: object) -> tuple[str, str] | None:
     if isinstance(label, Iterable):
         hint = 'Several labels are its list `labels`, learned with problem_type="multi_label_classification" (`--problem-type`).'
         return f"has a 'label' that is {_kind(label)}, not one label", hint
+    return ("has a 'label' that is NaN: it has no label", "Write its label, or remove the row.") if _absent(label) else None
+
+
+def _absent(value: object) -> bool:
+    """Whether it is None, NaN or pandas.NA."""
+    if isinstance(value, Iterable):
+        return False
     try:
-        absent = bool(label != label)    # NaN is not even equal to itself
-    except (TypeError, ValueError):      # pandas.NA says that it cannot tell
-        absent = True
-    return ("has a 'label' that is NaN: it has no label", "Write its label, or remove the row.") if absent else None
+        return value is None or bool(value != value)    # NaN is not even equal to itself
+    except (TypeError, ValueError):                     # pandas.NA says that it cannot tell
+        return True
 
 
 def check_targets(rows: Sequence[Example], what: str, fields: Sequence[str]) -> None:

@@ -174,7 +174,7 @@ def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig, trials: boo
             _, report = transfer(hub.base, rows.train, neighbours, task=target, config=config, folder=Path(scratch) / "trials")
             cell |= {"transfer": report.to_json(), "chosen": names[report.origins], "trial_s": round(time.perf_counter() - began, 1)}
         wanted = {"cold", *TRAINED, cell.get("chosen", "cold")}
-        starts = {name: start_of(group, hub.base, config, Path(scratch) / name) for name, group in groups.items() if name in wanted}
+        starts = {name: start_of(group, hub.base, config, target, Path(scratch) / name) for name, group in groups.items() if name in wanted}
         figures = {name: result(hub, target, rows, config, start, Path(scratch)) for name, start in [("cold", None), *starts.items()]}
     return cell | {"starts": figures | ({"transfer": figures[cell["chosen"]]} if trials else {})}
 

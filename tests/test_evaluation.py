@@ -144,6 +144,8 @@ def test_rows_that_name_no_adapter_are_measured_as_routed_alone(hub: Hub) -> Non
     assert set(given) == {"rows", "accuracy", "abstained"} and given["accuracy"] == hub.evaluate(names=["colours"])["accuracy"]
     some = hub.evaluate([*everybody()[:2], *ROWS["colours"][2:]])
     assert some["accuracy"] == given["accuracy"] and "accuracy_named" not in some and some["adapters"]["colours@1"]["rows"] == 2
+    empty = [{**row, "adapter": ""} for row in ROWS["colours"]]    # as an empty cell of a CSV file
+    assert hub.evaluate(empty) == given
 
 
 def test_a_mean_of_adapters_weighs_each_alike_and_accuracy_each_row(hub: Hub, root: Path, tmp_path: Path) -> None:

@@ -218,9 +218,12 @@ def test_the_rows_of_a_data_frame_are_rows(tmp_path: Path) -> None:
     frame = pandas.DataFrame({"text": ["a", "b"], "label": pandas.Categorical(["x", "y"]), "id": [7, 8]}, index=[5, 5])
     assert as_examples(frame) == [Example("a", "x", 7), Example("b", "y", 8)]
     assert as_examples(frame["text"]) == [Example("a"), Example("b")]
-    for missing in (np.nan, pandas.NA, pandas.NaT):
-        with pytest.raises(InvalidInput, match="row 2: a row has a 'label' that is NaN"):
-            as_examples(pandas.DataFrame({"text": ["a", "b"], "label": ["x", missing]}))
+    for missing in (None, np.nan, pandas.NA, pandas.NaT):    # no other way to say that a row has none
+        holed = pandas.DataFrame({"text": ["a", "b"], "label": ["x", missing], "id": ["1", missing]})
+        assert as_examples(holed) == [Example("a", "x", "1"), Example("b")]
+        if missing is not None:
+            with pytest.raises(InvalidInput, match="row 1: a row has a 'label' that is NaN"):
+                as_examples([{"text": "b", "label": missing}])
     with pytest.raises(InvalidInput, match="row 1: a row has no 'text', only 'question'"):
         as_examples(pandas.DataFrame({"question": ["a"]}))
     several = [{"text": "a", "labels": ["x", "y"], "spans": [{"start": 0, "end": 1, "label": "z"}]}]

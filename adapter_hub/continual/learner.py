@@ -19,7 +19,7 @@ from adapter_hub.continual.gate import Evidence, Routed
 from adapter_hub.continual.measures import ONE_LABEL, Answers, Kind
 from adapter_hub.engine.engine import Output
 from adapter_hub.errors import InvalidInput, counted
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, chose, measuring
 from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
 from adapter_hub.training.data import check_held_out, hold_out, task_seed
@@ -76,8 +76,8 @@ class Lesson:
     transfer: Transfer | None = None                # of a new name, what starting from others' weights was found to give
     parent: AdapterRef | None = None                # whose weights or examples are in it
     unseen: bool = False                            # the version in production was not trained on all of the validation rows
-    known: frozenset[str] = frozenset()             # texts that it was trained on
-    again: tuple[Example, ...] = ()                 # rows that measured it and were given to learn from: they measure this one, too
+    known: frozenset[str] = frozenset()             # texts that it was trained on, or whose rows chose its epoch
+    again: tuple[Example, ...] = ()                 # rows that measured it, or chose its epoch, and were given to learn from: they do so again
     slices: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     lost_labels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -226,24 +226,25 @@ def _start(current: Current, job: Task) -> Start:
 def _compared(lesson: Lesson, job: Task, rows: Sequence[Example], current: Current, seen: Callable[[], Collection[int]]) -> Lesson:
     """With rows that tell which is better, and with the old ones that are none of either.
 
-    These are given; or some of those that are new, held out; or, where none is new, those that measured `current`. Rows that did, and that it
-    was not trained on, are no training rows now either where no validation rows are given, unless a label would be lost, or they have another
-    target now.
+    These are given; or some of those that are new, held out; or, where none is new, those that measured `current` or chose its epoch. Such rows,
+    which it was not trained on, are no training rows now either where no validation rows are given, unless a label would be lost, or they have
+    another target now. Those that chose count as known: the best of many epochs is flattered by them.
     """
     task, key = lesson.kind.task, lesson.kind.task.key
-    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen()))} - set(map(key, current.evaluation))
+    known = {key(row) for row in (*current.exemplars, *(rows[position] for position in seen()), *filter(chose, current.evaluation))}
+    known -= set(map(key, measuring(current.evaluation)))
     unseen = lesson.validation is not None and not known.issuperset(map(key, lesson.validation))
     if lesson.validation is None:
         said = {key(row): task.shown(row) for row in rows}
         again = [row for row in current.evaluation if said.get(key(row)) == task.shown(row)]
         rest = _beside(again, lesson.train, key)
         if again and _teaches(rest, lesson.train, job):
-            note = f"{len(again)} of the rows measured {current.ref}: they measure this one, too, and are not trained on"
+            note = f"{len(again)} of the rows measured {current.ref} or chose its epoch: they do so again, and are not trained on"
             lesson = replace(lesson, train=tuple(rest), again=tuple(again), notes=(*lesson.notes, note))
         new = _beside(lesson.again, [row for row in rows if key(row) not in known], key)
         share, seed = min(0.5, 2 * lesson.config.validation_share), task_seed(lesson.config.seed, str(current.ref), ())
         try:
-            _, held = hold_out(new, share, seed, job.stratum)    # half of it will choose the epoch
+            _, held = hold_out(new, share, seed, job.strata(new))    # half of it will choose the epoch
         except InvalidInput:
             held = []
         if type(job) is not Task:    # a row of many labels may be the only one of some: it is trained on
@@ -337,7 +338,7 @@ def evidence_of(
     if rival is not None and current is not None:
         rows = fresh
         if len(fresh) < len(asked.validation):
-            notes.append(f"left out: {counted(len(asked.validation) - len(fresh), 'validation row')} that {current.ref} was trained on")
+            notes.append(f"left out: {counted(len(asked.validation) - len(fresh), 'validation row')} that {current.ref} was made with")
     baseline = measure.beside_baseline(rows, asked.candidate, train, asked.base)
     if rival is not None and current is not None:
         validation = measure.paired(rows, asked.candidate, rival, str(current.ref), train)

@@ -40,7 +40,7 @@ class LiveRouter:
         self._lock = threading.RLock()
         self._saving = threading.Lock()    # taken before `_lock` where both are
         self._calibrating = threading.Lock()    # taken before both
-        self._heads = threading.Lock()          # likewise: one head is solved at a time, for it takes gigabytes
+        self._heads = threading.Lock()          # likewise: snapshots have one head solved at a time, for it takes gigabytes
         self._forgets = 0                       # how often what was derived was dropped
         self._rehearsing = 0                    # how many are within `rehearsing`
         self._router: Router | None = None
@@ -88,7 +88,8 @@ class LiveRouter:
         now = self._router
         if now and now.head and now.head.digest == router.head_digest and now.calibration and now.calibration.id == calibration:
             return router.with_head(now.head, now.centres)
-        return router.with_head(*_solved(states, router))
+        with self._heads:
+            return router.with_head(*_solved(states, router))
 
     def calibrated(self, versions: Iterable[AdapterRef]) -> Router:
         """The router that there would be over these versions, calibrated on them. Nothing is stored."""

@@ -415,7 +415,11 @@ def _asked(base: FrozenBase, messages: Sequence[tuple[str, str]], room: int) -> 
 
     conversation = Conversation(tuple(messages))
     ids = encoded(conversation)
-    return list((ids if len(ids) <= room else shortened(conversation, encoded, room)).ids["input_ids"])
+    try:
+        return list((ids if len(ids) <= room else shortened(conversation, encoded, room)).ids["input_ids"])
+    except InvalidInput as error:    # the engine would not answer it either
+        fact = f"the conversation that ends with {conversation.question[:60]!r} cannot be learned: {error.fact}"
+        raise InvalidInput(fact, hint="Shorten what the system is told there, or leave the row out.") from None
 
 
 def _chat(base: FrozenBase, tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:

@@ -174,7 +174,7 @@ def combined(
     return torch.cat([a, noise]).float().contiguous(), torch.nn.functional.pad(b, (0, r - rank)).float().contiguous()
 
 
-def start_of(neighbours: Sequence[Neighbour], base: FrozenBase, config: TrainConfig, folder: Path) -> Start:
+def start_of(neighbours: Sequence[Neighbour], base: FrozenBase, config: TrainConfig, task: str, folder: Path) -> Start:
     """A start with the LoRA pairs of these adapters together, weighted by their closeness, and no head. Written to `folder`."""
     total = sum(max(one.closeness, 0.0) for one in neighbours)
     shares = [max(one.closeness, 0.0) / total if total else 1 / len(neighbours) for one in neighbours]
@@ -184,7 +184,7 @@ def start_of(neighbours: Sequence[Neighbour], base: FrozenBase, config: TrainCon
             parts.setdefault(module, []).append((delta, share))
     scaling = config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
     tensors: dict[str, Tensor] = {}
-    fresh = torch.Generator().manual_seed(config.seed)
+    fresh = torch.Generator().manual_seed(task_seed(config.seed, task, ()))
     for module, pairs in sorted(parts.items()):
         a, b = combined(pairs, config.r, scaling, fresh)
         tensors |= {f"{KEY_PREFIX}{module}.lora_A.weight": a, f"{KEY_PREFIX}{module}.lora_B.weight": b}
@@ -233,7 +233,7 @@ def transfer(
         groups = []
     if not groups or first is train:
         return None, Transfer(unfit=dict(unfit or {}), few=len(rows) if neighbours else None)
-    starts = {tuple(one.ref for one in group): start_of(group, base, config, folder / str(i)) for i, group in enumerate(groups)}
+    starts = {tuple(one.ref for one in group): start_of(group, base, config, task, folder / str(i)) for i, group in enumerate(groups)}
     asked, brief = [*first, *second], dataclasses.replace(config, progress=False)
     cold, *warm = (losses_after(base, train, asked, steps=steps, task=task, config=brief, start=start) for start in (None, *starts.values()))
     found = dataclasses.replace(judged(cold, dict(zip(starts, warm, strict=True)), len(first)), unfit=dict(unfit or {}))

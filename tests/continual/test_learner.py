@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from safetensors.torch import load
 
 from adapter_hub.continual.gate import GatePolicy, Verdict, judge
 from adapter_hub.continual.learner import EVALUATION, REPLAYED, Asked, Current, evidence_of, linear_probe, plan_lesson
+from adapter_hub.continual.measures import Kind
 from adapter_hub.engine.engine import Output
 from adapter_hub.errors import HubError, InvalidInput
-from adapter_hub.examples import Example
+from adapter_hub.examples import CHOSE, Example
 from adapter_hub.hub import Hub
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import make_adapter, tiny_model
@@ -35,6 +37,7 @@ def rows(*words: str, count: int = 12, frame: str = "{} number {}") -> list[Exam
     return [Example(frame.format(word, i), word) for word in words for i in range(count)]
 
 
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron".split()
 OLD = tuple(rows("apple", "zebra"))
 CURRENT = Current(AdapterRef("words", 1), Path("."), ("apple", "zebra"), PEFT, exemplars=OLD, evaluation=tuple(rows("apple", "zebra", count=2)))
 
@@ -68,6 +71,16 @@ def test_the_two_versions_are_compared_on_rows_that_are_new_to_both() -> None:
     assert not seen.unseen    # by their vectors: the texts are not kept
 
 
+def test_sets_of_labels_that_all_occur_once_are_held_out_to_compare_by() -> None:
+    """Previously they were strata of one row each, of which none can be held out."""
+    kind = Kind.wanted("SEQ_CLS", "multi_label_classification", None, None)
+    pairs = combinations("abcdef", 2)
+    new = [Example(f"{word} the {word[::-1]} story", extra={"labels": list(pair)}) for word, pair in zip(WORDS, pairs, strict=True)]
+    current = Current(AdapterRef("words", 1), Path("."), tuple("abcdef"), PEFT, kind)
+    lesson = plan_lesson("words", new, None, None, current, "cold", tuple, kind)
+    assert lesson.unseen and lesson.validation and texts(lesson.train) | texts(lesson.validation) == texts(new)
+
+
 @pytest.mark.parametrize("start", ["auto", "cold"])
 def test_where_no_row_is_new_the_versions_are_compared_on_those_that_measured_the_one_in_production(start: str) -> None:
     """Previously on none: the rows that measured it were trained on."""
@@ -75,7 +88,12 @@ def test_where_no_row_is_new_the_versions_are_compared_on_those_that_measured_th
     assert lesson.unseen and lesson.validation == lesson.again == CURRENT.evaluation and EVALUATION not in lesson.slices
     assert texts(lesson.train) == texts(OLD) - texts(CURRENT.evaluation)
     assert lesson.known == texts(lesson.train)
-    assert lesson.notes[-1] == "4 of the rows measured words@1: they measure this one, too, and are not trained on"
+    assert lesson.notes[-1] == "4 of the rows measured words@1 or chose its epoch: they do so again, and are not trained on"
+    first, *others = CURRENT.evaluation
+    flattering = replace(CURRENT, evaluation=(replace(first, extra={CHOSE: True}), *others))
+    chosen = plan_lesson("words", OLD, None, CONFIG, flattering, start)
+    assert texts(chosen.validation) == texts(CURRENT.evaluation) and first.text in chosen.known    # it may choose again, and compares nothing
+    assert texts(others).isdisjoint(chosen.known)
     if start == "auto":
         assert lesson.notes[0] == "no example of words@1 is replayed: those kept are among the rows"
     changed = plan_lesson("words", [Example(OLD[0].text, "zebra"), *OLD[1:]], None, CONFIG, CURRENT, start)
@@ -95,7 +113,7 @@ def test_one_validation_row_that_is_known_leaves_the_others_to_compare_on() -> N
     right, wrong = ({row.text: Output(label=answer(row)) for row in asked_of} for answer in (lambda row: row.label, lambda row: "none"))
     evidence = evidence_of(lesson, Asked(asked_of, {}, wrong, right), CURRENT, lambda texts: np.eye(len(texts), dtype=np.float32))
     assert evidence.validation.counts == (6, 0, 6) and not evidence.probed
-    assert any(note == "left out: 1 validation row that words@1 was trained on" for note in evidence.notes)
+    assert any(note == "left out: 1 validation row that words@1 was made with" for note in evidence.notes)
 
 
 def test_what_is_said_now_holds_against_what_was_said_before() -> None:

@@ -167,6 +167,16 @@ def test_a_conversation_that_is_too_long_is_learned_as_the_engine_asks_it(tmp_pa
     assert "<user>the fox" in base.decode([features["input_ids"]])[0].replace("be brief", "")
 
 
+def test_a_conversation_that_leaves_no_room_for_its_question_is_named(tmp_path: Path) -> None:
+    """The engine would refuse to answer it."""
+    base = FrozenBase.load(tiny_model(tmp_path / "llama", "llama"))
+    base.tokenizer.chat_template = CHAT
+    said = [("system", "be brief " * 2000), ("user", "the fox"), ("assistant", "jumps")]
+    row = Example("the fox", extra={"messages": [{"role": role, "content": content} for role, content in said]})
+    with pytest.raises(InvalidInput, match=r"the conversation that ends with 'the fox' cannot be learned: the chat template, with the system text"):
+        Writing(()).features(base, [row])
+
+
 def test_a_prompt_that_is_too_long_is_cut_and_the_completion_is_not(bases: dict[str, FrozenBase]) -> None:
     base = bases["llama"]
     [features] = Writing(()).features(base, [Example("fox " * 2000, "jumps")])

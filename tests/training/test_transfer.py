@@ -94,7 +94,7 @@ def test_an_adapter_of_another_rank_begins_with_what_it_adds_as_far_as_the_rank_
     """Previously only ranks that were equal everywhere were a start."""
     config = replace(CONFIG, learning_rate=1e-12, use_rslora=rslora)
     near = Neighbour(ONE, 0.5, adapter(base, tmp_path / "a", r=r, lora_alpha=16, rank_pattern={"query": 1}, seed=1))
-    starts = [start_of([near], base, config, tmp_path / name) for name in ("start", "again")]
+    starts = [start_of([near], base, config, "t", tmp_path / name) for name in ("start", "again")]
     first, again = (load_file(start.folder / "adapter_model.safetensors") for start in starts)
     assert all(torch.equal(first[key], again[key]) for key in first)
     result = train_classifier(base, ROWS, config=config, folder=tmp_path / "trained", start=starts[0])
@@ -109,6 +109,8 @@ def test_directions_beyond_a_lower_rank_begin_as_fresh_ones_and_learn() -> None:
     a, b = combined([(delta, 1.0)], 5, 0.5, torch.Generator().manual_seed(0))
     torch.testing.assert_close(0.5 * b.double() @ a.double(), dense(delta), atol=1e-5, rtol=1e-5)
     assert not b[:, 2:].any() and (a[2:].abs() <= 12**-0.5).all() and a[2:].std() > 0.1 and len(torch.unique(a[2:])) == 3 * 12
+    again, other = (combined([(delta, 1.0)], 5, 0.5, torch.Generator().manual_seed(seed))[0] for seed in (0, 1))
+    assert torch.equal(again, a) and torch.equal(other[:2], a[:2]) and not torch.equal(other[2:], a[2:])
     nothing = combined([(replace(delta, b=torch.zeros(20, 2)), 1.0)], 5, 0.5, torch.Generator().manual_seed(0))
     assert not nothing[1].any() and (nothing[0] != 0).all()
 
@@ -124,7 +126,7 @@ def test_a_module_narrower_than_the_rank_is_filled_up_with_nothing() -> None:
 def test_training_begins_with_what_the_neighbours_add_together_and_a_head_of_its_own(base: FrozenBase, tmp_path: Path, rslora: bool) -> None:
     near = [Neighbour(ref, close, adapter(base, tmp_path / str(ref), seed=i)) for i, (ref, close) in enumerate([(ONE, 0.6), (TWO, 0.2)])]
     config = replace(CONFIG, learning_rate=1e-12, use_rslora=rslora)
-    start = start_of(near, base, config, tmp_path / "start")
+    start = start_of(near, base, config, "t", tmp_path / "start")
     assert not any("classifier" in key for key in load_file(start.folder / "adapter_model.safetensors"))
     result = train_classifier(base, ROWS, config=config, folder=tmp_path / "trained", start=start)
     found = read_adapter(result.folder, labels=result.labels)
@@ -166,7 +168,7 @@ def test_of_an_adapter_of_all_layers_the_upper_ones_start_one_that_adapts_those_
     config, found = replace(CONFIG, layers_share=0.5), adapter(base, tmp_path / "a")
     upper = placed(found, base, config)
     assert upper and not any(".layer.0." in module for module in upper) and len(upper) < len(found.deltas)
-    start = start_of([Neighbour(ONE, 0.5, found)], base, config, tmp_path / "start")
+    start = start_of([Neighbour(ONE, 0.5, found)], base, config, "t", tmp_path / "start")
     assert train_classifier(base, ROWS, config=config, folder=tmp_path / "trained", start=start).labels
 
 
@@ -223,7 +225,7 @@ def test_trials_of_one_start_are_repeated_exactly_and_meet_rows_that_they_were_n
 def test_a_start_that_adds_nothing_is_the_cold_one_but_for_what_is_random(base: FrozenBase, tmp_path: Path) -> None:
     """After no step the answers are the probe's on the base: a start of B = 0 changes none of them."""
     still = adapter(base, tmp_path / "a", size=0.0)
-    start = start_of([Neighbour(ONE, 0.5, still)], base, CONFIG, tmp_path / "start")
+    start = start_of([Neighbour(ONE, 0.5, still)], base, CONFIG, "t", tmp_path / "start")
     config = replace(CONFIG, learning_rate=1e-12)
     cold, warm = (losses_after(base, ROWS[:24], ROWS[24:], steps=1, config=config, start=one) for one in (None, start))
     np.testing.assert_allclose(warm, cold, atol=1e-6)
@@ -251,6 +253,6 @@ def test_the_note_says_of_each_figure_on_which_rows_it_is() -> None:
 
 
 def test_a_start_without_a_head_needs_no_labels_in_common(base: FrozenBase, tmp_path: Path) -> None:
-    found = start_of([Neighbour(ONE, -0.5, adapter(base, tmp_path / "a"))], base, CONFIG, tmp_path / "start")
+    found = start_of([Neighbour(ONE, -0.5, adapter(base, tmp_path / "a"))], base, CONFIG, "t", tmp_path / "start")
     assert found == Start(tmp_path / "start", ())
     assert losses_after(base, ROWS[:24], ROWS[24:], steps=2, config=CONFIG, start=found).shape == (12,)
