@@ -12,6 +12,7 @@ import json
 import math
 import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,9 @@ def _of_table(rows: Iterable[Any]) -> Iterable[Any]:
     """The rows of a pandas.DataFrame, which iterates over the names of its columns; others as they are."""
     if not (hasattr(rows, "iloc") and hasattr(rows, "columns")):
         return rows
+    names = [str(name) for name in rows.columns]
+    if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise InvalidInput(f"the data frame has the column {twice[0]!r} twice.", hint="Rename one of them.")
     records: Any = rows.to_dict("records")    # type: ignore[attr-defined]
     # A cell without a value is None, NaN or NA there. What was read from Parquet holds arrays where rows have lists.
     return [{str(key): _plain(value) for key, value in record.items() if not _absent(value)} for record in records]
@@ -129,6 +133,8 @@ def fault(row: object) -> str | None:
     """Why this row cannot be answered, to be read after "the row"; None if it can."""
     if not isinstance(row, Mapping):
         return f"is {_kind(row)}, not an object with a text"
+    if "text" not in row and row.get("messages") is not None:
+        return "has `messages` that no user's question can be read from: a list of {role, content}, as a user and an assistant said them"
     if "text" not in row:
         return "has no 'text'" + (f", only {', '.join(map(repr, list(row)[:5]))}" if row else "")
     reason = text_fault(row["text"])

@@ -107,7 +107,7 @@ def learn(
     merged({}, check_generation(facts.get("generation") or {}))
     rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
     gone = [hub.registry.resolve(ref) for ref in instead_of]
-    evaluation, refused = as_examples(facts.pop("evaluation", held_out or ())), as_examples(facts.pop("negatives", ()))
+    evaluation, refused = rows_of(facts.pop("evaluation", held_out or ())), rows_of(facts.pop("negatives", ()))
     current = _current(hub, name)
     if task_type is not None:
         task_type = task_type_of(task_type)
@@ -179,9 +179,12 @@ def learn(
 
 def _announce(name: str, rows: Sequence[Example], task: type[Task], config: TrainConfig) -> None:
     """Say how much there is to do, so that nobody waits for minutes without a word."""
+    from adapter_hub.training.loop import epochs_of
+
     labels = len({label for row in rows for label in task.named(row)})
-    what = f"{len(rows)} rows{f' of {labels} labels' if labels else ''} with epochs={config.epochs}"
-    if len(rows) * config.epochs <= PASSES_LONG or config.progress:
+    epochs = epochs_of(config, len(rows))
+    what = f"{counted(len(rows), 'row')}{f' of {labels} labels' if labels else ''} in {counted(epochs, 'epoch')}"
+    if len(rows) * epochs <= PASSES_LONG or config.progress:
         log.info("%s: it is learned from %s.", name, what)
     else:
         bar = """progress=True in the config (`--config '{"progress": true}'`) shows how far it is"""

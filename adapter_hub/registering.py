@@ -253,11 +253,13 @@ def store(
 
 
 def warn_of_twins(hub: Hub, name: str, state: RoutingState, gone: Collection[AdapterRef] = ()) -> None:
-    for other, count in hub.live.twins(name, state).items():
-        if other in gone:
-            continue
-        also = f"is one of {other} too, and goes" if count == 1 else f"are those of {other} too, and go"
-        log.warning("%d of the examples of %s %s to either: an example should belong to one.", count, name, also)
+    found = sorted(((count, other) for other, count in hub.live.twins(name, state).items() if other not in gone), key=lambda one: -one[0])
+    if not found:
+        return
+    count, other = found[0]
+    also = f"is one of {other} too, and goes" if count == 1 else f"are those of {other} too, and go"
+    more = f" (of {counted(len(found) - 1, 'more adapter')} as many or fewer)" if len(found) > 1 else ""
+    log.warning("%d of the examples of %s %s to either%s: an example should belong to one.", count, name, also, more)
 
 
 def _loses_too_much(hub: Hub, name: str, state: RoutingState) -> Taken | None:

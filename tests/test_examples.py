@@ -226,9 +226,18 @@ def test_the_rows_of_a_data_frame_are_rows(tmp_path: Path) -> None:
                 as_examples([{"text": "b", "label": missing}])
     with pytest.raises(InvalidInput, match="row 1: a row has no 'text', only 'question'"):
         as_examples(pandas.DataFrame({"question": ["a"]}))
+    with pytest.raises(InvalidInput, match="the data frame has the column 'label' twice"):
+        as_examples(pandas.concat([frame, frame["label"]], axis=1))
     several = [{"text": "a", "labels": ["x", "y"], "spans": [{"start": 0, "end": 1, "label": "z"}]}]
     read = pandas.read_parquet(write(tmp_path / "r.parquet", several))    # its lists are arrays
     assert as_examples(read) == as_examples(several)
+
+
+@pytest.mark.parametrize("messages", [[], "hello", [{"role": "bot", "content": "hello"}], [{"role": "assistant", "content": "hello"}]])
+def test_messages_without_a_question_are_told_as_such(messages: object) -> None:
+    """Previously a text was missed that nobody needs to give."""
+    with pytest.raises(InvalidInput, match=r"row 1: a row has `messages` that no user's question can be read from: a list of \{role, content\}"):
+        as_examples([{"messages": messages}])
 
 
 def test_columns_are_no_rows() -> None:
@@ -244,7 +253,7 @@ def test_of_a_conversation_without_a_text_the_last_question_is_the_text(tmp_path
     said.append({"role": "assistant", "content": "me"})
     (tmp_path / "rows.jsonl").write_bytes(jsonl_of(as_examples([{"messages": said}])) + json.dumps({"messages": said}).encode())
     assert read_examples(tmp_path / "rows.jsonl") == [Example("who?", extra={"messages": said})] * 2
-    with pytest.raises(InvalidInput, match="has no 'text', only 'messages'"):
+    with pytest.raises(InvalidInput, match=r"has `messages` that no user.s question can be read from"):
         as_examples([{"messages": said[1:2]}])
 
 

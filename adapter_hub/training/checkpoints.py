@@ -47,6 +47,8 @@ def checkpoints(
     facts = [base.fingerprint, str(job.task_type), str(job), repr(config), seed, told, begun]
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     folder = Path(folder)
+    if not folder.is_dir() and folder.exists():
+        raise InvalidInput(f"checkpoint_folder={str(folder)!r} is a file.", hint="Name a folder (`--checkpoints DIR`), which need not be there yet.")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _IDENTITY
     if path.exists() and _read(path).get("training") != identity:

@@ -165,9 +165,10 @@ def text_metrics(answers: Sequence[str], targets: Sequence[str]) -> dict[str, fl
     """
     check_text_packages()
     from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
     from sacrebleu.metrics.chrf import CHRF
 
-    rouge = RougeScorer(["rougeL"])
+    rouge = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer())    # of its own it is said on the root logger, which that sets up
     pairs = list(zip(answers, targets, strict=True))
     return {
         "exact_match": float(np.mean([same_text(answer, target) for answer, target in pairs])),

@@ -22,11 +22,20 @@ from adapter_hub.training.tasks import IGNORED, MODEL_INPUTS, Features, Task
 EVAL_BATCH_ROWS = 64
 
 
+def epochs_of(config: TrainConfig, rows: int) -> int:
+    """How often so many rows are trained on: more often than `epochs` where that is fewer steps than `steps_min`, up to `epochs_max`."""
+    return max(config.epochs, min(math.ceil(config.steps_min / _steps(config, rows)), config.epochs_max))
+
+
+def _steps(config: TrainConfig, rows: int) -> int:
+    """Of the optimiser, in an epoch."""
+    return math.ceil(math.ceil(rows / config.batch_size) / config.accumulation)
+
+
 def trainer_of(
     model: PeftModel, job: Task, train: Sequence[Features], choosing: Sequence[Features], config: TrainConfig, seed: int, folder: Path, **more: Any
 ) -> Trainer:
-    steps_per_epoch = math.ceil(math.ceil(len(train) / config.batch_size) / config.accumulation)
-    epochs = min(max(config.epochs, math.ceil(config.steps_min / steps_per_epoch)), max(config.epochs, config.epochs_max))
+    epochs, steps = epochs_of(config, len(train)), _steps(config, len(train))
     settings: dict[str, Any] = dict(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -35,7 +44,7 @@ def trainer_of(
         gradient_accumulation_steps=config.accumulation,
         per_device_eval_batch_size=EVAL_BATCH_ROWS,
         # A warm-up's first step has the rate 0: an epoch of one step would leave the adapter as it began.
-        warmup_steps=math.floor(config.warmup_ratio * epochs * steps_per_epoch) if steps_per_epoch > 1 else 0,
+        warmup_steps=math.floor(config.warmup_ratio * epochs * steps) if steps > 1 else 0,
         lr_scheduler_type=config.schedule,
         weight_decay=config.weight_decay,
         seed=seed,

@@ -82,6 +82,7 @@ class DataReport:
     alike_labels: tuple[tuple[str, ...], ...] = ()
     unvalidated_count: int = 0                     # labels that no row has of the validation rows that were given
     unvalidated: tuple[str, ...] = ()
+    cut: int = 0                                   # rows, of training and validation, that are longer than what the model reads
     validation_label: str | None = None            # that all validation rows have that were given, where training has others
 
     @property
@@ -105,6 +106,9 @@ class DataReport:
             shown = f"{one.text[:60]!r}: {one.before!r} before, {one.now!r} now"
             texts = counted(self.relabelled_count, "text stands", "texts stand")
             found.append(f"{texts} with another {what} than the version before was taught, as {shown}")
+        if self.cut:
+            cut = counted(self.cut, "row is", "rows are")
+            found.append(f"{cut} longer than what the model reads of them, and cut: shorten them, or raise max_tokens where the model takes more")
         if self.alike_labels_count:
             shown = " and ".join(map(repr, self.alike_labels[0]))
             more = f" (and {self.alike_labels_count - 1} more such sets)" if self.alike_labels_count > 1 else ""

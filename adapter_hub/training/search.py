@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, as_examples
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import task_seed
 from adapter_hub.training.trials import rehearse
@@ -77,7 +77,7 @@ class SearchResult:
 
 def search(
     base: FrozenBase,
-    rows: Sequence[Example],
+    rows: Iterable[Mapping[str, Any] | Example],
     *,
     task: str,
     config: TrainConfig | str | None = None,
@@ -86,7 +86,7 @@ def search(
     task_type: str = TaskType.SEQ_CLS,
     problem_type: str | None = None,
     prompt_template: str | None = None,
-    validation: Sequence[Example] | None = None,
+    validation: Iterable[Mapping[str, Any] | Example] | None = None,
     storage: Path | str | None = None,
     seconds_max: float | None = None,
 ) -> SearchResult:
@@ -100,6 +100,7 @@ def search(
     space that no config fits, no trial that ended, bad rows, a storage in use.
     """
     optuna = _optuna()
+    rows, validation = as_examples(rows), None if validation is None else as_examples(validation)
     config = TrainConfig.of(config)
     space = _checked(SPACE if space is None else space, config)
     if isinstance(trials, bool) or not isinstance(trials, int) or trials < 1:

@@ -51,6 +51,8 @@ def prepared(
     job = kind.of(rows, validation, prompt_template)
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
+    if config.class_weights and kind is not Task:
+        raise InvalidInput("class_weights=True is for one label among several.", hint="Leave it False.")
     seed = task_seed(config.seed, task, job.labels)
     parts = split(rows, validation, config.validation_share, seed, job.strata(rows))
     return job, seed, parts if validation is not None or kind is Task else _all_trained(job, parts)

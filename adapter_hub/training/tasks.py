@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from adapter_hub.adapters.config import ProblemType, TaskType
-from adapter_hub.base_model import Encoded, FrozenBase
+from adapter_hub.base_model import BaseKind, Encoded, FrozenBase
 from adapter_hub.chat import Conversation, shortened
 from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example, check_targets, text_fault
@@ -97,6 +97,10 @@ class Task:
     def encoded(self, base: FrozenBase, rows: Sequence[Example]) -> list[Encoded]:
         return base.encode([self.prompt(row.text) for row in rows])
 
+    def cut(self, base: FrozenBase, rows: Sequence[Example]) -> int:
+        """How many rows are longer than what the model reads of them."""
+        return sum(ids.truncated for ids in self.encoded(base, rows))
+
     def prompt(self, text: str) -> str:
         return text if self.prompt_template is None else self.prompt_template.replace("{text}", text)
 
@@ -134,7 +138,9 @@ class Several(Task):
     @classmethod
     def fault(cls, row: Example) -> str | None:
         found = row.extra.get("labels")
-        return None if isinstance(found, list) and all(isinstance(one, str) and one for one in found) else "has no list `labels`"
+        if not isinstance(found, list):
+            return "has no list `labels`" if found is None else f"has `labels` that are no list: {str(found)[:60]!r}"
+        return None if all(isinstance(one, str) and one for one in found) else f"has `labels` that are no texts: {str(found)[:60]}"
 
     @classmethod
     def named(cls, row: Example) -> tuple[str, ...]:
@@ -343,6 +349,18 @@ class Writing(Task):
             prompt = _asked(base, messages[:-1], room)
         ids = prompt + answer
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * len(prompt) + answer}
+
+    def cut(self, base: FrozenBase, rows: Sequence[Example]) -> int:
+        return sum(self._is_cut(base, row) for row in rows)
+
+    def _is_cut(self, base: FrozenBase, row: Example) -> bool:
+        rewrites, answer = base.kind is BaseKind.SEQ2SEQ, base.encode_answer(self.written(row))
+        if len(answer) >= (base.max_tokens if rewrites else max(1, base.tokens_limit // 2)):    # as it was cut, or all that there is room for
+            return True
+        room = base.max_tokens if rewrites else min(base.max_tokens, base.tokens_limit - len(answer))
+        if messages := _messages(row):
+            return len(base.encode_chat(messages[:-1])) > room
+        return base.encode([self.prompt(row.text)], max_tokens=room)[0].truncated
 
     def reduced(self, logits: Any, labels: torch.Tensor) -> torch.Tensor:
         """Of each row (n, 3): summed loss of its completion's tokens, how many are right, and how many there are."""

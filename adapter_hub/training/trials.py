@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.errors import InvalidInput
-from adapter_hub.examples import Example
+from adapter_hub.examples import Example, as_examples
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.evaluate import log_losses
@@ -116,7 +116,7 @@ class RateSweep:
 
 def find_learning_rate(
     base: FrozenBase,
-    rows: Sequence[Example],
+    rows: Iterable[Mapping[str, Any] | Example],
     *,
     task_type: str = TaskType.SEQ_CLS,
     problem_type: str | None = None,
@@ -132,6 +132,7 @@ def find_learning_rate(
     config = dataclasses.replace(TrainConfig.of(config), patience=0, report_to=())
     kind = task_of(task_type, problem_type)
     check_base(base, kind)
+    rows = as_examples(rows)
     job = kind.of(rows, None, None)
     seed = task_seed(config.seed, task, job.labels)
     parts = split(rows, None, config.validation_share, seed, job.strata(rows))

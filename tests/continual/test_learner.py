@@ -305,7 +305,7 @@ def test_a_training_that_takes_minutes_is_told_of_before_it_begins(
         hub.learn("short", OLD, config=replace(once, progress=progress), promote="never")
         assert "is learned from" not in caplog.text
     hub.learn("long", OLD, config=once, promote="never")
-    assert 'long: it is learned from 24 rows of 2 labels with epochs=1, which takes minutes; progress=True in the config' in caplog.text
+    assert 'long: it is learned from 24 rows of 2 labels in 1 epoch, which takes minutes; progress=True in the config' in caplog.text
 
 
 def test_what_is_refused_is_refused_before_anything_is_encoded(taught: Mapping[str, Path], tmp_path: Path) -> None:

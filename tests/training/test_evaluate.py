@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -114,9 +116,11 @@ def test_texts_are_the_same_but_for_white_space() -> None:
 def test_written_texts_are_measured_by_what_others_count() -> None:
     pytest.importorskip("sacrebleu", reason="the extra 'evaluation' is not installed")
     pytest.importorskip("rouge_score", reason="the extra 'evaluation' is not installed")
+    handlers = [*logging.getLogger().handlers]
     assert text_metrics(["the cat sat"], ["the cat sat"]) == pytest.approx({"exact_match": 1.0, "rouge_l": 1.0, "chrf": 1.0})
     # Longest common words: "the cat", of 2 and of 3: F = 2 · 1 · ⅔ / (1 + ⅔).
     assert text_metrics(["the cat", ""], ["the cat sat", "a"])["rouge_l"] == pytest.approx((4 / 5 + 0) / 2)
+    assert logging.getLogger().handlers == handlers    # rouge-score would set up the program's
     # Of "ab" against "abc": precision 1 and 1, recall 2/3 and 1/2 for 1 and 2 characters, and none of 3, whose precision is not defined.
     precision, recall = 1.0, (2 / 3 + 1 / 2) / 2
     assert text_metrics(["ab"], ["abc"])["chrf"] == pytest.approx(5 * precision * recall / (4 * precision + recall), abs=1e-4)

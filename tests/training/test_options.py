@@ -210,7 +210,8 @@ def test_a_sweep_suggests_a_rate_below_the_one_at_which_the_loss_rises(base: Fro
     sweep = find_learning_rate(base, ROWS, config=CONFIG, steps=40, rate_max=3.0)
     assert sweep.rates[0] == pytest.approx(1e-5) and sweep.rates[-1] == pytest.approx(3.0)
     assert 1e-4 < sweep.suggested < 0.3
-    assert sweep == find_learning_rate(base, ROWS, config=CONFIG, steps=40, rate_max=3.0)
+    given = [{"text": row.text, "label": row.label} for row in ROWS]    # as `learn` takes them
+    assert sweep == find_learning_rate(base, given, config=CONFIG, steps=40, rate_max=3.0)
     with pytest.raises(InvalidInput, match="a sweep of 3 steps"):
         find_learning_rate(base, ROWS, steps=3)
     apart = [Example(f"{row.text} {number}", extra={"labels": [f"l{number}", f"l{number + 1}"]}) for number, row in enumerate(ROWS[:8])]

@@ -77,6 +77,14 @@ def latest(folder: Path) -> int:
     return max((int(one.name.rpartition("-")[2]) for one in folder.glob("checkpoint-*")), default=0)
 
 
+def test_a_file_is_no_folder_of_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    base = FrozenBase.load(tiny_model(tmp_path / "bert"))
+    with pytest.raises(InvalidInput, match=r"checkpoint_folder='.*kept' is a file\. Name a folder"):
+        train_classifier(base, [Example(f"{w} {i}", w) for w in "ab" for i in range(3)], folder=tmp_path / "out", checkpoint_folder=tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
 def test_a_folder_of_another_training_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
     base = FrozenBase.load(tiny_model(tmp_path / "bert"))
     kept = tmp_path / "kept"

@@ -167,6 +167,22 @@ def test_a_conversation_that_is_too_long_is_learned_as_the_engine_asks_it(tmp_pa
     assert "<user>the fox" in base.decode([features["input_ids"]])[0].replace("be brief", "")
 
 
+def test_rows_that_are_cut_are_counted(tmp_path: Path) -> None:
+    """An adapter that never saw the ends of its rows says so; previously nothing did."""
+    long = "fox " * 3000
+    chat = [{"role": "user", "content": long}, {"role": "assistant", "content": "jumps"}]
+    for architecture, task in (("llama", Writing(())), ("t5", Rewriting(()))):
+        base = FrozenBase.load(tiny_model(tmp_path / architecture, architecture))
+        base.tokenizer.chat_template = CHAT
+        whole = [Example("the fox", "jumps"), Example("fox", extra={"messages": [{"role": "user", "content": "fox"}, chat[1]]})]
+        assert task.cut(base, whole) == 0
+        assert task.cut(base, [*whole, Example(long, "jumps"), Example("the fox", long), Example(long, extra={"messages": chat})]) == 3
+    base = FrozenBase.load(tiny_model(tmp_path / "bert"))
+    rows = [Example(text, label) for label in ("a", "b") for text in (f"{label} one", f"{label} two", f"{long} {label}")]
+    result = train_adapter(base, rows, config=replace(CONFIG, epochs=1), folder=tmp_path / "trained")
+    assert result.report.cut == 2 and "2 rows are longer than what the model reads of them, and cut" in "; ".join(result.report.warnings)
+
+
 def test_a_conversation_that_leaves_no_room_for_its_question_is_named(tmp_path: Path) -> None:
     """The engine would refuse to answer it."""
     base = FrozenBase.load(tiny_model(tmp_path / "llama", "llama"))
@@ -206,6 +222,7 @@ def test_what_cannot_be_trained_is_refused_by_name(bases: dict[str, FrozenBase],
         ("takes no CAUSAL_LM adapter", "bert", {"task_type": "CAUSAL_LM"}),
         ("task_type='POETRY' cannot be trained", "bert", {"task_type": "POETRY"}),
         ("does not hold {text} once", "llama", {"task_type": "CAUSAL_LM", "prompt_template": "hm"}),
+        ("class_weights=True is for one label", "llama", {"task_type": "CAUSAL_LM", "config": TrainConfig(class_weights=True)}),
         ("r_drop=1.0 is for one label", "llama", {"task_type": "CAUSAL_LM", "config": TrainConfig(r_drop=1.0)}),
     ):
         with pytest.raises(InvalidInput, match=says):
