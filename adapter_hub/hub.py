@@ -1087,7 +1087,7 @@ class Hub:
         """Hash every stored file, the base model and the encoder in full; the report lists what is damaged, and never raises for it."""
         report = self.registry.verify()
         damaged = [Problem(where, error.fact) for where, check in self._models() if (error := _fault(check))]
-        return replace(report, problems=(*damaged, *report.problems, *self._unrouted()))
+        return replace(report, problems=(*damaged, *report.problems, *self._unrouted(), *(() if damaged else self._unrunnable())))
 
     def _unrouted(self) -> Iterator[Problem]:
         """Versions that `Registry.add` put into production without what the router needs."""
@@ -1100,6 +1100,20 @@ class Hub:
                     yield Problem(str(ref), f"it is in production without {ROUTING_FILE}: only its name reaches it.")
                 elif error := _fault(lambda manifest=manifest: self._check_routable(manifest)):    # type: ignore[misc]
                     yield Problem(str(ref), str(error))
+
+    def _unrunnable(self) -> Iterator[Problem]:
+        """Versions in production that were registered before their heads were asked whether they answer in a batch as alone."""
+        from adapter_hub.adapters.checks import check_head_runs
+
+        faults: dict[str | None, HubError | None] = {}    # by the kind of head: it is the base's and the task's, not the adapter's
+        for ref in self.registry.production():
+            with suppress(HubError):    # said already
+                kind = self.registry.manifest(ref).task_type
+                if kind not in faults:
+                    adapter = self.adapter(ref)
+                    faults[kind] = _fault(lambda adapter=adapter: check_head_runs(adapter, self.base))    # type: ignore[misc]
+                if error := faults[kind]:
+                    yield Problem(str(ref), f"its answers depend on what stands beside a text in a batch: {error.fact}")
 
     def _models(self) -> Iterator[tuple[str, Callable[[], None]]]:
         from adapter_hub.routing.encoder import load_encoder

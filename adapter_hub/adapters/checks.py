@@ -173,7 +173,7 @@ def check_acts(adapter: Adapter, base: FrozenBase) -> float:
         plain = _probe(base)
         with applied(base, adapter):
             changed = _probe(base)
-        _check_head_runs(adapter, base)
+        check_head_runs(adapter, base)
     if not torch.isfinite(changed).all():
         raise NoEffect("with the adapter the base's output is not finite on a probe batch.", hint="Training diverged: train it again.")
     effect = float((changed - plain).abs().max())
@@ -185,8 +185,8 @@ def check_acts(adapter: Adapter, base: FrozenBase) -> float:
     return effect
 
 
-def _check_head_runs(adapter: Adapter, base: FrozenBase) -> None:
-    """Raises WrongBase."""
+def check_head_runs(adapter: Adapter, base: FrozenBase) -> None:
+    """Raises WrongBase where the head would not give a row of a mixed batch what it gives the text alone."""
     if not adapter.head:
         return
     model = next(skeletons(base, adapter.task_type, outputs_of(adapter.head)))

@@ -133,6 +133,17 @@ def test_an_adapter_from_elsewhere_whose_head_could_not_be_served_is_refused(nam
         check_acts(adapter, base)
 
 
+def test_one_that_was_registered_before_that_was_asked_is_told_by_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of("FNetModel", tmp_path / "base")
+    folder = make_adapter(base, tmp_path / "adapter", target_modules=["intermediate.dense"], size=0.2)
+    with Hub.create(tmp_path / "registry", base_model=tmp_path / "base", encoder="hash") as hub:
+        with monkeypatch.context() as earlier:
+            earlier.setattr("adapter_hub.adapters.checks.check_head_runs", lambda *given: None)
+            ref = hub.register("things", folder, ["my plum"], labels=["x", "y"])
+        [problem] = hub.verify().problems
+        assert problem.where == str(ref) and "FNetForSequenceClassification answers a text otherwise beside a longer one" in problem.fact
+
+
 def test_what_peft_does_not_adapt_is_named_with_those_that_it_may(tmp_path: Path) -> None:
     base, rows = base_of("MambaForCausalLM", tmp_path / "base"), [Example(text, f" {kind}") for text, _, kind in PAIRS]
     with pytest.raises(InvalidInput, match=r"'out_proj' is incompatible with Mamba.*named dt_proj, in_proj, lm_head, out_proj, x_proj: name those"):
