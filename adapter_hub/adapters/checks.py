@@ -190,12 +190,18 @@ def check_head_runs(adapter: Adapter, base: FrozenBase) -> None:
     if not adapter.head:
         return
     model = next(skeletons(base, adapter.task_type, outputs_of(adapter.head)))
-    if lacks_pooler(model, base):    # the base cannot be called as this head's own transformer; as BERT's, it is fed by hidden states alone
-        return
-    setattr(model, model.base_model_prefix, base.body)    # the frozen one: what is built here is the head alone
+    # The frozen one: what is built here is the head alone.
+    setattr(model, model.base_model_prefix, _with_pooler(base.body, model) if lacks_pooler(model, base) else base.body)
     model.load_state_dict({name: tensor.to(base.device, base.dtype) for name, tensor in adapter.head.items()}, strict=False, assign=True)
-    if reason := run_fault(model.train(False), base):
+    if reason := run_fault(model.train(False), base, base.precision):
         raise WrongBase(f"a {adapter.task_type} adapter cannot run on {base.id!r}: {reason}.", hint="Register it with a fitting base.")
+
+
+def _with_pooler(body: nn.Module, model: PreTrainedModel) -> nn.Module:
+    """The same modules once more, and this model's pooler beside them: the base stays without."""
+    found = copy.copy(body)
+    found._modules = body._modules | {"pooler": model.base_model.pooler}  # type: ignore[dict-item]
+    return found
 
 
 @contextmanager
@@ -264,32 +270,36 @@ def lacks_pooler(model: PreTrainedModel, base: FrozenBase) -> bool:
 
 
 @torch.inference_mode()
-def run_fault(model: PreTrainedModel, base: FrozenBase) -> str | None:
-    """Why the head of a task's model cannot be run on what the base computes for a mixed batch, as a sentence; None where it can.
+def run_fault(model: PreTrainedModel, base: FrozenBase, precision: Precision) -> str | None:
+    """Why the head of a task's model, held in `precision`, cannot be run on what the base computes for a mixed batch, as a sentence; or None.
 
     The transformer hears only of tokens and mask there, and texts are padded on the right to the longest.
     """
-    name, body, rows = type(model).__name__, model.base_model, base.encode(PROBE)
+    name, body, rows = type(model).__name__, cast(Any, model.base_model), base.encode(PROBE)
     short = min(rows, key=len)
     one, many = ({key: inputs[key] for key in ("input_ids", "attention_mask")} for inputs in (base.pad([short]), base.pad(rows)))
     try:
         own, alone, plain, plain_alone = model(**many).logits, model(**one).logits, body(**many), body(**one)
+        fed = plain
+        if lacks_pooler(model, base):    # as the engine does, which has nothing but the base's hidden states for it
+            fed = type(plain)(**{**plain, "pooler_output": body.pooler(plain.last_hidden_state)})
         thread = threading.get_ident()    # it may be the base's own body, on which others go on predicting
-        handle = body.register_forward_hook(lambda *_: plain if threading.get_ident() == thread else None)
+        handle = body.register_forward_hook(lambda *_: fed if threading.get_ident() == thread else None)
         try:
             replayed = model(**many).logits
         finally:
             handle.remove()
     except (RuntimeError, ValueError, TypeError) as error:
         return f"{name} cannot be run on a text alone: {str(error)[:200]}"
-    exact = base.precision is Precision.FLOAT32 or body is not base.body    # a copy to train is float32 whatever the base is held in
-    tolerance = HEAD_TOLERANCE if exact else HEAD_TOLERANCE_NARROW
+    tolerance = HEAD_TOLERANCE if precision is Precision.FLOAT32 else HEAD_TOLERANCE_NARROW
     for found, lone in ((plain.last_hidden_state, plain_alone.last_hidden_state), (own, alone)):
         beside = found[rows.index(short)]
         beside = beside[: lone.shape[1]] if lone.ndim == 3 else beside    # of each token, or of the text
         if (lone[0] - beside).abs().max() > tolerance * found.abs().max():
             return f"{name} answers a text otherwise beside a longer one, to whose length it is padded"
-    if (own - replayed).abs().max() > tolerance * own.abs().max():
+    if own.shape != replayed.shape or (own - replayed).abs().max() > tolerance * own.abs().max():
+        if fed is not plain:
+            return f"the base was saved without its pooler, and what {name} pools are not the hidden states alone"
         return f"{name} tells its transformer more than a text's tokens, which the rows of other adapters would hear"
     return None
 

@@ -7,6 +7,7 @@ are new to both, and on those that were kept to evaluate it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import safe_open
 
+from adapter_hub.adapters.source import ADAPTER_WEIGHTS
 from adapter_hub.continual.gate import Evidence, Routed
 from adapter_hub.continual.measures import ONE_LABEL, Answers, Kind
 from adapter_hub.engine.engine import Output
 from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example, chose, measuring
 from adapter_hub.refs import AdapterRef
-from adapter_hub.training.config import ALL_LINEAR, TrainConfig
+from adapter_hub.training.config import ALL_LINEAR, TrainConfig, module_pattern
 from adapter_hub.training.data import check_held_out, hold_out, task_seed
 from adapter_hub.training.tasks import Task
 
@@ -92,7 +95,7 @@ def plan_lesson(
     name: str,
     rows: Sequence[Example],
     validation: Sequence[Example] | None,
-    config: TrainConfig | Mapping[str, Any] | str | None,
+    config: TrainConfig | None,
     current: Current | None,
     start: str,
     seen: Callable[[], Collection[int]] = tuple,
@@ -107,7 +110,6 @@ def plan_lesson(
     """
     if start not in STARTS:
         raise InvalidInput(f"start={start!r} is not a way to start.", hint=f"Use {', '.join(map(repr, STARTS))}.")
-    config = None if config is None else TrainConfig.of(config)
     if not rows:
         raise InvalidInput("there is nothing to learn: no rows were given.", hint='A row to learn from is {"text": …, "label": …}.')
     if current is None:
@@ -291,12 +293,20 @@ def _warm_fault(current: Current, config: TrainConfig | None) -> str:
         if (wanted := getattr(config, ours)) != (found := peft.get(theirs, False)):
             return f"it has {theirs}={found!r}, and the config says {wanted!r}"
     for name, wanted in (config.lora or {}).items():
-        if name not in ("init_lora_weights", "modules_to_save") and (found := peft.get(name)) != wanted:
-            return f"it has {name}={found!r}, and the config says {wanted!r}"
+        given = list(wanted) if isinstance(wanted, tuple) else wanted
+        if name not in ("exclude_modules", "init_lora_weights") and (found := peft.get(name)) != given:
+            return f"it has {name}={found!r}, and the config says {given!r}"
+    if excluded := module_pattern((config.lora or {}).get("exclude_modules")):    # stored in another form, or among what else is left out
+        for module in sorted(_adapted(current)):
+            if re.fullmatch(excluded, module):
+                return f"it adapts {module}, and the config excludes it"
     targets = peft.get("target_modules")
-    adapted = {targets} if isinstance(targets, str) else set(targets or ())
-    wanted = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules)
-    return "" if config.target_modules == ALL_LINEAR or adapted <= wanted else "it adapts modules that the config does not name"
+    if config.target_modules in (ALL_LINEAR, targets):
+        return ""
+    of_expression = isinstance(config.target_modules, str)    # which only names in full can be held against
+    adapted = _adapted(current) if of_expression else [targets] if isinstance(targets, str) else targets or ()
+    named = re.compile(module_pattern(config.target_modules))
+    return "" if all(map(named.fullmatch, adapted)) else "it adapts modules that the config does not name"
 
 
 def _shaped(config: TrainConfig | None, current: Current | None) -> TrainConfig:
@@ -304,11 +314,20 @@ def _shaped(config: TrainConfig | None, current: Current | None) -> TrainConfig:
     if config is not None or current is None:
         return config or TrainConfig()
     peft, targets = current.peft, current.peft["target_modules"]
-    lora = {name: peft[name] for name in ("exclude_modules", "layers_pattern", "layers_to_transform") if peft.get(name) is not None}
+    # Not exclude_modules: of our own versions it is what layers_share left out for speed, and they are learned on in all layers.
+    layers = {name: peft[name] for name in ("layers_pattern", "layers_to_transform") if peft.get(name) is not None}
     return replace(
         TrainConfig(), r=peft["r"], alpha=peft["lora_alpha"], use_rslora=bool(peft.get("use_rslora")), use_dora=bool(peft.get("use_dora")),
-        target_modules=targets if isinstance(targets, str) else tuple(targets), lora=lora,
+        target_modules=targets if isinstance(targets, str) else tuple(targets), lora=layers,
     )  # fmt: skip
+
+
+def _adapted(current: Current) -> set[str]:
+    """The modules that its weights are of, by their names in full."""
+    from adapter_hub.adapters.weights import KEY_PREFIX
+
+    with safe_open(current.folder / ADAPTER_WEIGHTS, "np") as file:
+        return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}
 
 
 # ---- evidence -------------------------------------------------------------------------------------------------------

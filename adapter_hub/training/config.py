@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,7 +18,7 @@ SCHEDULES = ("linear", "cosine", "constant_with_warmup")    # transformers' name
 PRECISIONS = ("float32", "bfloat16", "auto")
 TRACKERS = ("tensorboard", "wandb", "mlflow")    # transformers' names; each is its package's, too
 ALL_LINEAR = "all-linear"    # every linear layer of the transformer that rows of a batch do not share, the head excepted; PEFT's word
-LORA = ("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "modules_to_save", "rank_pattern")
+LORA = ("alpha_pattern", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform", "rank_pattern")
 INITS = (True, False, "gaussian", "orthogonal")    # of the weights, that leave the base's as they are and need no data; PEFT's names
 
 
@@ -135,8 +137,31 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 _OWN = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout"} | {name: name for name in ("target_modules", "use_dora", "use_rslora")}
 
 
-def _checked_lora(lora: Mapping[str, Any] | None, r: int, alpha: int) -> dict[str, Any] | None:
-    """A copy as JSON would have it; None for nothing. Raises InvalidInput for what no adapter could be registered with."""
+class _Fixed(dict[str, Any]):
+    """A mapping that stays as it was checked: types.MappingProxyType can neither be pickled nor copied. Raises TypeError for a change."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("a TrainConfig's lora cannot be changed: make another config with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Fixed, (dict(self),)
+
+
+def _fixed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _Fixed({name: _fixed(one) for name, one in value.items()})
+    return tuple(map(_fixed, value)) if isinstance(value, list) else value
+
+
+def module_pattern(modules: str | Sequence[str] | None) -> str:
+    """A regular expression, of the whole name, of what PEFT takes as one, or as endings of names; empty for none."""
+    return modules if isinstance(modules, str) else rf"(.*\.)?({'|'.join(map(re.escape, modules))})" if modules else ""
+
+
+def _checked_lora(lora: Mapping[str, Any] | None, r: int, alpha: int) -> Mapping[str, Any] | None:
+    """A copy as JSON would have it, fixed; None for nothing. Raises InvalidInput for what no adapter could be trained or registered with."""
     if not isinstance(lora, Mapping | None):
         raise InvalidInput(f"lora={lora!r} is not a mapping of PEFT's names to values.", hint='As in {"rank_pattern": {"query": 4}}.')
     try:
@@ -146,15 +171,53 @@ def _checked_lora(lora: Mapping[str, Any] | None, r: int, alpha: int) -> dict[st
     for name in found:
         if name in _OWN:
             raise InvalidInput(f"lora has {name!r}, which is a setting beside it.", hint=f"Use {_OWN[name]}=….")
-    if (init := found.get("init_lora_weights", True)) not in INITS:
+    if "modules_to_save" in found:
+        fact = "lora has 'modules_to_save': the head is always saved whole, and the base's own modules are frozen"
+        raise InvalidInput(f"{fact}.", hint="Leave it out; name modules of the base to adapt in target_modules.")
+    init = found.get("init_lora_weights", True)
+    if init not in INITS or isinstance(init, int) is not isinstance(init, bool):    # 1 == True
         raise InvalidInput(f"lora has init_lora_weights={init!r}, not one of {', '.join(map(str, INITS))}.", hint="For PiSSA use pissa=True.")
+    for name, (fits, form) in _FORMS.items():
+        if found.get(name) not in _NOTHING and not fits(found[name]):
+            raise InvalidInput(f"lora has {name}={found[name]!r}, which is not {form}.", hint=_SEE)
     try:
         parse_config({"peft_type": "LORA", "r": r, "lora_alpha": alpha, **found})
     except AdapterRejected as error:
         raise InvalidInput(error.fact.replace("adapter_config.json", "lora", 1), hint=f"There are: {', '.join(LORA)}.") from error
     if unknown := sorted(found.keys() - set(LORA)):
         raise InvalidInput(f"lora has {unknown[0]!r}, which is nothing to be set here.", hint=f"There are: {', '.join(LORA)}.")
-    return found or None
+    found = {name: value for name, value in found.items() if value not in _NOTHING}
+    ranks = found.get("rank_pattern", {}).values() or [r]    # with patterns no module need have r
+    if init == "orthogonal" and (odd := [rank for rank in ranks if rank % 2]):
+        raise InvalidInput(f"lora has init_lora_weights='orthogonal', which needs even ranks, and one is {odd[0]}.", hint=f"Use {odd[0] + 1}.")
+    return _fixed(found) if found else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_layer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _or_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: all(map(fits, value)) if isinstance(value, list) else fits(value)
+
+
+_NOTHING: tuple[object, ...] = (None, [], {})
+# Of those of LORA that PEFT does not check, or tells of in words of its own.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha_pattern": (lambda value: isinstance(value, dict) and all(map(_is_number, value.values())), "a mapping of names to numbers"),
+    "rank_pattern": (lambda value: isinstance(value, dict), "a mapping of names to ranks"),
+    "exclude_modules": (_or_list(_is_name), "a regular expression, or a list of names"),
+    "layers_pattern": (_or_list(_is_name), "a name, or a list of names"),
+    "layers_to_transform": (_or_list(_is_layer), "a layer's number from 0, or a list of them"),
+}
 
 
 def _at_least(low: float) -> Callable[[float], bool]:

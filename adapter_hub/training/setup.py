@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
@@ -17,12 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from adapter_hub.adapters.checks import check_fits, check_rows, head_fault, head_modules, row_faults, run_fault
 from adapter_hub.adapters.config import TaskType
+from adapter_hub.adapters.patterns import matches_end
 from adapter_hub.adapters.source import AdapterFiles
 from adapter_hub.adapters.weights import adapter_of
 from adapter_hub.base_model import BaseKind, FrozenBase, building
 from adapter_hub.errors import InvalidInput, WrongBase
 from adapter_hub.examples import Example
-from adapter_hub.training.config import ALL_LINEAR, TrainConfig
+from adapter_hub.precision import Precision
+from adapter_hub.training.config import ALL_LINEAR, TrainConfig, module_pattern
 from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
 from adapter_hub.training.loop import batches
@@ -94,15 +97,22 @@ def set_up(
         _probe(whole, features[0])
     if config.probe and type(job) is Number and start is None:
         _start_from_mean(whole, features[0])
+    names, lower = [name for name, _ in whole.named_modules()], below(whole, config)
     endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
     try:
         with building():
             model: PeftModel = get_peft_model(whole, _lora_config(whole, base, job, config))
     except (ValueError, TypeError) as error:    # PEFT's, of modules that are not there, or of a kind that it does not adapt
-        fact = f"target_modules={config.target_modules!r} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
+        with_lora = f" with lora={config.lora!r}" if config.lora else ""
+        fact = f"target_modules={config.target_modules!r}{with_lora} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
         named = f"Its linear layers are named {', '.join(endings)}"
         hint = f"{named}: name those that can." if config.target_modules == ALL_LINEAR else f"{named}; {ALL_LINEAR!r} takes all that can."
         raise InvalidInput(fact, hint=hint) from error
+    adapted = set(cast(LoraModel, model.base_model).targeted_module_names)
+    _check_named(config, adapted, names)
+    settings = cast(LoraConfig, model.peft_config["default"])
+    if settings.exclude_modules not in (None, lower):    # for more than speed: what is learned on from it adapts these, and no more
+        settings.target_modules, settings.exclude_modules = sorted(adapted), None
     if config.pissa:
         _check_pissa(model, config, start)
     _check_served(model, base, job)
@@ -120,8 +130,29 @@ def set_up(
 
 def _check_head(whole: PreTrainedModel, base: FrozenBase) -> None:
     """Raises WrongBase where the engine could not run this head."""
-    if reason := head_fault(whole, base) or run_fault(whole, base):
+    if reason := head_fault(whole, base) or run_fault(whole, base, Precision.FLOAT32):
         raise WrongBase(f"no classifier can be learned on {base.id!r}: {reason}.", hint="Use another base.")
+
+
+def _check_named(config: TrainConfig, adapted: Collection[str], modules: Sequence[str]) -> None:
+    """Raises InvalidInput for what `lora` names and is not there, which PEFT passes over."""
+    lora = config.lora or {}
+    excluded, layers = (lora.get(name, ()) for name in ("exclude_modules", "layers_to_transform"))
+    endings = sorted({name.rpartition(".")[2] for name in adapted})
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in lora.get(option, ()):
+            if not any(matches_end(pattern, name) for name in adapted):
+                raise InvalidInput(f"lora's {option} has {pattern!r}, and no adapted module has that name.", hint=f"There are: {', '.join(endings)}.")
+    for one in [excluded] if isinstance(excluded, str) else [[ending] for ending in excluded]:
+        if not any(re.fullmatch(module_pattern(one), name) for name in modules):
+            there = sorted({name.rpartition(".")[2] for name in modules} - {""})
+            shown = one if isinstance(one, str) else one[0]
+            raise InvalidInput(f"lora's exclude_modules has {shown!r}, and no module has that name.", hint=f"There are: {', '.join(there)}.")
+    for number in (layers,) if isinstance(layers, int) else layers:
+        if not any(str(number) in name.split(".") for name in adapted):
+            numbers = sorted({int(part) for name in modules for part in name.split(".") if part.isdigit()})
+            fact = f"lora's layers_to_transform has {number}, and no adapted module is in that layer"
+            raise InvalidInput(f"{fact}.", hint=f"Layers are {', '.join(map(str, numbers))}.")
 
 
 def _check_served(model: PeftModel, base: FrozenBase, job: Task) -> None:
@@ -193,11 +224,10 @@ def _model_copy(base: FrozenBase, job: Task, config: TrainConfig) -> PreTrainedM
 
 
 def _lora_config(model: PreTrainedModel, base: FrozenBase, job: Task, config: TrainConfig) -> LoraConfig:
-    targets, more = config.target_modules, dict(config.lora or {})
-    excluded = [_pattern(more.pop("exclude_modules", None))]
+    targets, more = config.target_modules, json.loads(json.dumps(config.lora or {}))    # PEFT is given lists
+    excluded = [module_pattern(more.pop("exclude_modules", None))]
     if targets == ALL_LINEAR:
-        excluded += [below(model, config) or "", _pattern(_not_by_row(model, base))]
-    whole = [*(head_modules(model, base) if job.outputs else ()), *(more.pop("modules_to_save", None) or ())]
+        excluded += [below(model, config) or "", module_pattern(_not_by_row(model, base))]
     return LoraConfig(
         task_type=str(job.task_type),
         r=config.r,
@@ -207,7 +237,7 @@ def _lora_config(model: PreTrainedModel, base: FrozenBase, job: Task, config: Tr
         exclude_modules="|".join(filter(None, excluded)) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        modules_to_save=whole or None,
+        modules_to_save=(job.outputs and head_modules(model, base)) or None,
         **({"init_lora_weights": "pissa" if config.pissa else True} | more),
     )
 
@@ -220,8 +250,3 @@ def _not_by_row(model: PreTrainedModel, base: FrozenBase) -> list[str]:
         name, reason = next(iter(faults.items()))
         raise WrongBase(f"no linear layer of {base.id!r} can be adapted; of {name}: {reason}.", hint="Use another base.")
     return list(faults)
-
-
-def _pattern(modules: str | Sequence[str] | None) -> str:
-    """A regular expression of what PEFT takes as one, or as endings of names."""
-    return modules if isinstance(modules, str) else rf"(.*\.)?({'|'.join(map(re.escape, modules))})" if modules else ""

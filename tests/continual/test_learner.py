@@ -159,8 +159,15 @@ def test_without_a_config_the_shape_of_the_old_one_is_taken() -> None:
     config = plan_lesson("words", rows("mango", frame="fresh {} {}"), None, None, CURRENT, "auto").config
     upper = replace(CURRENT, peft=PEFT | {"layers_to_transform": [1], "exclude_modules": "key", "init_lora_weights": "gaussian", "bias": "none"})
     lesson = plan_lesson("words", rows("mango", frame="fresh {} {}"), None, None, upper, "auto")
-    assert lesson.start is not None and lesson.config.lora == {"layers_to_transform": [1], "exclude_modules": "key"} and config.lora is None
+    assert lesson.start is not None and lesson.config.lora == {"layers_to_transform": (1,)} and config.lora is None
     assert (config.r, config.alpha, config.target_modules) == (4, 16, ("query", "value"))
+
+
+def test_a_training_that_was_killed_goes_on_after_there_is_lora() -> None:
+    """The config's repr is what its checkpoints are known by. Previously what layers_share left out was copied into `lora`."""
+    fast = replace(CURRENT, peft=PEFT | {"exclude_modules": r"bert\.encoder\.layer\.(0)\..*", "layers_to_transform": None, "rank_pattern": {}})
+    lesson = plan_lesson("words", rows("mango", frame="fresh {} {}"), None, None, fast, "auto")
+    assert repr(lesson.config) == repr(replace(TrainConfig(), r=4, alpha=16, target_modules=("query", "value"))) and lesson.start is not None
 
 
 def test_the_probe_answers_as_one_would_by_the_vectors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +243,20 @@ def test_a_skill_learns_on_with_a_new_label_and_keeps_what_it_knew(taught: Mappi
     assert exemplars.count("\n") == hub.state(report.ref).count == 36 and "apple" in evaluation and "mango" in evaluation
     assert {"replayed examples", "old evaluation inputs"} <= {finding.check for finding in report.gate.findings}
     assert {p.adapter.name for p in hub.predict(["apple number 3", "mango number 3"], max_false_reject=0) if p.adapter} == {"words"}
+
+
+@pytest.mark.parametrize("more", [{}, {"layers_share": 0.5}, {"target_modules": ("query", "key")}, {"target_modules": ".*(query|key)"}])
+def test_what_was_learned_with_modules_excluded_is_learned_on_with_the_same_config(bert: Path, tmp_path: Path, more: dict[str, object]) -> None:
+    """Previously they were compared as text, the regular expression that was stored with the list of the config."""
+    hub = Hub.create(tmp_path / "registry", base_model=bert, encoder="hash")
+    config = replace(CONFIG, epochs=1, lora={"exclude_modules": ["key"]}, **more)  # type: ignore[arg-type]
+    hub.learn("words", OLD, config=config, promote="always")
+    again = hub.learn("words", OLD, config=config, start="warm", promote="always")
+    assert again.ref.version == 2
+    shaped = hub.learn("words", OLD, start="warm", promote="never", config=None)
+    assert {key for key in weights(hub, shaped.ref) if "lora" in key} == {key for key in weights(hub, "words@1") if "lora" in key}
+    with pytest.raises(InvalidInput, match=r"it adapts bert\.encoder\.layer\.\d\.attention\.self\.query, and the config excludes it"):
+        hub.learn("words", OLD, config=replace(config, lora={"exclude_modules": ["query"]}), start="warm")
 
 
 def test_a_version_that_forgets_is_held_and_the_one_in_production_stays(taught: Mapping[str, Path], tmp_path: Path) -> None:

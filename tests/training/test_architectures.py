@@ -37,6 +37,7 @@ BERT = {**SIZES, "vocab_size": 384, "pad_token_id": 0}
 ENDS = {"cls_token_id": 1, "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2}
 XLM = {"vocab_size": 384, "n_words": 384, "emb_dim": 32, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 260}
 DEBERTA = {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 32}
+FUNNEL = {"vocab_size": 384, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64, "block_sizes": [1, 1], "block_repeats": [1, 1]}
 BASES: dict[str, dict[str, Any]] = {    # by the class whose weights are saved
     "DistilBertModel": {"vocab_size": 384, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 260},
     "ModernBertModel": {**BERT, **ENDS},
@@ -44,11 +45,15 @@ BASES: dict[str, dict[str, Any]] = {    # by the class whose weights are saved
     "ElectraModel": {**BERT, "embedding_size": 16},
     "XLMModel": XLM,
     "EuroBertModel": {**BERT, **ENDS, "num_key_value_heads": 1, "mask_token_id": 3},
-    "BertForMaskedLM": BERT,    # without a pooler
+    "BertForMaskedLM": BERT,    # without a pooler, as the next three
+    "ErnieForMaskedLM": BERT,
+    "RemBertForMaskedLM": {**BERT, "input_embedding_size": 16, "output_embedding_size": 16},
+    "MobileBertForMaskedLM": {**BERT, "embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "ConvBertModel": {**BERT, "embedding_size": 32},
     "FNetModel": BERT,
     "XLNetModel": {"vocab_size": 384, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 64},
-    "FunnelModel": {"vocab_size": 384, "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64, "block_sizes": [1, 1], "block_repeats": [1, 1]},
+    "FunnelModel": FUNNEL,
+    "FunnelBaseModel": FUNNEL,
     "LongformerModel": {**BERT, "attention_window": 4},
     "AlbertForMaskedLM": {**BERT, "embedding_size": 16},
     "OPTForCausalLM": {
@@ -57,7 +62,8 @@ BASES: dict[str, dict[str, Any]] = {    # by the class whose weights are saved
     },
     "MambaForCausalLM": {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0},
 }
-LEARNED = ("DistilBertModel", "ModernBertModel", "DebertaV2Model", "ElectraModel", "XLMModel", "EuroBertModel", "BertForMaskedLM")
+POOLED = ("ErnieForMaskedLM", "RemBertForMaskedLM", "MobileBertForMaskedLM")    # their classifiers have the pooler that the base lacks
+LEARNED = ("DistilBertModel", "ModernBertModel", "DebertaV2Model", "ElectraModel", "XLMModel", "EuroBertModel", "BertForMaskedLM", *POOLED)
 
 
 def base_of(name: str, folder: Path) -> FrozenBase:
@@ -111,6 +117,8 @@ def test_a_learned_classifier_in_a_mixed_batch_answers_as_peft(name: str, task: 
         ("XLNetModel", "TOKEN_CLS", "no linear layer of .* can be adapted; of transformer.*layer_1: .* an input that all rows of a batch share"),
         ("LongformerModel", "SEQ_CLS", "LongformerForSequenceClassification tells its transformer more than a text's tokens"),
         ("FunnelModel", "SEQ_CLS", "the head of FunnelForSequenceClassification is fed by a FunnelBaseModel, and the base is a FunnelModel"),
+        ("FunnelBaseModel", "SEQ_CLS", "FunnelForSequenceClassification answers a text otherwise beside a longer one"),
+        ("FunnelBaseModel", "TOKEN_CLS", "the head of FunnelForTokenClassification is fed by a FunnelModel, and the base is a FunnelBaseModel"),
         ("AlbertForMaskedLM", "SEQ_CLS", "the base was saved without its pooler, of which AlbertModel computes a part itself"),
         ("OPTForCausalLM", "TOKEN_CLS", "transformers has no AutoModelForTokenClassification for 'opt'"),
         ("MambaForCausalLM", "SEQ_CLS", "transformers has no AutoModelForSequenceClassification for 'mamba'"),
@@ -142,6 +150,16 @@ def test_one_that_was_registered_before_that_was_asked_is_told_by_verify(tmp_pat
             ref = hub.register("things", folder, ["my plum"], labels=["x", "y"])
         [problem] = hub.verify().problems
         assert problem.where == str(ref) and "FNetForSequenceClassification answers a text otherwise beside a longer one" in problem.fact
+
+
+def test_a_head_that_brings_its_pooler_is_run_before_it_is_taken_in(tmp_path: Path) -> None:
+    """Previously such heads were not: that they are fed by hidden states alone was believed."""
+    base = base_of("AlbertForMaskedLM", tmp_path / "base")    # its pooler is a half of one, and what is around it the transformer's
+    saved = {"target_modules": ["query"], "modules_to_save": ["pooler", "classifier"], "size": 0.2}
+    adapter = read_adapter(make_adapter(base, tmp_path / "adapter", **saved), labels=("x", "y"))
+    with pytest.raises(WrongBase, match="the base was saved without its pooler, and what AlbertForSequenceClassification pools are not the hidden"):
+        check_acts(adapter, base)
+    assert base.body.pooler is None
 
 
 def test_what_peft_does_not_adapt_is_named_with_those_that_it_may(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -72,10 +74,28 @@ def test_more_of_pefts_settings_are_kept_as_json_would_have_them() -> None:
     given = {"rank_pattern": {"query": 2}, "layers_to_transform": (0, 1), "init_lora_weights": "gaussian"}
     config = TrainConfig(lora=given)
     given["rank_pattern"]["query"] = 3  # type: ignore[index]
-    assert config.lora == {"rank_pattern": {"query": 2}, "layers_to_transform": [0, 1], "init_lora_weights": "gaussian"}
-    assert json.loads(json.dumps(dataclasses.asdict(config)))["lora"] == config.lora
+    assert config.lora == {"rank_pattern": {"query": 2}, "layers_to_transform": (0, 1), "init_lora_weights": "gaussian"}
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["lora"] == {**config.lora, "layers_to_transform": [0, 1]}
     again = TrainConfig.from_dict({"lora": dict(config.lora or {})})
     assert config == again != TrainConfig() and hash(config) == hash(again)
+
+
+def test_more_of_pefts_settings_stay_as_they_were_checked() -> None:
+    """Previously `config.lora["r"] = 9` was accepted."""
+    config = TrainConfig(lora={"rank_pattern": {"query": 2}, "layers_to_transform": [0, 1]})
+    lora: Any = config.lora
+    changes = [
+        lambda: lora.__setitem__("r", 9), lambda: lora["rank_pattern"].update(query=0), lambda: lora["layers_to_transform"].append(2),
+        lambda: lora.pop("rank_pattern"), lambda: lora["rank_pattern"].clear(), lambda: lora.setdefault("r", 9), lambda: lora.__ior__({"r": 9}),
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises((TypeError, AttributeError)):
+            change()
+    for same in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), dataclasses.replace(config), TrainConfig(lora=lora)):
+        assert same == config and repr(same) == repr(config)
+        with pytest.raises(TypeError):
+            same.lora["rank_pattern"]["query"] = 0
+    assert TrainConfig(lora={"rank_pattern": None, "alpha_pattern": {}, "exclude_modules": []}) == TrainConfig()    # of which PEFT takes none
 
 
 def test_a_config_without_them_is_known_by_what_it_was_before_they_were_there() -> None:
@@ -97,12 +117,28 @@ def test_a_config_without_them_is_known_by_what_it_was_before_they_were_there() 
         ({"exclude_modules": "("}, "is not a regular expression"),
         ({"task_type": "SEQ_CLS"}, f"lora has 'task_type', which is nothing to be set here. There are: {', '.join(LORA)}."),
         ({"rank_patern": {}}, "lora has 'rank_patern', which is nothing to be set here."),
+        ({"modules_to_save": ["embeddings"]}, "lora has 'modules_to_save': the head is always saved whole, and the base's own modules are frozen."),
+        ({"alpha_pattern": {"query": "4"}}, "lora has alpha_pattern={'query': '4'}, which is not a mapping of names to numbers"),
+        ({"alpha_pattern": {"query": float("nan")}}, "which is not a mapping of names to numbers"),
+        ({"rank_pattern": ["query"]}, "lora has rank_pattern=['query'], which is not a mapping of names to ranks"),
+        ({"exclude_modules": [3]}, "lora has exclude_modules=[3], which is not a regular expression, or a list of names"),
+        ({"layers_pattern": {"layer": 1}}, "which is not a name, or a list of names"),
+        ({"layers_to_transform": ["1"]}, "lora has layers_to_transform=['1'], which is not a layer's number from 0, or a list of them"),
+        ({"layers_to_transform": True}, "which is not a layer's number"),
+        ({"init_lora_weights": 1}, "lora has init_lora_weights=1, not one of True, False"),
+        ({"init_lora_weights": "orthogonal", "rank_pattern": {"query": 3}}, "which needs even ranks, and one is 3. Use 4."),
     ],
 )
 def test_what_no_adapter_could_be_registered_with_is_refused_by_name(lora: Any, fact: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         TrainConfig(lora=lora)
     assert fact in str(caught.value)
+
+
+def test_an_orthogonal_beginning_needs_an_even_rank() -> None:
+    with pytest.raises(InvalidInput, match="which needs even ranks, and one is 5"):
+        TrainConfig(r=5, lora={"init_lora_weights": "orthogonal"})
+    assert TrainConfig(r=5, lora={"init_lora_weights": "orthogonal", "rank_pattern": {".*": 4}}).r == 5    # which no module has
 
 
 @pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "init_lora_weights"])

@@ -127,7 +127,7 @@ def test_pissa_begins_with_singular_vectors_and_is_written_for_the_base_as_it_is
         ({"layers_to_transform": 0, "layers_pattern": "layer"}, {}, {(0, 4)}),
         ({"exclude_modules": ["value", "dense"]}, {"target_modules": "all-linear"}, {(0, 4), (1, 4)}),
         ({"exclude_modules": r".*(value|dense)"}, {"target_modules": "all-linear", "layers_share": 0.5}, {(1, 4)}),
-        ({"init_lora_weights": "gaussian", "modules_to_save": ["classifier"]}, {}, {(0, 4), (1, 4)}),
+        ({"init_lora_weights": "gaussian"}, {}, {(0, 4), (1, 4)}),
         ({"init_lora_weights": "orthogonal"}, {}, {(0, 4), (1, 4)}),
         ({"init_lora_weights": False}, {"pissa": False}, {(0, 4), (1, 4)}),
     ],
@@ -148,6 +148,14 @@ def test_more_of_pefts_settings_are_trained_with_and_served_as_peft_does(
         assert distance([*output.scores.values()], expected) <= 1e-5
 
 
+def test_what_is_excluded_is_not_among_the_target_modules_that_are_stored(base: FrozenBase, tmp_path: Path) -> None:
+    """Or what is learned on from it would adapt it."""
+    result = train_classifier(base, ROWS, config=replace(CONFIG, layers_share=0.5, lora={"exclude_modules": ["key", "dense"]}), folder=tmp_path)
+    config = json.loads((result.folder / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"bert.encoder.layer.1.attention.self.{name}" for name in ("query", "value")]
+    assert config["exclude_modules"] is None
+
+
 def test_how_the_weights_begin_decides_what_they_become(base: FrozenBase, tmp_path: Path) -> None:
     found = set()
     for init in (True, "gaussian", "orthogonal"):
@@ -162,7 +170,12 @@ def test_how_the_weights_begin_decides_what_they_become(base: FrozenBase, tmp_pa
         ({"target_modules": ("position_embeddings",)}, UnsupportedOption, "an input that all rows of a batch share"),
         ({"target_modules": ("word_embeddings",), "use_dora": True}, UnsupportedOption, "only linear modules are run as DoRA"),
         ({"target_modules": ("query", "nosuch")}, DoesNotFit, "target_modules names 'nosuch', and the base has no such module"),
-        ({"lora": {"modules_to_save": ["word_embeddings"]}}, UnsupportedOption, "replaces weights of the frozen base"),
+        ({"lora": {"rank_pattern": {"nothere": 4}}}, InvalidInput, "rank_pattern has 'nothere', and no adapted .* There are: dense, key, query"),
+        ({"lora": {"alpha_pattern": {"key": 4}}, "target_modules": ("query",)}, InvalidInput, "'key', and no adapted module .* There are: query"),
+        ({"lora": {"exclude_modules": ["key", "nothere"]}}, InvalidInput, "lora's exclude_modules has 'nothere', and no module has that name"),
+        ({"lora": {"exclude_modules": "bert.nothere"}}, InvalidInput, "lora's exclude_modules has 'bert.nothere', and no module has that name"),
+        ({"lora": {"layers_to_transform": [1, 7]}, "target_modules": ("query",)}, InvalidInput, "has 7, and no .* Layers are 0, 1"),
+        ({"lora": {"layers_pattern": "layer"}, "target_modules": ("query",)}, InvalidInput, "lora={'layers_pattern': 'layer'} cannot be adapted"),
         ({"lora": {"layers_to_transform": [1]}}, InvalidInput, "`layers_to_transform` cannot be used when `target_modules` is a str"),
         ({"lora": {"layers_to_transform": [7]}, "target_modules": ("query",)}, InvalidInput, "You specified 'layers_to_transform'"),
     ],
