@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,7 +171,8 @@ def learn(
     good = promote != "never" and not report.forbidden and (promote == "always" or report.verdict is Verdict.PROMOTE)
     reason = report.reason if promote == "auto" else f"{promote}; the gate: {report.verdict}; {report.reason}"
     warn_of_twins(hub, name, prepared.state, gone)
-    stored = report.to_json() | {"start": lesson.start is not None} | ({"transfer": lesson.transfer.to_json()} if lesson.transfer else {})
+    stored = report.to_json() | {"start": lesson.start is not None, "training": asdict(lesson.config)}
+    stored |= {"transfer": lesson.transfer.to_json()} if lesson.transfer else {}
     gate = json.dumps(stored, ensure_ascii=False, indent=2).encode() + b"\n"
     ref = hub.registry.add(name, prepared.facts, prepared.files | {GATE_FILE: gate}, promote=good, reason=reason)
     return LearnReport(ref, good, reason, result.metrics, report, data, lesson.transfer)

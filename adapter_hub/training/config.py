@@ -29,28 +29,28 @@ class TrainConfig:
     r: int = 8                             # rank
     alpha: int = 16                        # updates are scaled by alpha / r (alpha / √r with rsLoRA)
     dropout: float = 0.05                  # share of the adapter's inputs dropped while training, 0 to below 1
-    target_modules: tuple[str, ...] | str = ALL_LINEAR    # endings of module names, a regular expression, or "all-linear"
+    target_modules: tuple[str, ...] | str = ALL_LINEAR    # a list of endings of names; a regular expression of whole names; or "all-linear"
     layers_share: float = 1.0              # share of the layers, from the top, that "all-linear" adapts; those below are computed once
     use_rslora: bool = False
     use_dora: bool = False
     pissa: bool = False                    # begin with the greatest singular vectors (PiSSA); written as a plain LoRA of rank 2 r
-    epochs: int = 10                       # passes over the training rows, at most epochs_max
+    epochs: int = 10                       # passes over the training rows
     patience: int = 0                      # stop after so many epochs without a better one; 0 runs all
     steps_min: int = 100                   # small sets get more epochs, until the optimiser took this many steps
-    epochs_max: int = 40
+    epochs_max: int = 40                   # so many at most for the sake of steps_min
     learning_rate: float = 1e-3
     batch_size: int = 16
     accumulation: int = 1                  # batches to a step of the optimiser
     warmup_ratio: float = 0.1              # share of the steps in which the rate rises from 0; then it falls to 0
     schedule: str = "linear"               # how the rate falls: one of SCHEDULES
     weight_decay: float = 0.01
-    class_weights: bool = False            # rare labels weigh more, so that all together weigh the same
+    class_weights: bool = False            # of one label among several: rare ones weigh more, so that all together weigh the same
     r_drop: float = 0.0                    # weight of R-Drop: each batch runs twice, and what the passes disagree in is a loss
     noise: float = 0.0                     # NEFTune's alpha: uniform noise on the embeddings (alpha / √(tokens × width)); needs layers_share 1
     token_dropout: float = 0.0             # share of the tokens that a training batch does not see, 0 to below 1
     precision: str = "float32"             # one of PRECISIONS, of the arithmetic; weights are trained in float32. "auto": bfloat16 on CUDA
     base_dropout: bool = True              # train with the base's own dropout, too
-    label_smoothing: float = 0.05          # 0 to below 1; keeps the head from being surer than it is right
+    label_smoothing: float = 0.05          # of one label among several, 0 to below 1; keeps the head from being surer than it is right
     probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise; a number's from the mean
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
@@ -88,6 +88,11 @@ class TrainConfig:
         endings = self.target_modules if isinstance(self.target_modules, tuple) else (self.target_modules,)
         if not endings or not all(isinstance(ending, str) and ending for ending in endings):
             raise InvalidInput(f"target_modules={self.target_modules!r} names no modules.", hint=f"Name some, or use {ALL_LINEAR!r}.")
+        try:
+            re.compile(self.target_modules if isinstance(self.target_modules, str) else "")
+        except re.error as error:
+            fact = f"target_modules={self.target_modules!r} is no regular expression: {error}"
+            raise InvalidInput(f"{fact}.", hint='A list has endings of names: ["query", "value"].') from error
 
     def __repr__(self) -> str:
         """Without `lora` where there is none: what is kept of a training is known by this, and was before there was that field."""

@@ -107,6 +107,8 @@ def set_up(
         fact = f"target_modules={config.target_modules!r}{with_lora} cannot be adapted in {base.id}: {str(error).splitlines()[0]}"
         named = f"Its linear layers are named {', '.join(endings)}"
         hint = f"{named}: name those that can." if config.target_modules == ALL_LINEAR else f"{named}; {ALL_LINEAR!r} takes all that can."
+        if isinstance(config.target_modules, str) and config.target_modules != ALL_LINEAR:
+            hint = f"A text is a regular expression of the whole name, a list has endings. {hint}"
         raise InvalidInput(fact, hint=hint) from error
     adapted = set(cast(LoraModel, model.base_model).targeted_module_names)
     _check_named(config, adapted, names)

@@ -221,6 +221,8 @@ def test_the_gates_report_is_stored_with_the_version_that_it_judged(taught: Mapp
     hub = opened(taught, "text", tmp_path)
     report = hub.learn("letters", rows("alpha", "beta"), config=CONFIG)
     stored = json.loads(hub.registry.read(report.ref, "gate.json"))
+    training = stored.pop("training")    # to learn it again
+    assert TrainConfig.from_dict(training) == CONFIG
     assert stored == report.gate.to_json() | {"start": False} and stored["verdict"] == str(report.verdict)
     assert {"validation", "integrity", "routing", "max_taken"} <= {finding["check"] for finding in stored["findings"]}
     assert "a linear probe of the encoder" in report.reason and hub.verify().ok

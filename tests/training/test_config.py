@@ -62,6 +62,8 @@ def test_a_config_cannot_be_changed_after_it_was_checked() -> None:
 
 
 def test_a_list_is_as_good_as_a_tuple() -> None:
+    with pytest.raises(InvalidInput, match=r"target_modules='\[' is no regular expression: unterminated"):
+        TrainConfig(target_modules="[")
     config = TrainConfig(target_modules=["query"], report_to=["tensorboard"])  # type: ignore[arg-type]
     assert config == TrainConfig(target_modules=("query",), report_to=("tensorboard",))
 
