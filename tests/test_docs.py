@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -75,12 +76,17 @@ def test_no_file_names_a_package_index() -> None:
 
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="needs the adapters that ship: examples/clinc150_adapters.py makes them")
-def test_the_python_block_of_the_readme_runs_from_a_checkout(routed: Path, tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    # A copy: the block may write a catalogue, and a checkout may be read-only.
+def test_the_python_blocks_of_the_readme_run_from_a_checkout(routed: Path, tmp_path: Path) -> None:
+    """One after another, as they stand; one trial of a search for twenty."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    # A copy: the blocks may write a catalogue, and a checkout may be read-only.
     shutil.copytree(routed, tmp_path / "registry")
+    asked = {"contract": "is clause {} of this contract binding", "tax": "how is income of kind {} taxed"}
+    rows = [{"text": text.format(number), "label": label} for label, text in asked.items() for number in "one two three four five six".split()]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    program = "\n".join(blocks).replace("trials=20", "trials=1")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, *_ = done.stdout.splitlines()
     assert re.match(r"[a-z_]+@\d+ \w+ accepted", first)
