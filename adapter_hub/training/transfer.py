@@ -151,9 +151,7 @@ def placed(adapter: Adapter, base: FrozenBase, config: TrainConfig) -> dict[str,
 # ---- starts ---------------------------------------------------------------------------------------------------------
 
 
-def combined(
-    parts: Sequence[tuple[LoraDelta, float]], r: int, scaling: float, fresh: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def combined(parts: Sequence[tuple[LoraDelta, float]], r: int, scaling: float, fresh: torch.Generator) -> tuple[Tensor, Tensor]:
     """(A (r, i), B (o, r)) whose `scaling · B A` is the best approximation of rank r to the weighted sum of the parts' own.
 
     Best in every unitarily invariant norm (Eckart and Young 1936, Mirsky 1960). Sums of A and B would be another thing: the product of sums

@@ -58,7 +58,7 @@ def best_of_rank(matrix: Tensor, r: int) -> Tensor:
 @pytest.mark.parametrize(("o", "i", "r"), [(24, 16, 4), (16, 24, 4), (12, 6, 4), (40, 40, 8)])
 def test_a_combination_is_the_best_approximation_of_its_rank_to_the_sum_of_what_the_adapters_add(o: int, i: int, r: int) -> None:
     parts = [(pair(o, i, r, 2.0, 1), 0.7), (pair(o, i, r, 0.5, 2), 0.2), (pair(o, i, r, 1.0, 3), 0.1)]
-    a, b = combined(parts, r, scaling=1.5)
+    a, b = combined(parts, r, 1.5, torch.Generator())
     wanted = sum(weight * dense(delta) for delta, weight in parts)
     torch.testing.assert_close(1.5 * b.double() @ a.double(), best_of_rank(torch.as_tensor(wanted), r), atol=1e-5, rtol=1e-5)
     assert a.shape == (r, i) and b.shape == (o, r)
@@ -67,12 +67,12 @@ def test_a_combination_is_the_best_approximation_of_its_rank_to_the_sum_of_what_
 def test_one_adapter_alone_comes_back_as_itself_whatever_the_scaling() -> None:
     delta = pair(20, 12, 4, 2.0, 1)
     for scaling in (2.0, 8.0, 0.25):
-        a, b = combined([(delta, 1.0)], 4, scaling)
+        a, b = combined([(delta, 1.0)], 4, scaling, torch.Generator())
         torch.testing.assert_close(scaling * b.double() @ a.double(), dense(delta), atol=1e-5, rtol=1e-5)
 
 
 def test_both_factors_get_the_same_share_of_the_singular_values() -> None:
-    a, b = combined([(pair(20, 12, 4, 2.0, 1), 0.5), (pair(20, 12, 4, 2.0, 2), 0.5)], 4, 2.0)
+    a, b = combined([(pair(20, 12, 4, 2.0, 1), 0.5), (pair(20, 12, 4, 2.0, 2), 0.5)], 4, 2.0, torch.Generator())
     torch.testing.assert_close(a @ a.T, b.T @ b, atol=1e-4, rtol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_it_is_not_the_product_of_averaged_factors() -> None:
     one = pair(20, 12, 4, 2.0, 1)
     turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(3)))[0]
     same = LoraDelta(turn.T @ one.a, one.b @ turn, 2.0, None)
-    a, b = combined([(one, 0.5), (same, 0.5)], 4, 2.0)
+    a, b = combined([(one, 0.5), (same, 0.5)], 4, 2.0, torch.Generator())
     torch.testing.assert_close(2.0 * b.double() @ a.double(), dense(one), atol=1e-5, rtol=1e-5)
     averaged = 2.0 * ((one.b + same.b) / 2) @ ((one.a + same.a) / 2)
     assert not torch.allclose(averaged.double(), dense(one), atol=1e-1)
@@ -117,7 +117,7 @@ def test_directions_beyond_a_lower_rank_begin_as_fresh_ones_and_learn() -> None:
 
 def test_a_module_narrower_than_the_rank_is_filled_up_with_nothing() -> None:
     delta = pair(3, 12, 4, 1.0, 1)
-    a, b = combined([(delta, 1.0)], 4, 1.0)
+    a, b = combined([(delta, 1.0)], 4, 1.0, torch.Generator())
     assert a.shape == (4, 12) and b.shape == (3, 4)
     torch.testing.assert_close(b.double() @ a.double(), dense(delta), atol=1e-5, rtol=1e-5)
 
