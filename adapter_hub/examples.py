@@ -320,7 +320,7 @@ def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, dict[str, JSON] | BadRow]
 def _json_row(line: bytes) -> dict[str, JSON] | BadRow:
     raw = line[:200].decode("utf-8", "replace").rstrip()
     try:
-        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_no_constant, parse_float=_number)
+        row = json.loads(line.rstrip(b"\r\n").decode("utf-8"), parse_constant=_no_constant, parse_float=_number, object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         return BadRow(f"is not UTF-8 (byte {error.start + 1})", raw)
     except json.JSONDecodeError as error:
@@ -332,6 +332,15 @@ def _json_row(line: bytes) -> dict[str, JSON] | BadRow:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _once(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    """An object whose names are all there once: which of two is meant, nobody can say."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return found
 
 
 def _number(text: str) -> float:

@@ -281,6 +281,8 @@ def test_the_first_bad_example_is_named_by_position_or_line(tmp_path: Path) -> N
         (b"1.5", "is a number, not an object with a text"),
         (b'{"text": "\xff"}', "is not UTF-8 (byte 11)"),
         (b'{"text": NaN}', "is not JSON (NaN is not a JSON number)"),
+        (b'{"text": "a", "label": "x", "label": "y"}', "is not JSON ('label' is there twice)"),
+        (b'{"text": "a", "meta": {"k": 1, "k": 1}}', "is not JSON ('k' is there twice)"),
         (b'{"text": "a", "x": -Infinity}', "is not JSON (-Infinity is not a JSON number)"),
     ],
 )

@@ -87,7 +87,7 @@ def set_up(
     """The model to train, its adapter fresh or `start`'s, and the features of each part; what frozen layers make of them is computed."""
     whole = _model_copy(base, job, config)
     if job.outputs:
-        _check_head(whole, base)
+        _check_head(whole, base, job)
     features = [job.features(base, part) if part else [] for part in parts]
     _check_targets(features[0])
     output = output_name(whole)
@@ -95,7 +95,7 @@ def set_up(
     headless = start is not None and not start.labels
     if probed and not headless:
         _probe(whole, features[0])
-    if config.probe and type(job) is Number and start is None:
+    if config.probe and isinstance(job, Number) and start is None:
         _start_from_mean(whole, features[0])
     names, lower = [name for name, _ in whole.named_modules()], below(whole, config)
     endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
@@ -120,6 +120,8 @@ def set_up(
     _check_served(model, base, job)
     if start is not None:
         start_from(model, start, job.outputs, output)
+    if isinstance(job, Number) and start is not None:
+        rescale(model, 1 / job.scale)
     if probed and headless:    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
@@ -130,9 +132,10 @@ def set_up(
         yield model, features
 
 
-def _check_head(whole: PreTrainedModel, base: FrozenBase) -> None:
-    """Raises WrongBase where the engine could not run this head."""
-    if reason := head_fault(whole, base) or run_fault(whole, base, Precision.FLOAT32):
+def _check_head(whole: PreTrainedModel, base: FrozenBase, job: Task) -> None:
+    """Raises WrongBase where the engine could not run this head, or numbers could not be rescaled in it."""
+    unscaled = "its head has no single linear layer that gives the number" if isinstance(job, Number) and output_layer(whole) is None else ""
+    if reason := head_fault(whole, base) or run_fault(whole, base, Precision.FLOAT32) or unscaled:
         raise WrongBase(f"no classifier can be learned on {base.id!r}: {reason}.", hint="Use another base.")
 
 
@@ -186,6 +189,15 @@ def _start_from_mean(whole: PreTrainedModel, features: Sequence[Features]) -> No
     if layer is not None and layer.bias is not None:
         with torch.no_grad():
             layer.bias.fill_(float(np.mean([row["labels"] for row in features])))
+
+
+def rescale(model: PeftModel, factor: float) -> None:
+    """Have the output layer of a regression give `factor` times its numbers."""
+    layer = output_layer(cast(PreTrainedModel, model.get_base_model()))
+    assert layer is not None    # `_check_head` asks for it
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(factor)
 
 
 def _tokens(row: Features) -> int:

@@ -35,6 +35,7 @@ from adapter_hub.training.evaluate import OUTSIDE, classifier_metrics, labels_me
 
 IGNORED = -100      # a label that is in no loss
 VALUE = ("value",)  # the output of a regression
+NUMBER_MAX = float(np.finfo(np.float32).max)
 MODEL_INPUTS = ("input_ids", "attention_mask")    # one text has one segment: GPT-2 would add an embedding for token_type_ids
 
 Features = dict[str, Any]    # of one row: MODEL_INPUTS, not padded, and "labels"
@@ -167,7 +168,9 @@ class Several(Task):
 
 @dataclass(frozen=True, slots=True)
 class Number(Task):
-    """A number a text: `label` holds it."""
+    """A number a text: `label` holds it. Trained in units of `scale`: at one learning rate stars are learned, and prices are."""
+
+    scale: float = 1.0    # standard deviation of the training rows' numbers
 
     problem_type: ClassVar[ProblemType | None] = ProblemType.REGRESSION
     measures: ClassVar[tuple[str, ...]] = ("rmse", "mae", "correlation")
@@ -175,16 +178,19 @@ class Number(Task):
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
         _check(rows, validation, cls)
-        return cls((), prompt_template)
+        return cls((), prompt_template, float(np.std([float(row.label or "") for row in rows])) or 1.0)
 
     @classmethod
     def fault(cls, row: Example) -> str | None:
         if row.label is None:
             return "has no label"
         try:
-            return None if math.isfinite(float(row.label)) else "has a number that is not finite"
+            number = float(row.label)
         except ValueError:
             return f"has the label {row.label!r}, which is no number"
+        if math.isfinite(number):
+            return None if abs(number) <= NUMBER_MAX else f"has the number {row.label}, and float32 ends at {NUMBER_MAX:.1e}"
+        return "has a number that is not finite"
 
     @classmethod
     def named(cls, row: Example) -> tuple[str, ...]:
@@ -202,10 +208,11 @@ class Number(Task):
         return ""
 
     def target(self, row: Example, ids: Encoded) -> float:
-        return float(row.label or "")
+        return float(row.label or "") / self.scale
 
     def metrics(self, predicted: EvalPrediction) -> dict[str, float]:
-        found = number_metrics(np.asarray(predicted.predictions).reshape(-1), np.asarray(predicted.label_ids).reshape(-1))
+        said, right = (np.asarray(one, dtype=np.float64).reshape(-1) * self.scale for one in (predicted.predictions, predicted.label_ids))
+        found = number_metrics(said, right)
         return found | {"rank": -found["rmse"]}
 
 
@@ -240,6 +247,11 @@ class Spans(Task):
                 inside = False
             if not inside:
                 return f"has the span {span!r}, which is not {{start, end, label}} within its text"
+        furthest: Any = None
+        for span in sorted(spans, key=lambda span: int(span["start"])):
+            if furthest and span["start"] < furthest["end"] and span["label"] != furthest["label"]:
+                return f"has spans of other labels that overlap, {furthest!r} and {span!r}: a token has one label"
+            furthest = span if furthest is None else max(furthest, span, key=lambda span: int(span["end"]))
         return None
 
     @classmethod

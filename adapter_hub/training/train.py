@@ -26,8 +26,8 @@ from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.loop import trainer_of
 from adapter_hub.training.report import DataReport, report_of
 from adapter_hub.training.scope import own_randomness, quiet
-from adapter_hub.training.setup import FACTOR, prepared, set_up
-from adapter_hub.training.tasks import Features, Task
+from adapter_hub.training.setup import FACTOR, prepared, rescale, set_up
+from adapter_hub.training.tasks import Features, Number, Task
 from adapter_hub.training.trackers import check_trackers, tracked
 from adapter_hub.training.warm import Start
 
@@ -106,6 +106,8 @@ def train_adapter(
         with tracked(trainer, config.report_to, task, begun(kept)):
             trainer.train(resume_from_checkpoint=last_checkpoint(kept))
             metrics = _chosen(trainer) | _measured(trainer, job, measuring)
+        if isinstance(job, Number):
+            rescale(model, job.scale)
         _write(model, base.id, Path(folder), taken_out)
     seconds = time.perf_counter() - started
     return TrainResult(

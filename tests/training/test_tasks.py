@@ -21,8 +21,9 @@ from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.testing import load_peft, tiny_model
 from adapter_hub.training.config import TrainConfig
-from adapter_hub.training.tasks import IGNORED, Rewriting, Spans, Writing
+from adapter_hub.training.tasks import IGNORED, VALUE, Rewriting, Spans, Writing
 from adapter_hub.training.train import TrainResult, train_adapter
+from adapter_hub.training.warm import Start
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers")}
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}")
@@ -64,7 +65,8 @@ def test_several_labels_are_learned_each_by_itself(bases: dict[str, FrozenBase],
 
 
 def test_a_number_is_learned(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
-    result = train_adapter(bases["bert"], ROWS["regression"], problem_type="regression", config=CONFIG, folder=tmp_path)
+    config = replace(CONFIG, learning_rate=3e-3)
+    result = train_adapter(bases["bert"], ROWS["regression"], problem_type="regression", config=config, folder=tmp_path)
     outputs = predicted(bases["bert"], result, [row.text for row in result.validation])
     apart = [(output.value or 0.0) - float(row.label or "") for output, row in zip(outputs, result.validation, strict=True)]
     assert result.metrics["rmse"] == pytest.approx(math.sqrt(np.mean(np.square(apart))), abs=1e-5)
@@ -78,6 +80,52 @@ def test_a_number_begins_with_the_mean_of_its_rows(bases: dict[str, FrozenBase],
     assert result.metrics["mae"] < 10
     zero = train_adapter(bases["bert"], rows, problem_type="regression", config=replace(still, probe=False), folder=tmp_path / "zero")
     assert zero.metrics["mae"] > 900
+
+
+def test_numbers_of_any_size_are_learned_alike(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    """Previously prices stayed at their mean, for a head's weights move by a learning rate a step; and 1e20 was "no effect"."""
+
+    def learned(size: float) -> tuple[float, list[float]]:
+        rows = [replace(row, label=repr(float(row.label or "") * size)) for row in ROWS["regression"]]
+        result = train_adapter(bases["bert"], rows, problem_type="regression", config=replace(CONFIG, epochs=3), folder=tmp_path / str(size))
+        return result.metrics["mae"] / size, [(output.value or 0.0) / size for output in predicted(bases["bert"], result, [row.text for row in rows])]
+
+    error, values = learned(1)
+    for size in (1e-6, 1e5, 1e20):
+        found = learned(size)
+        assert found[0] == pytest.approx(error, rel=1e-3)
+        np.testing.assert_allclose(found[1], values, rtol=1e-3, atol=1e-3)
+
+
+def test_a_regression_goes_on_from_the_numbers_of_the_one_before(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    rows = [replace(row, label=repr(1000 * float(row.label or ""))) for row in ROWS["regression"]]
+    brief = replace(CONFIG, epochs=2)
+    before = train_adapter(bases["bert"], rows, problem_type="regression", config=brief, folder=tmp_path / "before")
+    still, others = replace(CONFIG, epochs=1, learning_rate=1e-9), [replace(rows[0], label="50000"), *rows[1:]]    # of another deviation
+    start = Start(before.folder, VALUE)
+    after = train_adapter(bases["bert"], others, problem_type="regression", config=still, folder=tmp_path / "after", start=start)
+    texts = [row.text for row in rows]
+    values = [[output.value for output in predicted(bases["bert"], one, texts)] for one in (before, after)]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("label", "fact"), [("1e39", r"the number 1e39, and float32 ends at 3\.4e\+38"), ("inf", "not finite")])
+def test_numbers_that_float32_cannot_hold_are_refused(bases: dict[str, FrozenBase], tmp_path: Path, label: str, fact: str) -> None:
+    rows = [replace(ROWS["regression"][0], label=label), *ROWS["regression"][1:]]
+    with pytest.raises(InvalidInput, match=f"training row 1 has {'a number that is ' if label == 'inf' else ''}{fact}"):
+        train_adapter(bases["bert"], rows, problem_type="regression", config=CONFIG, folder=tmp_path)
+
+
+def test_spans_that_overlap_are_refused_unless_their_label_is_one(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
+    def spans(*labels: str) -> Example:
+        return Example("a long text", extra={"spans": [{"start": 2 * i, "end": 2 * i + 4, "label": label} for i, label in enumerate(labels)]})
+
+    assert Spans.fault(spans("x", "x", "x")) is None
+    assert "overlap" in (Spans.fault(spans("x", "x", "y")) or "")
+    within = Example("a long text", extra={"spans": [{"start": 0, "end": 9, "label": "x"}, {"start": 2, "end": 4, "label": "x"},
+                                                     {"start": 6, "end": 8, "label": "y"}]})    # fmt: skip
+    with pytest.raises(InvalidInput, match=r"training row 2 has spans of other labels that overlap.*a token has one label"):
+        train_adapter(bases["bert"], [SPANS[0], within], task_type="TOKEN_CLS", config=CONFIG, folder=tmp_path)
 
 
 def test_spans_are_learned_token_by_token(bases: dict[str, FrozenBase], tmp_path: Path) -> None:
