@@ -1,13 +1,14 @@
 """Does a new adapter that starts from its nearest ones learn better than one that starts from noise? Few-shot tasks, paired.
 
     python benchmarks/transfer.py --data DIR [--tasks clinc150 banking77 …] [--shots 20 100] [--seeds 0 1] [--targets 4] [--no-trials]
+    python benchmarks/transfer.py --data DIR --starts aligned --no-trials --out FILE
 
 DIR holds clinc150, banking77, standard_cl and cl_benchmark. A task is a domain of CLINC150, a seventh of BANKING77's intents in alphabetical
 order, or one of standard_cl or of the long sequence, known by so many examples a label (of standard_cl by the 16 that there are). The adapters
 to start from are those of `--registry` but the task's own. Each start is trained in full (90 steps at 20 examples of each of 15 labels, three
 epochs at 100), then asked the validation splits of CLINC150 and standard_cl, of the others training rows that were not drawn (40 a label); no
-test split is read. Beside them `transfer` itself: the start that its trials choose. Gains are over the cold start of the same
-rows and seed; their standard error is over tasks and seeds. Each finished task is kept in `--out`, and not measured again. The last line
+test split is read. Beside them `transfer` itself: the start that its trials choose; and `aligned`, a cold start after 100 `align_steps`.
+Gains are over the cold start of the same rows and seed; their standard error is over tasks and seeds. Each finished task is kept in `--out`, and not measured again. The last line
 is JSON.
 """
 
@@ -24,7 +25,7 @@ import platform
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ GROUPS = 7          # of BANKING77's intents
 ASKED_EACH = 40     # rows of an intent of BANKING77
 TARGETS = ("credit_cards", "meta", "work", "utility", "home", "kitchen_and_dining", "small_talk", "travel", "auto_and_commute", "banking")
 TRAINED = ("nearest", "combined")    # whichever is chosen
+ALIGNED = "aligned"
+ALIGN_STEPS = 100
 CONFIG = TrainConfig(epochs=3, steps_min=90)
 Cell = dict[str, Any]
 
@@ -70,6 +73,7 @@ def main() -> int:
     parser.add_argument("--shots", nargs="+", type=int, default=[20], help="examples an intent")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--targets", type=int, default=4, help="tasks of each set")
+    parser.add_argument("--starts", nargs="*", choices=(*TRAINED, ALIGNED), default=TRAINED, help="to be trained in full beside the cold one")
     parser.add_argument("--trials", action=argparse.BooleanOptionalAction, default=True, help="which start `transfer` would choose, too")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="where the figures go as JSON")
     arguments = parser.parse_args()
@@ -83,7 +87,7 @@ def main() -> int:
                         cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed}
                         if key_of(cell) not in cells:
                             few, config = drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed)
-                            cells[key_of(cell)] = cell | measured(hub, target, few, config, arguments.trials)
+                            cells[key_of(cell)] = cell | measured(hub, target, few, config, arguments.starts, arguments.trials)
                             write(arguments.out, [*cells.values()])
     report = write(arguments.out, [*cells.values()])
     show(report["gains"])
@@ -159,7 +163,7 @@ def drawn(rows: Rows, shots: int, seed: int) -> Rows:
     return Rows([row for place, row in enumerate(rows.train) if place in chosen], rows.asked)
 
 
-def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig, trials: bool) -> Cell:
+def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig, wanted: Collection[str], trials: bool) -> Cell:
     """Accuracy and log loss of each start and, where `trials` are wanted, what `transfer` chooses."""
     state = build_state(hub.encoder, rows.train)
     ranked = nearest(state, ((ref, hub.state(ref)) for ref in hub.registry.production() if ref.name != target))
@@ -173,9 +177,11 @@ def measured(hub: Hub, target: str, rows: Rows, config: TrainConfig, trials: boo
             began = time.perf_counter()
             _, report = transfer(hub.base, rows.train, neighbours, task=target, config=config, folder=Path(scratch) / "trials")
             cell |= {"transfer": report.to_json(), "chosen": names[report.origins], "trial_s": round(time.perf_counter() - began, 1)}
-        wanted = {"cold", *TRAINED, cell.get("chosen", "cold")}
-        starts = {name: start_of(group, hub.base, config, target, Path(scratch) / name) for name, group in groups.items() if name in wanted}
+        trained = {name: group for name, group in groups.items() if name in (*wanted, cell.get("chosen"))}
+        starts = {name: start_of(group, hub.base, config, target, Path(scratch) / name) for name, group in trained.items()}
         figures = {name: result(hub, target, rows, config, start, Path(scratch)) for name, start in [("cold", None), *starts.items()]}
+        if ALIGNED in wanted:
+            figures[ALIGNED] = result(hub, target, rows, dataclasses.replace(config, align_steps=ALIGN_STEPS), None, Path(scratch))
     return cell | {"starts": figures | ({"transfer": figures[cell["chosen"]]} if trials else {})}
 
 

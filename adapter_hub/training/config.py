@@ -52,6 +52,7 @@ class TrainConfig:
     base_dropout: bool = True              # train with the base's own dropout, too
     label_smoothing: float = 0.05          # of one label among several, 0 to below 1; keeps the head from being surer than it is right
     probe: bool = True                     # start the head from a linear probe of the frozen base, not from noise; a number's from the mean
+    align_steps: int = 0                   # of a fresh classifier of texts: steps before the others, that need no labels (see `alignment`)
     validation_share: float = 0.1          # without validation rows, held out to choose the epoch, and as much again to measure
     seed: int = 0                          # with the task's name it decides the initial weights, the split and the order
     report_to: tuple[str, ...] = ()        # some of TRACKERS; `trackers` says where the logs are
@@ -80,6 +81,9 @@ class TrainConfig:
         if self.pissa and (self.use_dora or self.use_rslora):
             other = "use_dora" if self.use_dora else "use_rslora"
             raise InvalidInput(f"pissa and {other} do not go together: what is written would not be a plain LoRA.", hint="Choose one of them.")
+        if self.pissa and self.align_steps:
+            fact = f"pissa and align_steps={self.align_steps} do not go together: what PiSSA takes out of the base is what it begins with"
+            raise InvalidInput(f"{fact}.", hint="Choose one of them.")
         object.__setattr__(self, "lora", _checked_lora(self.lora, self.r, self.alpha))
         if self.pissa and (own := {"alpha_pattern", "init_lora_weights", "rank_pattern"}.intersection(self.lora or ())):
             raise InvalidInput(f"pissa and lora's {min(own)} do not go together: it has one rank, and its own weights.", hint="Choose one of them.")
@@ -95,8 +99,8 @@ class TrainConfig:
             raise InvalidInput(f"{fact}.", hint='A list has endings of names: ["query", "value"].') from error
 
     def __repr__(self) -> str:
-        """Without `lora` where there is none: what is kept of a training is known by this, and was before there was that field."""
-        shown = (one.name for one in dataclasses.fields(self) if one.name != "lora" or self.lora)
+        """Without what is newer, where it is not used: what is kept of a training is known by this, and was before there were those fields."""
+        shown = (one.name for one in dataclasses.fields(self) if one.name not in ("align_steps", "lora") or getattr(self, one.name))
         return f"TrainConfig({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @classmethod
@@ -238,6 +242,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "dropout": _SHARE,
     "epochs": _COUNT,
     "steps_min": (_at_least(0), "a whole number of at least 0"),
+    "align_steps": (_at_least(0), "a whole number of at least 0"),
     "epochs_max": _COUNT,
     "patience": (_at_least(0), "a whole number of at least 0"),
     "accumulation": _COUNT,
@@ -254,4 +259,4 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "seed": (_at_least(0), "a whole number of at least 0"),
 }
 _SWITCHES = ("base_dropout", "class_weights", "use_rslora", "use_dora", "pissa", "probe", "progress")
-_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed", "patience", "accumulation"})
+_WHOLE = frozenset({"r", "alpha", "epochs", "steps_min", "epochs_max", "batch_size", "seed", "patience", "accumulation", "align_steps"})

@@ -92,14 +92,14 @@ def inputs_of(layer: nn.Module, model: nn.Module, batches: Iterable[Mapping[str,
         with torch.inference_mode():
             for batch in batches:
                 model(**{key: tensor.to(device) for key, tensor in batch.items()})
-                rows.append(_one_a_row(seen.pop(), batch["attention_mask"].to(device)).double().cpu().numpy())
+                rows.append(one_a_row(seen.pop(), batch["attention_mask"].to(device)).double().cpu().numpy())
     finally:
         hook.remove()
         model.train(was_training)
     return np.concatenate(rows)
 
 
-def _one_a_row(features: Tensor, mask: Tensor) -> Tensor:
+def one_a_row(features: Tensor, mask: Tensor) -> Tensor:
     """(n, h) as it is; of (n, t, h), which causal models score at every token, the last token that is not padding."""
     if features.ndim == 2:
         return features

@@ -25,6 +25,7 @@ from adapter_hub.base_model import BaseKind, FrozenBase, building
 from adapter_hub.errors import InvalidInput, WrongBase
 from adapter_hub.examples import Example
 from adapter_hub.precision import Precision
+from adapter_hub.training.alignment import align
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig, module_pattern
 from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
@@ -54,6 +55,8 @@ def prepared(
     job = kind.of(rows, validation, prompt_template)
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
+    if config.align_steps and kind.task_type is not TaskType.SEQ_CLS:
+        raise InvalidInput(f"align_steps={config.align_steps} is for heads that read a text as one.", hint="Leave it 0.")
     if config.class_weights and kind is not Task:
         raise InvalidInput("class_weights=True is for one label among several.", hint="Leave it False.")
     seed = task_seed(config.seed, task, job.labels)
@@ -93,7 +96,8 @@ def set_up(
     output = output_name(whole)
     probed = config.probe and type(job) is Task and (start is None or start.labels != job.labels)
     headless = start is not None and not start.labels
-    if probed and not headless:
+    aligned = start is None and config.align_steps > 0
+    if probed and not headless and not aligned:
         _probe(whole, features[0])
     if config.probe and isinstance(job, Number) and start is None:
         _start_from_mean(whole, features[0])
@@ -122,7 +126,9 @@ def set_up(
         start_from(model, start, job.outputs, output)
     if isinstance(job, Number) and start is not None:
         rescale(model, 1 / job.scale)
-    if probed and headless:    # on what it will be fed: those weights are in the model now
+    if aligned:
+        align(model, features[0], config)
+    if probed and (headless or aligned):    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
     once = sorted((row for part in features for row in part), key=_tokens)

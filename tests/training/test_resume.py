@@ -25,7 +25,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("hammer", "saw", "drill", "pliers"), "animal": ("horse", "goat", "zebra", "yak")}
 FRAMES = ("a {}", "the {}", "my {}", "her {}", "one {}", "{}", "no {}", "this {}", "that {}")
 ROWS = [Example(frame.format(word), label) for frame in FRAMES for label, words in WORDS.items() for word in words]
-CONFIG = TrainConfig(r=4, epochs=10, steps_min=0, batch_size=8, learning_rate=5e-3, layers_share=0.5, patience=8, token_dropout=0.1)
+CONFIG = TrainConfig(r=4, epochs=10, steps_min=0, batch_size=8, learning_rate=5e-3, layers_share=0.5, patience=8, token_dropout=0.1, align_steps=4)
 PROGRAM = """
 import torch
 from adapter_hub.base_model import FrozenBase

@@ -1,0 +1,97 @@
+"""Before its head is probed, a fresh adapter lets what the head reads say what the whole text says.
+
+A classifier's head reads one place, as a rule through layers that nobody trained: BERT's first token and pooler. The mean of all tokens
+says more, and no adapter can move the head to it. So the adapter's first steps, which need no labels, are these: a linear map of the
+head's input is to give the mean of the frozen base's last hidden states, as it differs from row to row (hint-based training, Romero et
+al. 2015, "FitNets: Hints for thin deep nets", with the model its own teacher). The map is let go, and the head is probed on the result.
+"""
+
+# n rows, h width of the head's input, d hidden width
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+
+from adapter_hub.training.config import TrainConfig
+from adapter_hub.training.loop import EVAL_BATCH_ROWS, batches
+from adapter_hub.training.probe import inputs_of, one_a_row, output_layer
+from adapter_hub.training.tasks import Features
+
+PENALTY = 0.1      # of the first map, in parts of the mean variance of what the head reads
+NORM_MAX = 1.0     # of a step's gradient, as the Trainer's
+
+
+def align(model: PeftModel, rows: Sequence[Features], config: TrainConfig) -> None:
+    """Train the adapter alone, not the head, for `align_steps` steps. Of a head without one linear output layer nothing is changed."""
+    whole = cast(PreTrainedModel, model.get_base_model())
+    layer, pad, device = output_layer(whole), whole.config.pad_token_id, whole.device
+    if layer is None:
+        return
+    meant = _means(model, whole, rows, pad)
+    read = torch.from_numpy(inputs_of(layer, model, batches(rows, pad))).to(device)
+    weight, bias = (torch.nn.Parameter(part) for part in _map(read, meant))
+    adapter = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_" in name]
+    steps = config.align_steps
+    optimizer = torch.optim.AdamW([*adapter, weight, bias], lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = get_linear_schedule_with_warmup(optimizer, math.floor(config.warmup_ratio * steps), steps)  # type: ignore[no-untyped-call]
+    order, was_training, seen = _order(len(rows), min(config.batch_size, EVAL_BATCH_ROWS)), model.training, list[Tensor]()
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.train()
+    try:
+        for _ in range(steps):
+            places = next(order)
+            batch = {key: tensor.to(device) for key, tensor in next(batches([rows[place] for place in places], pad)).items()}
+            model(**batch)
+            said = one_a_row(seen.pop(), batch["attention_mask"]) @ weight + bias
+            loss = 1 - cosine_similarity(said, meant[places], dim=1).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(adapter, NORM_MAX)
+            optimizer.step()
+            schedule.step()
+            model.zero_grad()
+            optimizer.zero_grad()
+    finally:
+        hook.remove()
+        model.train(was_training)
+
+
+def _means(model: PeftModel, whole: PreTrainedModel, rows: Sequence[Features], pad: int) -> Tensor:
+    """(n, d): the mean over each row's tokens of the frozen base's last hidden states, of unit length, less what all rows have in common."""
+    found, was_training = [], model.training
+    model.train(False)
+    with torch.no_grad(), model.disable_adapter():
+        for batch in batches(rows, pad):
+            batch = {key: tensor.to(whole.device) for key, tensor in batch.items()}
+            mask = batch["attention_mask"][:, :, None]
+            hidden = whole.base_model(**batch)[0]
+            found.append(normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=1))
+    model.train(was_training)
+    means = torch.cat(found)
+    return means - means.mean(dim=0)
+
+
+def _map(read: Tensor, meant: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight (h, d), bias (d,)) of the ridge regression from what the head reads (n, h) to what is meant (n, d), which is centred."""
+    centre = read.mean(dim=0)
+    gram = (read - centre).T @ (read - centre)
+    gram.diagonal().add_(PENALTY * gram.diagonal().mean() + torch.finfo(gram.dtype).eps)
+    weight = torch.linalg.solve(gram, (read - centre).T @ meant.double())
+    return weight.float(), (-centre @ weight).float()
+
+
+def _order(rows: int, size: int) -> Iterator[list[int]]:
+    """Places of the rows of each step: all of them, drawn anew, again and again."""
+    left: list[int] = []
+    while True:
+        if len(left) < size:
+            left += torch.randperm(rows).tolist()
+        yield left[:size]
+        del left[:size]
