@@ -8,8 +8,8 @@ order, or one of standard_cl or of the long sequence, known by so many examples 
 to start from are those of `--registry` but the task's own. Each start is trained in full (90 steps at 20 examples of each of 15 labels, three
 epochs at 100), then asked the validation splits of CLINC150 and standard_cl, of the others training rows that were not drawn (40 a label); no
 test split is read. Beside them `transfer` itself: the start that its trials choose; and `aligned`, a cold start after 100 `align_steps`.
-Gains are over the cold start of the same rows and seed; their standard error is over tasks and seeds. Each finished task is kept in `--out`, and not measured again. The last line
-is JSON.
+Gains are over the cold start of the same rows and seed; their standard error is over tasks and seeds. Each finished task is kept in
+`--out`, and not measured again. The last line is JSON.
 """
 
 from __future__ import annotations
