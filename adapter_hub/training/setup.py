@@ -55,13 +55,12 @@ def prepared(
     job = kind.of(rows, validation, prompt_template)
     if config.r_drop and kind is not Task:
         raise InvalidInput(f"r_drop={config.r_drop} is for one label among several.", hint="Leave it 0.")
-    if config.align_steps and kind.task_type is not TaskType.SEQ_CLS:
-        raise InvalidInput(f"align_steps={config.align_steps} is for heads that read a text as one.", hint="Leave it 0.")
     if config.class_weights and kind is not Task:
         raise InvalidInput("class_weights=True is for one label among several.", hint="Leave it False.")
     seed = task_seed(config.seed, task, job.labels)
     parts = split(rows, validation, config.validation_share, seed, job.strata(rows))
-    return job, seed, parts if validation is not None or kind is Task else _all_trained(job, parts)
+    parts = parts if validation is not None or kind is Task else _all_trained(job, parts)
+    return job.fitted(parts.train), seed, parts
 
 
 def _all_trained(job: Task, parts: Parts) -> Parts:
@@ -88,6 +87,8 @@ def set_up(
     base: FrozenBase, job: Task, config: TrainConfig, parts: Parts, start: Start | None = None
 ) -> Iterator[tuple[PeftModel, list[list[Features]]]]:
     """The model to train, its adapter fresh or `start`'s, and the features of each part; what frozen layers make of them is computed."""
+    if config.align_steps and job.task_type is not TaskType.SEQ_CLS:
+        raise InvalidInput(f"align_steps={config.align_steps} is for heads that read a text as one.", hint="Leave it 0.")
     whole = _model_copy(base, job, config)
     if job.outputs:
         _check_head(whole, base, job)
@@ -99,7 +100,7 @@ def set_up(
     aligned = start is None and config.align_steps > 0
     if probed and not headless and not aligned:
         _probe(whole, features[0])
-    if config.probe and isinstance(job, Number) and start is None:
+    if config.probe and isinstance(job, Number) and (start is None or headless):
         _start_from_mean(whole, features[0])
     names, lower = [name for name, _ in whole.named_modules()], below(whole, config)
     endings = sorted({name.rpartition(".")[2] for name, module in whole.named_modules() if isinstance(module, nn.Linear | Conv1D)})
@@ -124,7 +125,7 @@ def set_up(
     _check_served(model, base, job)
     if start is not None:
         start_from(model, start, job.outputs, output)
-    if isinstance(job, Number) and start is not None:
+    if isinstance(job, Number) and start is not None and not headless:
         rescale(model, 1 / job.scale)
     if aligned:
         align(model, features[0], config)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -36,6 +36,7 @@ from adapter_hub.training.evaluate import OUTSIDE, classifier_metrics, labels_me
 IGNORED = -100      # a label that is in no loss
 VALUE = ("value",)  # the output of a regression
 NUMBER_MAX = float(np.finfo(np.float32).max)
+SCALE_MIN, ROUNDING = 1e-35, 1e-7    # of a deviation that is one: float32 holds its inverse, and tells numbers apart that differ by it
 MODEL_INPUTS = ("input_ids", "attention_mask")    # one text has one segment: GPT-2 would add an embedding for token_type_ids
 
 Features = dict[str, Any]    # of one row: MODEL_INPUTS, not padded, and "labels"
@@ -58,6 +59,10 @@ class Task:
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
         """The task of these rows. Raises InvalidInput with the position of a row that will not do."""
         return cls(check_task(rows, validation), prompt_template)
+
+    def fitted(self, train: Sequence[Example]) -> Self:
+        """The task with what is to be known of the rows that are trained on."""
+        return self
 
     @classmethod
     def fault(cls, row: Example) -> str | None:
@@ -178,7 +183,12 @@ class Number(Task):
     @classmethod
     def of(cls, rows: Sequence[Example], validation: Sequence[Example] | None, prompt_template: str | None) -> Self:
         _check(rows, validation, cls)
-        return cls((), prompt_template, float(np.std([float(row.label or "") for row in rows])) or 1.0)
+        return cls((), prompt_template)
+
+    def fitted(self, train: Sequence[Example]) -> Self:
+        numbers = np.array([float(row.label or "") for row in train])
+        deviation, largest = float(numbers.std()), float(np.abs(numbers).max())
+        return replace(self, scale=deviation if deviation > max(SCALE_MIN, ROUNDING * largest) else 1.0)    # of one number it is what was rounded
 
     @classmethod
     def fault(cls, row: Example) -> str | None:

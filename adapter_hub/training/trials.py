@@ -136,6 +136,7 @@ def find_learning_rate(
     job = kind.of(rows, None, None)
     seed = task_seed(config.seed, task, job.labels)
     parts = split(rows, None, config.validation_share, seed, job.strata(rows))
+    job = job.fitted(parts.train)
     once = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_nan_inf_filter": False}
     steps_of = {"max_steps": steps, "logging_strategy": "steps", "logging_steps": 1, "learning_rate": rate_min, "warmup_steps": 0}
     with (

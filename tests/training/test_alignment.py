@@ -25,6 +25,7 @@ from adapter_hub.training.scope import own_randomness
 from adapter_hub.training.setup import set_up
 from adapter_hub.training.tasks import Features, Task
 from adapter_hub.training.train import train_adapter, train_classifier
+from adapter_hub.training.trials import find_learning_rate
 
 WORDS = ("apple", "pear", "plum", "hammer", "saw", "drill")
 TEXTS = [(f"{before} {word} {after}", word) for before in ("a", "my", "the") for word in WORDS for after in ("", "now", "here")]
@@ -86,7 +87,9 @@ def test_alignment_is_refused_where_it_does_not_fit(base: FrozenBase, tmp_path: 
     for wrong in (-1, 2.5, True):
         with pytest.raises(InvalidInput, match=r"align_steps=.* is not a whole number of at least 0"):
             TrainConfig(align_steps=wrong)  # type: ignore[arg-type]
-    spans = [Example("an apple", extra={"spans": [{"start": 3, "end": 8, "label": "fruit"}]})] * 2
+    spans = [Example(text, extra={"spans": [{"start": 0, "end": 1, "label": "first"}]}) for text, _ in TEXTS]
     with pytest.raises(InvalidInput, match="align_steps=5 is for heads that read a text as one"):
         train_adapter(base, spans, task_type="TOKEN_CLS", config=TrainConfig(align_steps=5), folder=tmp_path)
+    with pytest.raises(InvalidInput, match="align_steps=5 is for heads that read a text as one"):
+        find_learning_rate(base, spans, task_type="TOKEN_CLS", config=TrainConfig(align_steps=5))
     assert repr(TrainConfig(align_steps=0)) == repr(TrainConfig()) != repr(TrainConfig(align_steps=5))
