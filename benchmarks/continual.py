@@ -91,7 +91,7 @@ BARS = {    # of `full`: what the project promises. (figure, least)
 }
 ALWAYS = (("bwt_named", 0.0), ("golden_same", 1.0), ("singles_same", 1.0))
 Record = dict[str, Any]
-Figures = Mapping[str, Mapping[str, list[float]]]    # by method, a value a run
+Figures = Mapping[str, Sequence[Mapping[str, Any]]]    # by method, those of each run: its seed and order, and how it was run
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,12 @@ class Run:
 def run_hub(run: Run, say: Callable[[str], None]) -> Record:
     """Routed and named accuracies after each stage; adapters of the first order serve the others too, for order cannot change them."""
     hub, stages = HubRun(run.registry(run.order), run.config, run.device), []
+    learned = run.registry(0) if run.order and replace(run, order=0).path.exists() else None
     measured: dict[str, list[list[float | None]]] = {"routed": [], "alone": [], "named": []}
     for number, task in enumerate(run.tasks):
         tasks = run.tasks[: number + 1]
         rows, homes = run.mixture(tasks)
-        stages.append(hub.stage(number, tasks, (rows, [tasks[home].name for home in homes]), run.registry(0) if run.order else None))
+        stages.append(hub.stage(number, tasks, (rows, [tasks[home].name for home in homes]), learned))
         for kind, own in measured.items():
             own.append(_by_task(rows, homes, stages[-1][kind], len(run.tasks)))
         shown = ", ".join(f"{kind} {_mean(own[-1]):.4f}" for kind, own in measured.items())
@@ -257,20 +258,25 @@ def table_of(title: str, figures: Figures) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for method in TITLES:
         if method in figures:
-            own = figures[method]
-            shares = [_percent(own.get(name)) for name in columns]
-            table.add_row(TITLES[method], *shares, _plain(own.get("seconds")), _plain(own.get("megabytes")), str(len(own["seconds"])))
+            shares = [_percent(_each(figures, method, name)) for name in columns]
+            plain = [_plain(_each(figures, method, name)) for name in ("seconds", "megabytes")]
+            table.add_row(TITLES[method], *shares, *plain, str(len(figures[method])))
     return table
 
 
-def _percent(values: Sequence[float] | None) -> str:
+def _each(figures: Figures, method: str, name: str) -> list[float]:
+    """Of each run that has it."""
+    return [run[name] for run in figures.get(method, ()) if name in run]
+
+
+def _percent(values: Sequence[float]) -> str:
     if not values:
         return ""
     spread = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.2f}{spread}"
 
 
-def _plain(values: Sequence[float] | None) -> str:
+def _plain(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}" if values else ""
 
 
@@ -293,11 +299,12 @@ def draw(name: str, path: Path, runs: Mapping[str, Sequence[tuple[Run, Record]]]
 
 def missed(name: str, figures: Figures) -> list[str]:
     """The bars that this hub does not reach, or that were not measured."""
-    means = {figure: float(np.mean(values)) for figure, values in figures.get(HUB, {}).items()}
+    wanted = {figure for figure, _ in (*BARS.get(name, ()), *ALWAYS)} | {"acc"}
+    means = {figure: float(np.mean(values)) for figure in wanted if (values := _each(figures, HUB, figure))}
     if "acc" in means and JOINT in figures:
-        means["minus_joint"] = means["acc"] - float(np.mean(figures[JOINT]["acc"]))
+        means["minus_joint"] = means["acc"] - float(np.mean(_each(figures, JOINT, "acc")))
     if "acc" in means and all(method in figures for method in ONE_BY_ONE):
-        means["minus_others"] = means["acc"] - max(float(np.mean(figures[method]["acc"])) for method in ONE_BY_ONE)
+        means["minus_others"] = means["acc"] - max(float(np.mean(_each(figures, method, "acc"))) for method in ONE_BY_ONE)
     found = []
     for figure, least in (*BARS.get(name, ()), *ALWAYS):
         if figure not in means:
@@ -317,16 +324,18 @@ def main() -> int:
     parser.add_argument("--budget", choices=tuple(CONFIGS), default="small", help="20 examples a class, or all (default: small)")
     parser.add_argument("--only", default="clinc_domains,banking", metavar="NAMES", help=f"of {', '.join(SEQUENCES)}")
     parser.add_argument("--methods", metavar="NAMES", help=f"of {', '.join(TITLES)} (default: all; with --budget full {', '.join(HEADLINE)})")
-    parser.add_argument("--seeds", metavar="NUMBERS", help="default: 0,1,2; with --budget full 0")
-    parser.add_argument("--orders", type=int, metavar="N", help=f"how many of the {ORDERS} orders (default: 1; with --budget full {ORDERS})")
+    parser.add_argument("--seeds", type=_numbers, metavar="NUMBERS", help="default: 0,1,2; with --budget full 0")
+    parser.add_argument("--orders", type=_numbers, metavar="NUMBERS", help=f"of 1 to {ORDERS} (default: 1; with --budget full all)")
     parser.add_argument("--device", default="cpu", help="of torch (default: cpu)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where figures and pictures go")
     arguments = parser.parse_args()
     small = arguments.budget == "small"
     methods = _named(parser, arguments.methods, tuple(TITLES) if small else HEADLINE, TITLES)
     names = _named(parser, arguments.only, (), SEQUENCES)
-    seeds = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else list(SEEDS[arguments.budget])
-    orders = arguments.orders or (1 if small else ORDERS)
+    seeds = arguments.seeds or list(SEEDS[arguments.budget])
+    orders = arguments.orders or ([1] if small else list(range(1, ORDERS + 1)))
+    if other := [order for order in orders if not 1 <= order <= ORDERS]:
+        parser.error(f"order {other[0]} is none of 1 to {ORDERS}")
     arguments.work.mkdir(parents=True, exist_ok=True)
 
     console, base = Console(width=150), FrozenBase.load(DEFAULT_MODEL, device=arguments.device)
@@ -334,13 +343,11 @@ def main() -> int:
     path = arguments.out / f"continual_{arguments.budget}.json"
     before = json.loads(path.read_text(encoding="utf-8"))["sequences"] if path.exists() else {}
     results: dict[str, Any] = {}
-    how = {"machine": machine_of(base), "seeds": seeds, "orders": orders, "recipe": RECIPE}
     for name in names:
-        figures = measured(name, arguments, methods, seeds, orders, base, vectors, console)
+        now = measured(name, arguments, methods, seeds, orders, base, vectors, console)
+        figures = joined(before.get(name, {}).get("figures", {}), now)
         console.print(table_of(f"{name}, {arguments.budget}", figures))
-        earlier = before.get(name, {})    # of methods that were not asked for now, what was measured before
-        known = {key: earlier.get(key, {}) | now for key, now in (("figures", figures), ("runs", dict.fromkeys(figures, how)))}
-        results[name] = known | {"missed": [] if small else missed(name, known["figures"])}
+        results[name] = {"figures": figures, "missed": [] if small else missed(name, figures)}
     report = {"benchmark": "continual", "budget": arguments.budget, "sequences": before | results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -353,37 +360,52 @@ def machine_of(base: FrozenBase) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores{device}, Python {platform.python_version()}"
 
 
+def joined(before: Figures, now: Figures) -> dict[str, list[Mapping[str, Any]]]:
+    """What was measured before stays but for the same runs, and for a method that was run by another recipe then."""
+    found = {method: list(runs) for method, runs in before.items()}
+    for method, runs in now.items():
+        again = {(run["seed"], run["order"]) for run in runs}
+        kept = [run for run in found.get(method, ()) if run["recipe"] == RECIPE and (run["seed"], run["order"]) not in again]
+        found[method] = sorted([*kept, *runs], key=lambda run: (run["seed"], run["order"]))
+    return found
+
+
 def measured(
-    name: str, arguments: Any, methods: Sequence[str], seeds: Sequence[int], orders: int, base: FrozenBase, vectors: Vectors, console: Console
-) -> dict[str, dict[str, list[float]]]:
+    name: str,
+    arguments: Any,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    orders: Sequence[int],
+    base: FrozenBase,
+    vectors: Vectors,
+    console: Console,
+) -> Figures:
     """The figures of each method, run by run."""
     runs: dict[str, list[tuple[Run, Record]]] = {}
     for method in (method for method in methods if method not in (ALONE, RANDOM)):
         for seed in seeds:
             sequence = load(name, arguments.data, arguments.budget == "small", seed)
             labels = sorted({label for task in sequence.tasks for label in task.labels})
-            for order in range(min(orders, len(sequence.orders)) if method in (HUB, *SEQUENTIAL) else 1):
-                run = Run(sequence, arguments.budget, seed, order, method, arguments.work, arguments.device)
+            for order in orders if method in (HUB, *SEQUENTIAL) else (1,):
+                run = Run(sequence, arguments.budget, seed, order - 1, method, arguments.work, arguments.device)
                 runs.setdefault(method, []).append((run, recorded(run, base, vectors, labels, console)))
     draw(name, arguments.out / f"continual_{name}_{arguments.budget}", runs)
     cold = {run.seed: dict(zip((task.name for task in run.tasks), record["final_named"], strict=True)) for run, record in runs.get(COLD, ())}
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for method, own in runs.items():
         for run, record in own:
+            how = {"seed": run.seed, "order": run.order + 1, "machine": machine_of(base), "recipe": RECIPE}
             known = cold.get(run.seed) if method in SEQUENTIAL else None
             tasks = [task.name for task in run.tasks]
-            _add(found, method, figures_of(record, tasks, [known[task] for task in tasks] if known else None))
+            figures = figures_of(record, tasks, [known[task] for task in tasks] if known else None)
+            found.setdefault(method, []).append(how | figures)
             if method == HUB and ALONE in methods:
                 less = {key: value for key, value in record.items() if key not in ("routing", "golden_same", "singles_same")}
-                _add(found, ALONE, figures_of(less | {"routed": record["alone"], "final": record["alone"][-1]}, tasks, None))
+                alone = figures_of(less | {"routed": record["alone"], "final": record["alone"][-1]}, tasks, None)
+                found.setdefault(ALONE, []).append(how | alone)
             if method == HUB and RANDOM in methods:
-                _add(found, RANDOM, {"acc": float(np.mean(record["random"])), "seconds": 0.0})
+                found.setdefault(RANDOM, []).append(how | {"acc": float(np.mean(record["random"])), "seconds": 0.0})
     return found
-
-
-def _add(found: dict[str, dict[str, list[float]]], method: str, figures: Mapping[str, float]) -> None:
-    for figure, value in figures.items():
-        found.setdefault(method, {}).setdefault(figure, []).append(value)
 
 
 def recorded(run: Run, base: FrozenBase, vectors: Vectors, labels: Sequence[str], console: Console) -> Record:
@@ -400,6 +422,10 @@ def recorded(run: Run, base: FrozenBase, vectors: Vectors, labels: Sequence[str]
     part.write_text(json.dumps(found))
     part.replace(run.path)
     return found
+
+
+def _numbers(given: str) -> list[int]:
+    return [int(number) for number in given.split(",")]
 
 
 def _named(parser: argparse.ArgumentParser, given: str | None, default: Sequence[str], known: Mapping[str, object]) -> list[str]:

@@ -148,18 +148,18 @@ SETS: Mapping[str, Callable[[Path], dict[str, Rows]]] = {
 
 
 def parted(rows: Sequence[Example]) -> Rows:
-    """ASKED_EACH rows of each label are asked, and none of their texts is trained on."""
-    asked = drawn(Rows(list(rows), []), ASKED_EACH, 1_000).train
+    """ASKED_EACH rows of each label are asked, of a rare one half of them, and none of their texts is trained on."""
+    asked = drawn(Rows(list(rows), []), ASKED_EACH, 1_000, half=True).train
     texts = {row.text for row in asked}
     return Rows([row for row in rows if row.text not in texts], asked)
 
 
-def drawn(rows: Rows, shots: int, seed: int) -> Rows:
-    """`shots` rows of each label to train on, in their order; fewer where there are fewer."""
+def drawn(rows: Rows, shots: int, seed: int, half: bool = False) -> Rows:
+    """`shots` rows of each label to train on, in their order; fewer where there are fewer, or with `half` at most half of them."""
     chosen: set[int] = set()
     for label in sorted({row.label or "" for row in rows.train}):
         places = [place for place, row in enumerate(rows.train) if row.label == label]
-        chosen.update(random.Random(f"{seed} {label}").sample(places, min(shots, len(places))))
+        chosen.update(random.Random(f"{seed} {label}").sample(places, min(shots, len(places) // 2 if half else len(places))))
     return Rows([row for place, row in enumerate(rows.train) if place in chosen], rows.asked)
 
 

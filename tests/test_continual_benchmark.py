@@ -155,19 +155,35 @@ def test_rows_that_chose_are_learned_then(
 
 def test_the_others_are_beaten_where_all_of_them_were_measured(modules: dict[str, ModuleType]) -> None:
     missed, others = modules["continual"].missed, modules["continual"].ONE_BY_ONE
-    hub = {"acc": [0.6], "bwt_named": [0.0], "golden_same": [1.0], "singles_same": [1.0]}
-    figures = {"hub": hub, "joint": {"acc": [0.6]}, **{name: {"acc": [0.5]} for name in others}}
+    hub = [{"acc": 0.6, "bwt_named": 0.0, "golden_same": 1.0, "singles_same": 1.0}]
+    figures = {"hub": hub, "joint": [{"acc": 0.6}], **{name: [{"acc": 0.5}] for name in others}}
     assert missed("standard_cl", figures) == []
-    assert missed("standard_cl", figures | {"ridge": {"acc": [0.61]}}) == ["standard_cl: minus_others -0.0100 < 0"]
-    assert missed("standard_cl", {"hub": hub, "joint": {"acc": [0.6]}, "base": {"acc": [0.1]}}) == ["standard_cl: minus_others was not measured"]
+    assert missed("standard_cl", figures | {"ridge": [{"acc": 0.6}, {"acc": 0.62}]}) == ["standard_cl: minus_others -0.0100 < 0"]
+    assert missed("standard_cl", {"hub": hub, "joint": [{"acc": 0.6}], "base": [{"acc": 0.1}]}) == ["standard_cl: minus_others was not measured"]
 
 
 def test_a_bar_that_was_not_measured_is_missed(modules: dict[str, ModuleType]) -> None:
     missed = modules["continual"].missed
     assert any("acc was not measured" in line for line in missed("clinc_domains", {}))
-    good = {"acc": [0.97], "minus_named": [-0.01], "bwt_named": [0.0], "golden_same": [1.0], "singles_same": [1.0]}
-    assert missed("clinc_domains", {"hub": good, "joint": {"acc": [0.972]}}) == []
-    assert missed("clinc_domains", {"hub": good | {"golden_same": [0.0]}, "joint": {"acc": [0.98]}}) == [
+    good = {"acc": 0.97, "minus_named": -0.01, "bwt_named": 0.0, "golden_same": 1.0, "singles_same": 1.0}
+    assert missed("clinc_domains", {"hub": [good], "joint": [{"acc": 0.972}]}) == []
+    assert missed("clinc_domains", {"hub": [good, good | {"golden_same": 0.0}], "joint": [{"acc": 0.98}]}) == [
         "clinc_domains: minus_joint -0.0100 < -0.003",
-        "clinc_domains: golden_same 0.0000 < 1",
+        "clinc_domains: golden_same 0.5000 < 1",
     ]
+
+
+def test_seeds_and_orders_that_were_measured_at_different_times_stand_together(modules: dict[str, ModuleType]) -> None:
+    joined, recipe = modules["continual"].joined, modules["continual"].RECIPE
+
+    def run(acc: float, seed: int, order: int = 1, recipe: int = recipe) -> dict[str, float]:
+        return {"seed": seed, "order": order, "recipe": recipe, "acc": acc}
+
+    before = {"hub": [run(0.1, 0), run(0.2, 1)], "joint": [run(0.3, 0, recipe=recipe - 1)], "base": [run(0.4, 0, recipe=recipe - 1)]}
+    now = {"hub": [run(0.5, 1), run(0.6, 0, 2)], "joint": [run(0.7, 1)], "ewc": [run(0.8, 0)]}
+    assert joined(before, now) == {
+        "hub": [run(0.1, 0), run(0.6, 0, 2), run(0.5, 1)],
+        "joint": [run(0.7, 1)],    # by another recipe before
+        "base": before["base"],
+        "ewc": now["ewc"],
+    }
