@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 # ---- who answers ----------------------------------------------------------------------------------------------------
 
 
+def router_at(hub: Hub, max_false_reject: float | None, *, settled: bool = False) -> Router:
+    """The router over what is in production; where it turns nobody away, nothing is said of its thresholds. Raises InvalidInput."""
+    return hub.live.snapshot(settled=settled, thresholds=checked_rate(hub, max_false_reject) > 0)
+
+
 def route(
     hub: Hub, router: Router, texts: Sequence[str], k: int, max_false_reject: float | None, encoder: Encoder | None = None
 ) -> list[Decision]:
@@ -56,7 +61,7 @@ def choose(
     if isinstance(mix, bool) or not isinstance(mix, int) or mix < 1:
         raise InvalidInput(f"mix={mix!r} is not a positive count of adapters.")
     if adapters is None:
-        router, questions = hub.live.snapshot(), [question_of(text) for text in texts]
+        router, questions = router_at(hub, max_false_reject), [question_of(text) for text in texts]
         encoder = hub.encoder_of(router)
         decisions = route(hub, router, questions, mix, max_false_reject, hub.gathering if gathered else encoder)
         return decisions, [_mixed(hub, decision) if mix > 1 else decision.adapter for decision in decisions]
@@ -97,7 +102,7 @@ def predict(
     if checked_ask(ask) > 1:
         if adapters is not None or mix != 1:
             raise InvalidInput(f"ask={ask} is for routed inputs, and without mix.", hint="Leave out `adapters` and `mix` (`--adapter`, `--mix`).")
-        router, rate = hub.live.snapshot(), checked_rate(hub, max_false_reject)
+        router, rate = router_at(hub, max_false_reject), checked_rate(hub, max_false_reject)
         return [or_raise(one) for one in contest(hub, router, hub.encoder_of(router), texts, generation, rate, truncate, ask)]
     decisions, answering = choose(hub, texts, adapters, max_false_reject, mix)
     outputs = hub.engine.predict(requests_of(hub, texts, answering, truncate), generation=generation)

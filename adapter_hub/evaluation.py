@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from adapter_hub.adapters.config import ProblemType, TaskType
-from adapter_hub.answering import checked_ask, checked_rate, contest, or_raise, requests_of, route
+from adapter_hub.answering import checked_ask, checked_rate, contest, or_raise, requests_of, route, router_at
 from adapter_hub.arguments import rows_of, texts_of
 from adapter_hub.chat import Conversation
 from adapter_hub.engine.engine import Likelihood
@@ -347,7 +347,7 @@ def evaluate(
         for row, home in zip(rows, homes, strict=True):
             by_home.setdefault(home, []).append(row)
         groups = by_home.items()
-    router, live, parts, without = hub.live.snapshot(), frozenset(hub.registry.production()), [], []
+    router, live, parts, without = router_at(hub, max_false_reject), frozenset(hub.registry.production()), [], []
     for home, group in groups:
         if group:
             by_name = home is not None and _by_name(hub, router, live, home)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFiles
-from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, predict, requests_of, route
+from adapter_hub.answering import answer_each, checked_ask, checked_rate, choose, predict, requests_of, route, router_at
 from adapter_hub.arguments import Generation, Input, Named, inputs_of, limits_of, task_type_of, wait_of
 from adapter_hub.batch.job import BEGIN_AGAIN, CHUNK_ROWS, WRITING_CHUNK_ROWS, Progress, Summary, interrupted, run_job
 from adapter_hub.chat import Conversation, question_of
@@ -494,7 +494,7 @@ class Hub:
         `max_false_reject` is the share of belonging inputs that may be turned away, 0-1; 0 never abstains; the default is
         hub.toml's. Raises InvalidInput.
         """
-        return route(self, self.live.snapshot(), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
+        return route(self, router_at(self, max_false_reject), [question_of(text) for text in inputs_of(texts)], k, max_false_reject)
 
     def predict(
         self,
@@ -624,7 +624,8 @@ class Hub:
         started = interrupted(output) if resume else None
         options = {"precision": str(self.precision), "device": self.device.partition(":")[0]}
         _check_options(started or {}, options)
-        router = self._router_of(started.get("versions", ()), started.get("calibration")) if started else self.live.snapshot(settled=True)
+        held = self._router_of(started.get("versions", ()), started.get("calibration")) if started else None
+        router = router_at(self, max_false_reject, settled=True) if held is None else held
         encoder, rate = self.encoder_of(router), checked_rate(self, max_false_reject)
         settings = {
             "base": self.config.base_fingerprint,

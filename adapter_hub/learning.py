@@ -225,7 +225,7 @@ def _nearest(hub: Hub, name: str, state: RoutingState) -> Sequence[tuple[Adapter
     """The closest to `state` of the adapters in production of other names."""
     from adapter_hub.routing.nearest import nearest
 
-    return nearest(state, sound_states(hub, (ref for ref in hub.live.snapshot(routing=False).refs if ref.name != name)))
+    return nearest(state, sound_states(hub, (ref for ref in hub.live.snapshot(thresholds=False).refs if ref.name != name)))
 
 
 def _current(hub: Hub, name: str) -> Current | None:

@@ -199,12 +199,12 @@ def effect_of(hub: Hub, ref: str | AdapterRef) -> Effect:
     state = hub.live.state(newcomer)
     if not state.count:
         raise InvalidInput(f"{newcomer} has no examples and no description: it takes nothing.", hint="Only its name reaches it.")
-    return _effect(hub, hub.live.snapshot(), newcomer, state)
+    return _effect(hub, hub.live.snapshot(thresholds=False), newcomer, state)
 
 
 def effect_of_next(hub: Hub, name: str, state: RoutingState, exemplars_max: int | None = None, gone: Collection[AdapterRef] = ()) -> Effect:
     """Of a version that is not stored yet; with `exemplars_max` estimated on so many exemplars of all adapters together."""
-    now = hub.live.snapshot(routing=False)
+    now = hub.live.snapshot(thresholds=False)
     version = max((ref.version or 0 for ref in now.versions if ref.name == name), default=0)
     return _effect(hub, now, AdapterRef(name, version + 1), state, exemplars_max, gone)    # the number it gets is not known yet
 

@@ -429,3 +429,21 @@ def test_written_texts_are_measured_and_their_perplexity_is_the_engines(shape: s
     right = hub.evaluate([{**row, "adapter": "writer"} for row in mine])
     assert right["accuracy"] == right["accuracy_named"] == right["adapters"]["writer@1"]["oracle"]["exact_match"] == 1.0
     assert hub.evaluate(mine)["accuracy"] == 1.0
+
+
+def test_who_turns_nobody_away_is_not_told_of_thresholds(hub: Hub, made: Path, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Previously `evaluate`, whose default it is, said "calibration 1 knows 1 of the 6 adapters in production"."""
+    for name in ("colours", "moods", "names", "vectors"):
+        hub.retire(name)
+    hub.calibrate()
+    for seed in range(5):
+        hub.register(f"colours{seed}", made / "colours", [f"{thing} {seed}" for thing in THINGS], labels=["red", "blue"])
+    caplog.clear()
+    hub.evaluate([{"text": "rate the first", "label": "1", "adapter": "stars"}])
+    hub.route(["paint the wall"], max_false_reject=0)
+    hub.predict(["paint the wall"], max_false_reject=0)
+    (root / "rows.jsonl").write_text('{"text": "paint the wall"}\n')
+    hub.run(root / "rows.jsonl", root / "answers.jsonl", max_false_reject=0)
+    assert "thresholds" not in caplog.text
+    hub.route(["paint the wall"])
+    assert "knows 1 of the 6 adapters in production, thresholds of the others are estimates" in caplog.text

@@ -57,17 +57,17 @@ class LiveRouter:
 
     # ---- hand out ---------------------------------------------------------------------------------------------------
 
-    def snapshot(self, *, settled: bool = False, routing: bool = True) -> Router:
+    def snapshot(self, *, settled: bool = False, thresholds: bool = True) -> Router:
         """The router over the versions in production now. `settled` waits for the head that knows all of them.
 
-        Where nothing is to be routed by it (`routing=False`) it is not warned that its thresholds are off: the first input will bring that.
+        Where no threshold of it is to be used (`thresholds=False`) it is not warned that they are off: the first that is used will bring that.
 
         The first snapshot is settled in any case: a process that ends soon would never see what it left to the background.
         """
         while True:
             with self._lock:
                 self._follow()
-                if routing:
+                if thresholds:
                     self._warn_if_young()
                 router, event = self._router, self._event
                 assert router is not None

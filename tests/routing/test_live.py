@@ -762,13 +762,13 @@ def test_a_calibration_that_knows_few_of_the_adapters_is_said_once(place: Place,
     assert caplog.text.count("calibration 1 knows 2 of the 5 adapters in production") == 1 and caplog.text.count(" knows ") == 1
 
 
-def test_who_does_not_route_is_not_told_of_thresholds_and_the_first_who_does_is(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_uses_no_threshold_is_not_told_of_them_and_the_first_who_does_is(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     """Previously whoever learned on a small registry was told "calibration 1 knows 0 of the 2 adapters in production"."""
     live = place.live()
     live.snapshot()
     for name in ("alpha", "beta"):
         add(place.writer, name, STATES[2])
-        live.snapshot(routing=False)
+        live.snapshot(thresholds=False)
     assert caplog.text == ""
     live.snapshot()
     assert caplog.messages == ["calibration 1 knows no version in production, thresholds are estimates: see `adapter-hub calibrate`."]
