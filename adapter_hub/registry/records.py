@@ -103,7 +103,9 @@ def version_of(connection: Connection, ref: AdapterRef) -> int:
     if ref.alias != PRODUCTION or not _versions_of(connection, ref.name):
         raise _unknown(connection, ref)
     usable = _versions_of(connection, ref.name, VersionState.LIVE)
-    hint = f"Promote one: `adapter-hub promote {ref.name}@{usable[-1]}`." if usable else "Each of its versions is retired or purged."
+    hint = "Each of its versions is retired or purged."
+    if usable:
+        hint = f"`adapter-hub history {ref.name}` says why; to have one all the same: `adapter-hub promote {ref.name}@{usable[-1]}`."
     raise NotRoutable(f"no version of '{ref.name}' is in production.", hint=hint)
 
 

@@ -138,7 +138,7 @@ def test_a_retired_version_leaves_production_and_can_still_be_read(place, facts,
     first, second = registry.add("banking", facts, files("1")), registry.add("banking", facts, files("2"))
     registry.set_alias("banking", "old", 2)
     assert registry.retire("banking", reason="worse") == second
-    with pytest.raises(NotRoutable, match=r"no version of 'banking' is in production\. Promote one: `adapter-hub promote banking@1`"):
+    with pytest.raises(NotRoutable, match=r"no version of 'banking' is in production\. `adapter-hub history banking` says why; .*promote banking@1`"):
         registry.resolve("banking")
     with pytest.raises(NotRoutable, match="banking@2 is retired"):
         registry.promote("banking@2")
