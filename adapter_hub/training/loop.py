@@ -121,7 +121,7 @@ def _collate(rows: Sequence[Features], pad: int) -> dict[str, torch.Tensor]:
     return batch
 
 
-def batches(rows: Sequence[Features], pad: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The rows in their order, padded batch by batch, without their targets."""
-    for start in range(0, len(rows), EVAL_BATCH_ROWS):
-        yield _collate([{key: row[key] for key in MODEL_INPUTS} for row in rows[start : start + EVAL_BATCH_ROWS]], pad)
+def batches(rows: Sequence[Features], pad: int, size: int = EVAL_BATCH_ROWS) -> Iterator[dict[str, torch.Tensor]]:
+    """The rows in their order, padded batch by batch, without their targets; what was computed of them once goes along."""
+    for start in range(0, len(rows), size):
+        yield _collate([{key: value for key, value in row.items() if key != "labels"} for row in rows[start : start + size]], pad)

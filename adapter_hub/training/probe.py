@@ -26,15 +26,17 @@ CELLS_MAX = 20_000_000    # rows x classes: a minute and more
 DEVIATION_FLOOR = 1e-6
 
 
-def start_from_probe(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], targets: NDArray[np.int64]) -> bool:
-    """Set the model's output layer to a probe fitted on the batches, in the order of `targets` (n,).
+def start_from_probe(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], targets: NDArray[np.int64], outer: nn.Module | None = None
+) -> bool:
+    """Set the model's output layer to a probe fitted on the batches, in the order of `targets` (n,). It is `outer` that is called, if given.
 
     False, and the layer as it was, where the head has no single linear output layer.
     """
     layer = output_layer(model)
     if layer is None:
         return False
-    weight, bias = probe(inputs_of(layer, model, batches), targets)
+    weight, bias = probe(inputs_of(layer, outer or model, batches), targets)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight))
         if layer.bias is not None:

@@ -25,7 +25,7 @@ from adapter_hub.base_model import BaseKind, FrozenBase, building
 from adapter_hub.errors import InvalidInput, WrongBase
 from adapter_hub.examples import Example
 from adapter_hub.precision import Precision
-from adapter_hub.training.alignment import align
+from adapter_hub.training.alignment import align, hint_of
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig, module_pattern
 from adapter_hub.training.data import Parts, split, task_seed
 from adapter_hub.training.frozen import HIDDEN, below, computed_once
@@ -100,6 +100,7 @@ def set_up(
     aligned = start is None and config.align_steps > 0
     if probed and not headless and not aligned:
         _probe(whole, features[0])
+    meant = hint_of(whole, features[0]) if aligned else None
     if config.probe and isinstance(job, Number) and (start is None or headless):
         _start_from_mean(whole, features[0])
     names, lower = [name for name, _ in whole.named_modules()], below(whole, config)
@@ -127,15 +128,17 @@ def set_up(
         start_from(model, start, job.outputs, output)
     if isinstance(job, Number) and start is not None and not headless:
         rescale(model, 1 / job.scale)
-    if aligned:
-        align(model, features[0], config)
-    if probed and (headless or aligned):    # on what it will be fed: those weights are in the model now
+    if probed and headless:    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
     model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
     once = sorted((row for part in features for row in part), key=_tokens)
     with computed_once(model, whole, batches(once, whole.config.pad_token_id)) as hidden:
         for row, states in zip(once, hidden or (), strict=False):
             row[HIDDEN] = states
+        if meant is not None:
+            align(model, features[0], meant, config)
+            if probed:
+                _probe(whole, features[0], model)
         yield model, features
 
 
@@ -185,9 +188,9 @@ def _check_pissa(model: PeftModel, config: TrainConfig, start: Start | None) -> 
         raise InvalidInput(f"pissa with r={config.r}: the narrowest module that is adapted has {least} singular vectors.", hint=f"Use r={least}.")
 
 
-def _probe(whole: PreTrainedModel, features: Sequence[Features]) -> None:
+def _probe(whole: PreTrainedModel, features: Sequence[Features], outer: nn.Module | None = None) -> None:
     rows = sorted(features, key=_tokens)
-    start_from_probe(whole, batches(rows, whole.config.pad_token_id), np.array([row["labels"] for row in rows]))
+    start_from_probe(whole, batches(rows, whole.config.pad_token_id), np.array([row["labels"] for row in rows]), outer)
 
 
 def _start_from_mean(whole: PreTrainedModel, features: Sequence[Features]) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.errors import InvalidInput
 from adapter_hub.examples import Example
 from adapter_hub.testing import tiny_model
-from adapter_hub.training.alignment import _map, _means, align
+from adapter_hub.training import frozen
+from adapter_hub.training.alignment import _map, align, hint_of
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.data import Parts
 from adapter_hub.training.loop import batches
@@ -38,32 +40,35 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return FrozenBase.load(tiny_model(tmp_path_factory.mktemp("model") / "base", request.param))
 
 
-def apart(model: PeftModel, features: list[Features]) -> float:
+def whole_of(model: PeftModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model())
+
+
+def apart(model: PeftModel, features: list[Features], hint: torch.Tensor) -> float:
     """Mean cosine distance of the best linear map of what the head reads from the mean of all tokens."""
-    whole: Any = model.get_base_model()
+    whole = whole_of(model)
     layer = output_layer(whole)
     assert layer is not None
     read: NDArray[np.float64] = inputs_of(layer, model, batches(features, whole.config.pad_token_id))
-    meant = _means(model, whole, features, whole.config.pad_token_id)
-    weight, bias = _map(torch.from_numpy(read), meant)
-    return float(1 - torch.nn.functional.cosine_similarity(torch.from_numpy(read).float() @ weight + bias, meant).mean())
+    weight, bias = _map(torch.from_numpy(read), hint)
+    return float(1 - torch.nn.functional.cosine_similarity(torch.from_numpy(read).float() @ weight + bias, hint).mean())
 
 
 def test_the_heads_input_says_more_of_the_text_and_the_adapter_alone_has_moved(base: FrozenBase) -> None:
     with own_randomness(0), set_up(base, Task.of(ROWS, None, None), CONFIG, Parts(ROWS, (), ())) as (model, (features, _, _)):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        distance = apart(model, features)
-        align(model, features, replace(CONFIG, align_steps=60))
-        assert apart(model, features) < 0.7 * distance
+        hint = hint_of(whole_of(model), features)    # of an adapter that adds nothing yet
+        distance = apart(model, features, hint)
+        align(model, features, hint, replace(CONFIG, align_steps=60))
+        assert apart(model, features, hint) < 0.7 * distance
         moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
         assert moved and all(".lora_" in name for name in moved)
         assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_what_is_meant_is_the_frozen_bases_mean_over_the_tokens(base: FrozenBase) -> None:
-    with own_randomness(0), set_up(base, Task.of(ROWS, None, None), replace(CONFIG, align_steps=5), Parts(ROWS, (), ())) as (model, (features, _, _)):
-        whole: Any = model.get_base_model()
-        found = _means(model, whole, features, whole.config.pad_token_id)
+    with own_randomness(0), set_up(base, Task.of(ROWS, None, None), CONFIG, Parts(ROWS, (), ())) as (model, (features, _, _)):
+        found = hint_of(whole_of(model), features)
     means = []
     for ids in base.encode([row.text for row in ROWS]):
         with torch.no_grad():
@@ -79,6 +84,19 @@ def test_an_aligned_training_gives_the_same_bytes_again_and_others_than_without(
         return (tmp_path / name / "adapter_model.safetensors").read_bytes()
 
     assert weights("once", 5) == weights("again", 5) != weights("without", 0)
+
+
+def test_what_frozen_layers_make_of_the_rows_is_computed_once_for_it_too(base: FrozenBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, found = replace(CONFIG, align_steps=20, layers_share=0.5), []
+    for most in (frozen.BYTES_MAX, 0):    # 0: layer by layer in every step
+        monkeypatch.setattr(frozen, "BYTES_MAX", most)
+        with own_randomness(0), set_up(base, Task.of(ROWS, None, None), config, Parts(ROWS, (), ())) as (model, (features, _, _)):
+            assert (frozen.HIDDEN in features[0]) is (most > 0)
+            found.append({name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad})
+    once, anew = found
+    assert any(".lora_" in name for name in once) and once.keys() == anew.keys()
+    for name, weights in once.items():
+        torch.testing.assert_close(weights, anew[name], rtol=1e-3, atol=1e-4)
 
 
 def test_alignment_is_refused_where_it_does_not_fit(base: FrozenBase, tmp_path: Path) -> None:
