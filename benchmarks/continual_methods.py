@@ -52,8 +52,7 @@ INVERSE_PENALTIES = (1.0, 10.0, 100.0)    # of the joint probe
 BATCH_ROWS = 64
 BUCKET = 8                 # batches whose rows are sorted by length together
 ONCE_ROWS = 16             # rows for computing hidden states once
-RECIPE = 2                 # to be raised where the same settings would give another record
-SETTINGS = (RECIPE, REPLAYED, ELASTICITY, FISHER_ROWS, ORTHOGONALITY, RANDOM_FEATURES, PENALTIES, INVERSE_PENALTIES, NEAR, TEMPERATURE)
+SETTINGS = (REPLAYED, ELASTICITY, FISHER_ROWS, ORTHOGONALITY, RANDOM_FEATURES, PENALTIES, INVERSE_PENALTIES, NEAR, TEMPERATURE)
 
 
 class Scores(Protocol):
@@ -234,17 +233,21 @@ class SequentialLora:
         return None
 
     def _start(self, task: Task) -> None:
-        """The head's rows of a task's labels from a linear probe of what the model makes of its inputs, as the hub's trainer starts its heads."""
+        """The head's rows of a task's new labels from a linear probe of what the model makes of its inputs, as the hub's trainer starts its heads.
+
+        A label that an earlier task had keeps its row.
+        """
         rows = sorted(task.rows, key=lambda row: len(row.text))
         encoded = self._base.encode([row.text for row in rows])
         inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in encoded]
         batches = (_padded(inputs[at : at + BATCH_ROWS]) for at in range(0, len(inputs), BATCH_ROWS))
         layer = self._whole.classifier.modules_to_save["default"]
         weight, bias = probe(inputs_of(layer, self._model, batches), np.array([task.labels.index(str(row.label)) for row in rows]))
-        places = [self._place[label] for label in task.labels]
+        new = [number for number, label in enumerate(task.labels) if self._place[label] not in self._seen]
+        places = [self._place[task.labels[number]] for number in new]
         with torch.no_grad():
-            layer.weight[places] = torch.from_numpy(weight).to(layer.weight)
-            layer.bias[places] = torch.from_numpy(bias).to(layer.bias)
+            layer.weight[places] = torch.from_numpy(weight[new]).to(layer.weight)
+            layer.bias[places] = torch.from_numpy(bias[new]).to(layer.bias)
 
     def _fit(self, rows: Sequence[Example], known: Sequence[int]) -> None:
         """As the hub's trainer, but for the choice of an epoch, the last is taken: AdamW, warm-up, then down to 0; `known` labels compete."""
@@ -339,6 +342,10 @@ class Replay(SequentialLora):
             self._fit([*task.rows, *self._kept], self._seen)
             self._kept += self._random.sample(task.rows, max(1, round(REPLAYED * len(task.rows))))
 
+    @property
+    def bytes_stored(self) -> int:
+        return super().bytes_stored + sum(len(row.text.encode()) for row in self._kept)
+
 
 class Elastic(SequentialLora):
     """EWC (Kirkpatrick et al. 2017) in its online form (Schwarz et al. 2018): what earlier tasks need resists change."""
@@ -383,8 +390,8 @@ class Elastic(SequentialLora):
 class OrthogonalLora(SequentialLora):
     """O-LoRA (Wang et al. 2023): a fresh LoRA a task, kept orthogonal to the earlier ones, which are merged into the weights.
 
-    Its authors' model writes labels as text; here a task trains the head's rows of its own labels alone, so that those of earlier labels
-    stay as they are. Rows of different tasks are thus never compared while training, and are at test.
+    Its authors' model writes labels as text; here a task trains the head's rows of its own labels alone, so that those of other labels
+    stay as they are. Labels of different tasks are thus never compared while training, and are at test.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -415,7 +422,8 @@ class OrthogonalLora(SequentialLora):
 
     @property
     def bytes_stored(self) -> int:
-        return super().bytes_stored * max(1, len(next(iter(self._earlier.values()), ())))
+        head = sum(parameter.nbytes for parameter in self._whole.classifier.modules_to_save["default"].parameters())
+        return head + (super().bytes_stored - head) * max(1, len(next(iter(self._earlier.values()), ())))
 
 
 class JointLora:

@@ -9,7 +9,7 @@ to start from are those of `--registry` but the task's own. Each start is traine
 epochs at 100), then asked the validation splits of CLINC150 and standard_cl, of the others training rows that were not drawn (40 a label); no
 test split is read. Beside them `transfer` itself: the start that its trials choose; and `aligned`, a cold start after 100 `align_steps`.
 Gains are over the cold start of the same rows and seed; their standard error is over tasks and seeds. Each finished task is kept in
-`--out`, and not measured again. The last line is JSON.
+`--out`, and not measured again by the same config unless a start is asked for that it lacks. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -84,10 +84,12 @@ def main() -> int:
             for target, rows in list(SETS[name](arguments.data / name).items())[: arguments.targets]:
                 for shots in arguments.shots:
                     for seed in arguments.seeds:
-                        cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed}
-                        if key_of(cell) not in cells:
-                            few, config = drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed)
-                            cells[key_of(cell)] = cell | measured(hub, target, few, config, arguments.starts, arguments.trials)
+                        few, config = drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed)
+                        cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed, "config": repr(config)}
+                        known = cells.get(key_of(cell), {}).get("starts", {}).keys()
+                        if not known >= {*arguments.starts, *(["transfer"] if arguments.trials else [])}:
+                            wanted = {*arguments.starts, *known} & {*TRAINED, ALIGNED}
+                            cells[key_of(cell)] = cell | measured(hub, target, few, config, wanted, arguments.trials or "transfer" in known)
                             write(arguments.out, [*cells.values()])
     report = write(arguments.out, [*cells.values()])
     show(report["gains"])
@@ -96,7 +98,7 @@ def main() -> int:
 
 
 def key_of(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[name] for name in ("set", "target", "shots", "seed"))
+    return tuple(cell[name] for name in ("set", "target", "shots", "seed", "config"))
 
 
 def clinc150(data: Path) -> dict[str, Rows]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,7 +59,7 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_stage(
         return [run.stage(n, tasks[: n + 1], ([row for row, _ in asked[n]], [name for _, name in asked[n]]), other) for n in numbers]
 
     whole = stages(module.HubRun(tmp_path / "whole", CONFIG, **models), range(2))
-    assert module.golden_same(whole) and [one["verdict"] for one in whole]
+    assert module.golden_same(whole) and all(one["verdict"] for one in whole)
     cut = module.HubRun(tmp_path / "cut", CONFIG, **models)
     stages(cut, range(1))
     if taught:
@@ -138,6 +139,18 @@ def test_the_random_ridge_does_not_depend_on_the_order(
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
+def test_a_label_that_an_earlier_task_had_keeps_its_row_of_the_head(modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...]) -> None:
+    """Previously each task's probe overwrote them, and what was learned of a shared label was lost before the first step."""
+    method = modules["continual_methods"].SequentialLora(FrozenBase.load(bert), labels_of(tasks), LONGER, 0)
+    method.learn(tasks[:1])
+    head = method._whole.classifier.modules_to_save["default"].weight
+    before, known = head.detach().clone(), [labels_of(tasks).index(label) for label in tasks[0].labels]
+    again = replace(tasks[0], train=(*tasks[0].train, *tasks[1].train))
+    method._start(again)
+    moved = (head.detach() != before).any(dim=1)
+    assert not moved[known].any() and moved.sum() == len(tasks[1].labels)
+
+
 @pytest.mark.parametrize("name", ["ClassMean", "RandomRidge", "JointProbe"])
 def test_rows_that_chose_are_learned_then(
     modules: dict[str, ModuleType], tasks: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, name: str
@@ -153,37 +166,59 @@ def test_rows_that_chose_are_learned_then(
     assert not np.allclose(*scores)
 
 
+def run_of(modules: dict[str, ModuleType], acc: float, seed: int = 0, order: int = 1, method: str = "hub", **more: float) -> dict[str, float]:
+    module = modules["continual"]
+    return {"seed": seed, "order": order, "recipe": module.RECIPES.get(method, module.RECIPE), "acc": acc, **more}
+
+
+GOOD = {"minus_named": -0.01, "bwt_named": 0.0, "golden_same": 1.0, "singles_same": 1.0}
+
+
 def test_the_others_are_beaten_where_all_of_them_were_measured(modules: dict[str, ModuleType]) -> None:
-    missed, others = modules["continual"].missed, modules["continual"].ONE_BY_ONE
-    hub = [{"acc": 0.6, "bwt_named": 0.0, "golden_same": 1.0, "singles_same": 1.0}]
-    figures = {"hub": hub, "joint": [{"acc": 0.6}], **{name: [{"acc": 0.5}] for name in others}}
-    assert missed("standard_cl", figures) == []
-    assert missed("standard_cl", figures | {"ridge": [{"acc": 0.6}, {"acc": 0.62}]}) == ["standard_cl: minus_others -0.0100 < 0"]
-    assert missed("standard_cl", {"hub": hub, "joint": [{"acc": 0.6}], "base": [{"acc": 0.1}]}) == ["standard_cl: minus_others was not measured"]
+    module, run = modules["continual"], partial(run_of, modules)
+    places = [(seed, order) for seed in (0, 1, 2) for order in (1, 2, 3)]
+    hub = {"hub": [run(0.6, *place, **GOOD) for place in places]}
+    joint = {"joint": [run(0.6, seed) for seed in (0, 1, 2)]}
+    others = {
+        name: [run(0.5, *place, name) for place in places if name in module.SEQUENTIAL or place[1] == 1] for name in module.ONE_BY_ONE
+    }
+    assert module.missed("standard_cl", hub | joint | others) == []
+    better = {"ridge": [run(0.6, 0), run(0.6, 1), run(0.63, 2)]}
+    assert module.missed("standard_cl", hub | joint | others | better) == ["standard_cl: minus_others -0.0100 < 0"]
+    found = module.missed("standard_cl", hub | joint | {"base": [run(0.1, 0)], "ewc": [run(0.1, 0) | {"recipe": 1}]})
+    assert found[0] == "standard_cl: sequential was not measured at 9 of 9 seeds and orders"
+    assert "standard_cl: base was not measured at 2 of 3 seeds and orders" in found
+    assert "standard_cl: ewc was not measured at 9 of 9 seeds and orders" in found    # by another recipe
+    assert found[-1] == "standard_cl: minus_others was not measured"
+
+
+def test_methods_are_compared_where_both_were_run(modules: dict[str, ModuleType]) -> None:
+    """Previously means of different seeds stood beside each other, and a hub that was behind on the common one was not."""
+    missed, run = modules["continual"].missed, partial(run_of, modules)
+    figures = {"hub": [run(0.90, 0, **GOOD), run(0.99, 1, **GOOD)], "joint": [run(0.95, 0), run(0.80, 7)]}
+    assert missed("clinc_domains", figures) == ["clinc_domains: acc 0.9450 < 0.965", "clinc_domains: minus_joint -0.0500 < -0.003"]
 
 
 def test_a_bar_that_was_not_measured_is_missed(modules: dict[str, ModuleType]) -> None:
-    missed = modules["continual"].missed
+    missed, run = modules["continual"].missed, partial(run_of, modules)
     assert any("acc was not measured" in line for line in missed("clinc_domains", {}))
-    good = {"acc": 0.97, "minus_named": -0.01, "bwt_named": 0.0, "golden_same": 1.0, "singles_same": 1.0}
-    assert missed("clinc_domains", {"hub": [good], "joint": [{"acc": 0.972}]}) == []
-    assert missed("clinc_domains", {"hub": [good, good | {"golden_same": 0.0}], "joint": [{"acc": 0.98}]}) == [
+    assert missed("clinc_domains", {"hub": [run(0.97, **GOOD)], "joint": [run(0.972)]}) == []
+    damaged = [run(0.97, **GOOD), run(0.97, 1, **GOOD | {"golden_same": 0.0})]
+    assert missed("clinc_domains", {"hub": damaged, "joint": [run(0.98)]}) == [
         "clinc_domains: minus_joint -0.0100 < -0.003",
         "clinc_domains: golden_same 0.5000 < 1",
     ]
 
 
 def test_seeds_and_orders_that_were_measured_at_different_times_stand_together(modules: dict[str, ModuleType]) -> None:
-    joined, recipe = modules["continual"].joined, modules["continual"].RECIPE
-
-    def run(acc: float, seed: int, order: int = 1, recipe: int = recipe) -> dict[str, float]:
-        return {"seed": seed, "order": order, "recipe": recipe, "acc": acc}
-
-    before = {"hub": [run(0.1, 0), run(0.2, 1)], "joint": [run(0.3, 0, recipe=recipe - 1)], "base": [run(0.4, 0, recipe=recipe - 1)]}
-    now = {"hub": [run(0.5, 1), run(0.6, 0, 2)], "joint": [run(0.7, 1)], "ewc": [run(0.8, 0)]}
+    joined, run = modules["continual"].joined, partial(run_of, modules)
+    old = run(0.3) | {"recipe": 1}
+    before = {"hub": [run(0.1, 0), run(0.2, 1)], "joint": [old], "base": [old], "sequential": [run(0.3, method="sequential", fwt=0.02)]}
+    now = {"hub": [run(0.5, 1), run(0.6, 0, 2)], "joint": [run(0.7, 1)], "sequential": [run(0.4, method="sequential")], "ewc": [run(0.8)]}
     assert joined(before, now) == {
         "hub": [run(0.1, 0), run(0.6, 0, 2), run(0.5, 1)],
         "joint": [run(0.7, 1)],    # by another recipe before
-        "base": before["base"],
+        "base": [old],
+        "sequential": [run(0.4, method="sequential", fwt=0.02)],    # which needs the record of another method
         "ewc": now["ewc"],
     }

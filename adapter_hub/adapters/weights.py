@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -92,6 +92,12 @@ def adapter_of(
     problem = _checked_problem(settings, head, problem_type)
     _check_labels(settings, head, labels, problem)
     return Adapter(settings, deltas, head, labels, problem, _checked_template(prompt_template), dict(generation or {}))
+
+
+def adapted_modules(folder: Path) -> set[str]:
+    """The modules that an adapter's pairs are of, by their names in full. Its weights are not read."""
+    with safe_open(folder / ADAPTER_WEIGHTS, "np") as file:
+        return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}
 
 
 def settings_of(files: AdapterFiles) -> LoraSettings:

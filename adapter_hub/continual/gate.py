@@ -39,6 +39,7 @@ these tell nothing apart and it is none.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -273,9 +274,9 @@ def _routing(routed: Sequence[Routed], policy: GatePolicy) -> Iterator[Finding]:
     harmed = _harmed(inputs, gained, lost, policy.margin, policy.level)
     said = f"of {counted(inputs, 'input')} of all other adapters {lost} would no longer reach theirs, and {gained} would that do not now"
     yield Finding("routing", Verdict.HOLD if harmed else Verdict.PROMOTE, said, _numbers(inputs, gained, lost))
+    parts = _parts(routed, policy.level)
     for other in routed:
-        # Looked at one by one, many adapters would show harm by chance: each gets its part of the level (Bonferroni).
-        if _harmed(other.inputs, other.gained, other.lost, policy.routed_margin, policy.level / len(routed)):
+        if _harmed(other.inputs, other.gained, other.lost, policy.routed_margin, policy.level / parts):
             asked = counted(other.inputs, "input")
             said = f"of {asked} of {other.adapter} {other.lost} would no longer reach it, and {other.gained} would that do not now"
             yield Finding(f"routing of {other.adapter}", Verdict.HOLD, said, _numbers(other.inputs, other.gained, other.lost))
@@ -283,6 +284,16 @@ def _routing(routed: Sequence[Routed], policy: GatePolicy) -> Iterator[Finding]:
     above = policy.max_taken < 1 and most.taken > policy.max_taken
     said = f"it would take {100 * most.taken:.1f} % of the inputs of {most.adapter}, hub.toml allows {100 * policy.max_taken:.1f} %"
     yield Finding("max_taken", Verdict.HOLD if above else Verdict.PROMOTE, said, {"taken": most.taken})
+
+
+def _parts(routed: Sequence[Routed], level: float) -> int:
+    """Of the level, one for each adapter that could show harm: looked at one by one, many would by chance (Bonferroni).
+
+    Those of which too few inputs change for that, were all of them lost, are none of the many (Tarone 1990, "A modified Bonferroni method for
+    discrete data"): else the more adapters there are that a newcomer does not touch, the more it may take from one.
+    """
+    least = [chance_of_no_loss(other.inputs, 0, changed) for other in routed if (changed := other.gained + other.lost)]
+    return next(parts for parts in itertools.count(1) if sum(chance < level / parts for chance in least) <= parts)
 
 
 def _harmed(rows: int, gained: int, lost: int, margin: float, level: float) -> bool:

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
-from adapter_hub.adapters.source import ADAPTER_WEIGHTS
 from adapter_hub.continual.gate import Evidence, Routed
 from adapter_hub.continual.measures import ONE_LABEL, Answers, Kind
 from adapter_hub.engine.engine import Output
@@ -193,7 +191,10 @@ def transferred(
             unfit[ref] = fault
         else:
             neighbours.append(Neighbour(ref, closeness, adapter))
-    start, found = transfer(base, lesson.train, neighbours, task=name, config=lesson.config, folder=folder, unfit=unfit)
+    validated = lesson.validation is not None
+    start, found = transfer(
+        base, lesson.train, neighbours, task=name, config=lesson.config, folder=folder, unfit=unfit, validated=validated
+    )
     return replace(lesson, start=start, transfer=found, notes=(*lesson.notes, found.note))
 
 
@@ -282,6 +283,8 @@ def _spread(rows: Sequence[Example]) -> tuple[Example, ...]:
 
 def _warm_fault(current: Current, config: TrainConfig | None) -> str:
     """Why its weights are no start for this config, to be read after a colon; empty where they are."""
+    from adapter_hub.adapters.weights import adapted_modules
+
     peft = current.peft
     if peft.get("rank_pattern") or peft.get("alpha_pattern"):
         return "its rank differs from module to module"
@@ -297,14 +300,14 @@ def _warm_fault(current: Current, config: TrainConfig | None) -> str:
         if name not in ("exclude_modules", "init_lora_weights") and (found := peft.get(name)) != given:
             return f"it has {name}={found!r}, and the config says {given!r}"
     if excluded := module_pattern((config.lora or {}).get("exclude_modules")):    # stored in another form, or among what else is left out
-        for module in sorted(_adapted(current)):
+        for module in sorted(adapted_modules(current.folder)):
             if re.fullmatch(excluded, module):
                 return f"it adapts {module}, and the config excludes it"
     targets = peft.get("target_modules")
     if config.target_modules in (ALL_LINEAR, targets):
         return ""
     of_expression = isinstance(config.target_modules, str)    # which only names in full can be held against
-    adapted = _adapted(current) if of_expression else [targets] if isinstance(targets, str) else targets or ()
+    adapted = adapted_modules(current.folder) if of_expression else [targets] if isinstance(targets, str) else targets or ()
     named = re.compile(module_pattern(config.target_modules))
     return "" if all(map(named.fullmatch, adapted)) else "it adapts modules that the config does not name"
 
@@ -320,14 +323,6 @@ def _shaped(config: TrainConfig | None, current: Current | None) -> TrainConfig:
         TrainConfig(), r=peft["r"], alpha=peft["lora_alpha"], use_rslora=bool(peft.get("use_rslora")), use_dora=bool(peft.get("use_dora")),
         target_modules=targets if isinstance(targets, str) else tuple(targets), lora=layers,
     )  # fmt: skip
-
-
-def _adapted(current: Current) -> set[str]:
-    """The modules that its weights are of, by their names in full."""
-    from adapter_hub.adapters.weights import KEY_PREFIX
-
-    with safe_open(current.folder / ADAPTER_WEIGHTS, "np") as file:
-        return {key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0] for key in file.keys() if ".lora_" in key}
 
 
 # ---- evidence -------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from transformers import PreTrainedModel, get_scheduler
 
 from adapter_hub.training.config import TrainConfig
 from adapter_hub.training.loop import batches
@@ -49,7 +49,8 @@ def hint_of(whole: PreTrainedModel, rows: Sequence[Features]) -> Tensor:
 def align(model: PeftModel, rows: Sequence[Features], hint: Tensor, config: TrainConfig) -> None:
     """Train the adapter alone, not the head, for `align_steps` steps. Of a head without one linear output layer nothing is changed.
 
-    `hint` (n, d) is the frozen base's, of these rows.
+    `hint` (n, d) is the frozen base's, of these rows. A step is one batch, in float32; rate, schedule, warm-up and decay are the config's, and
+    what varies the rows of later steps (R-Drop, token dropout, noise) is left out.
     """
     whole = cast(PreTrainedModel, model.get_base_model())
     layer, pad, device = output_layer(whole), whole.config.pad_token_id, whole.device
@@ -60,7 +61,8 @@ def align(model: PeftModel, rows: Sequence[Features], hint: Tensor, config: Trai
     adapter = [parameter for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_" in name]
     steps = config.align_steps
     optimizer = torch.optim.AdamW([*adapter, weight, bias], lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.floor(config.warmup_ratio * steps), steps)  # type: ignore[no-untyped-call]
+    warm = math.floor(config.warmup_ratio * steps)
+    schedule = get_scheduler(config.schedule, optimizer, num_warmup_steps=warm, num_training_steps=steps)
     order, was_training, seen = _order([len(row["input_ids"]) for row in rows], config.batch_size), model.training, list[Tensor]()
     hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.train()

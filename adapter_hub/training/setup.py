@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from adapter_hub.adapters.checks import check_fits, check_rows, head_fault, head
 from adapter_hub.adapters.config import TaskType
 from adapter_hub.adapters.patterns import matches_end
 from adapter_hub.adapters.source import AdapterFiles
-from adapter_hub.adapters.weights import adapter_of
+from adapter_hub.adapters.weights import adapted_modules, adapter_of
 from adapter_hub.base_model import BaseKind, FrozenBase, building
 from adapter_hub.errors import InvalidInput, WrongBase
 from adapter_hub.examples import Example
@@ -90,6 +91,8 @@ def set_up(
     if config.align_steps and job.task_type is not TaskType.SEQ_CLS:
         raise InvalidInput(f"align_steps={config.align_steps} is for heads that read a text as one.", hint="Leave it 0.")
     whole = _model_copy(base, job, config)
+    if start is not None and (lower := below(whole, config)) and any(re.fullmatch(lower, module) for module in adapted_modules(start.folder)):
+        config = replace(config, layers_share=1.0)    # which is for speed: what is learned on keeps all that it knows
     if job.outputs:
         _check_head(whole, base, job)
     features = [job.features(base, part) if part else [] for part in parts]
@@ -130,7 +133,6 @@ def set_up(
         rescale(model, 1 / job.scale)
     if probed and headless:    # on what it will be fed: those weights are in the model now
         _probe(whole, features[0])
-    model.register_forward_pre_hook(lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True)
     once = sorted((row for part in features for row in part), key=_tokens)
     with computed_once(model, whole, batches(once, whole.config.pad_token_id)) as hidden:
         for row, states in zip(once, hidden or (), strict=False):
@@ -139,6 +141,10 @@ def set_up(
             align(model, features[0], meant, config)
             if probed:
                 _probe(whole, features[0], model)
+        # First of all hooks: what was computed once is varied with the rest.
+        model.register_forward_pre_hook(
+            lambda module, args, inputs: (args, varied(inputs, config) if module.training else inputs), with_kwargs=True, prepend=True
+        )
         yield model, features
 
 

@@ -33,7 +33,7 @@ from adapter_hub.errors import InvalidInput, counted
 from adapter_hub.examples import Example
 from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import ALL_LINEAR, TrainConfig
-from adapter_hub.training.data import check_task, split, task_seed
+from adapter_hub.training.data import check_task, hold_out, split, task_seed
 from adapter_hub.training.frozen import below
 from adapter_hub.training.trials import losses_after
 from adapter_hub.training.warm import Start
@@ -218,21 +218,24 @@ def transfer(
     folder: Path,
     unfit: Mapping[AdapterRef, str] | None = None,
     steps: int = STEPS,
+    validated: bool = False,
 ) -> tuple[Start | None, Transfer]:
     """(what to start from, what the trials found). The neighbours fit (`fault_of`); starts are written below `folder`.
 
-    Too few rows to hold any out decide for a cold start. Raises InvalidInput as `train_adapter`.
+    Rows that `train_adapter` will hold out to measure what it makes of these choose nothing, unless it is given validation rows
+    (`validated`). Too few rows to hold any out decide for a cold start. Raises InvalidInput as `train_adapter`.
     """
-    labels = check_task(rows, None)
+    seed = task_seed(config.seed, task, check_task(rows, None))
     groups = [(one,) for one in neighbours] + ([tuple(neighbours)] if len(neighbours) > 1 else [])
     try:
-        train, first, second = split(rows, None, ASKED_SHARE, task_seed(config.seed, task, labels))
+        rest = rows if validated else hold_out(rows, config.validation_share, seed)[0]
+        train, first, second = split(rest, None, ASKED_SHARE, seed)
     except InvalidInput:
         groups = []
     if not groups or first is train:
         return None, Transfer(unfit=dict(unfit or {}), few=len(rows) if neighbours else None)
     starts = {tuple(one.ref for one in group): start_of(group, base, config, task, folder / str(i)) for i, group in enumerate(groups)}
-    asked, brief = [*first, *second], dataclasses.replace(config, progress=False)
+    asked, brief = [*first, *second], dataclasses.replace(config, progress=False, align_steps=0)    # as many steps for each
     cold, *warm = (losses_after(base, train, asked, steps=steps, task=task, config=brief, start=start) for start in (None, *starts.values()))
     found = dataclasses.replace(judged(cold, dict(zip(starts, warm, strict=True)), len(first)), unfit=dict(unfit or {}))
     return starts.get(found.origins), found

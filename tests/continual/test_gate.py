@@ -112,6 +112,25 @@ def test_many_adapters_that_each_lose_an_input_by_chance_hold_nobody_up_and_all_
     assert report.verdict is Verdict.HOLD and "of 1000 inputs of all other adapters 50 would no longer reach theirs" in report.reason
 
 
+@pytest.mark.parametrize("others", [0, 1, 30, 1000])
+def test_adapters_that_a_newcomer_does_not_touch_do_not_let_it_take_more_from_one(others: int) -> None:
+    """Previously a twin beside 30 others was promoted that took 8 of 12 inputs: each adapter had its part of the level, touched or not."""
+    untouched = tuple(Routed(f"a{i}@1", 200, 0, int(i < 4), 0.0) for i in range(others))
+    report = judge(evidence(routed=(Routed("twin@1", 12, 0, 6, 0.5), *untouched)), POLICY)
+    assert report.verdict is Verdict.HOLD and "of 12 inputs of twin@1 6 would no longer reach it" in report.reason
+
+
+def test_of_adapters_that_all_change_by_chance_few_are_called_harmed() -> None:
+    draws, held = np.random.default_rng(0), 0
+    for _ in range(200):
+        changed = draws.integers(0, 13, size=20)
+        lost = draws.binomial(changed, 0.5)
+        routed = tuple(Routed(f"a{i}@1", 40, int(c - n), int(n), 0.0) for i, (c, n) in enumerate(zip(changed, lost, strict=True)))
+        found = judge(evidence(routed=routed), GatePolicy(routed_margin=0.0))
+        held += any(one.check.startswith("routing of") for one in found.findings)
+    assert held / 200 <= POLICY.level
+
+
 def test_max_taken_is_held_to_without_a_bootstrap_and_forbids_what_always_asks_for() -> None:
     found = evidence(routed=(Routed("other@1", 8, 0, 1, 0.125),))
     assert judge(found, POLICY).verdict is Verdict.PROMOTE and judge(found, POLICY).forbidden == ""

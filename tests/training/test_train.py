@@ -294,6 +294,14 @@ def test_a_warm_start_begins_with_the_old_weights_and_the_heads_rows_of_the_old_
     assert sum(after[key].shape != tensor.shape for key, tensor in before.items()) == (2 if shape == "bert" else 1)    # the output layer's
 
 
+def test_what_is_learned_on_with_fewer_layers_keeps_all_that_it_adapts(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
+    """Previously `fast`, which adapts half of the layers, refused what the defaults had made: "lora_A.weight of (4, 32) has no place here"."""
+    config = replace(STILL, layers_share=0.5)
+    result = train_classifier(base, ROWS, config=config, folder=tmp_path, start=Start(trained.folder, trained.labels))
+    before, after = (load_file(one.folder / FILES[1]) for one in (trained, result))
+    assert before.keys() == after.keys() and all(torch.allclose(after[key], tensor, atol=1e-6) for key, tensor in before.items())
+
+
 def test_a_start_that_does_not_fit_is_refused_with_the_reason(base: FrozenBase, trained: TrainResult, tmp_path: Path) -> None:
     start = Start(trained.folder, trained.labels)
     with pytest.raises(InvalidInput, match=r"lora_A\.weight of \(4, 32\) is \(2, 32\) here"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,6 +222,24 @@ def test_trials_of_one_start_are_repeated_exactly_and_meet_rows_that_they_were_n
     again, second = transfer(base, ROWS, near, task="t", config=CONFIG, folder=tmp_path / "2", steps=1)
     assert first == second and (start is None) == (again is None) == (first.chosen is None)
     assert first.trials[0].origins == (ONE,) and first.rows == 12    # a fifth of 12 rows is 2, of each of three labels, twice
+
+
+def test_the_rows_that_will_measure_the_version_choose_no_start(base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Previously the trials asked the very rows that the gate judged the version on."""
+    met: list[Example] = []
+
+    def watched(base: FrozenBase, rows: Sequence[Example], asked: Sequence[Example], **more: Any) -> Any:
+        met.extend([*rows, *asked])
+        return losses_after(base, rows, asked, **more)
+
+    monkeypatch.setattr("adapter_hub.training.transfer.losses_after", watched)
+    near = [Neighbour(ONE, 0.5, adapter(base, tmp_path / "a"))]
+    transfer(base, ROWS, near, task="t", config=CONFIG, folder=tmp_path / "1", steps=1)
+    result = train_classifier(base, ROWS, task="t", config=CONFIG, folder=tmp_path / "trained")
+    assert result.validation and not {row.text for row in result.validation} & {row.text for row in met}
+    met.clear()
+    transfer(base, ROWS, near, task="t", config=CONFIG, folder=tmp_path / "2", steps=1, validated=True)
+    assert {row.text for row in met} == {row.text for row in ROWS}
 
 
 def test_a_start_that_adds_nothing_is_the_cold_one_but_for_what_is_random(base: FrozenBase, tmp_path: Path) -> None:
