@@ -103,7 +103,10 @@ def learn(
 
     config = None if config is None else TrainConfig.of(config)
     if unknown := sorted(set(facts) - FACTS):    # before it is trained
-        raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=f"Facts to register with it: {', '.join(sorted(FACTS))}.")
+        hint = f"Facts to register with it: {', '.join(sorted(FACTS))}."
+        if unknown[0] in TrainConfig.__dataclass_fields__:
+            hint = f"It is a setting of the training: config={{{unknown[0]!r}: …}}."
+        raise InvalidInput(f"learn takes no {unknown[0]!r}.", hint=hint)
     merged({}, check_generation(facts.get("generation") or {}))
     rows, held_out = rows_of(train), rows_of(validation) if validation is not None else None
     gone = [hub.registry.resolve(ref) for ref in instead_of]

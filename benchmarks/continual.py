@@ -360,6 +360,8 @@ def main() -> int:
     small = arguments.budget == "small"
     methods = _named(parser, arguments.methods, tuple(TITLES) if small else HEADLINE, TITLES)
     names = _named(parser, arguments.only, (), SEQUENCES)
+    if not arguments.data.is_dir():
+        parser.error(f"there is no folder {str(arguments.data)!r}")
     seeds = arguments.seeds or list(SEEDS[arguments.budget])
     orders = arguments.orders or ([1] if small else list(range(1, ORDERS + 1)))
     if other := [order for order in orders if not 1 <= order <= ORDERS]:

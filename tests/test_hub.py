@@ -349,7 +349,7 @@ def test_learning_says_what_is_wrong_with_the_rows_and_takes_a_presets_name(hub:
     assert "few: the choice of the epoch and its figures rest on 4 validation rows" in caplog.text
     one = hub.learn("one", rows, [{"text": "paint the fence red", "label": "red"}], config="fast").data
     assert (one.choosing, one.measuring) == (0, 1) and "its figures rest on 1 validation row: so few tell little" in one.warnings[-1]
-    with pytest.raises(InvalidInput, match="learn takes no 'epochs'"):
+    with pytest.raises(InvalidInput, match=r"learn takes no 'epochs'. It is a setting of the training: config=\{'epochs'"):
         hub.learn("colours", rows, epochs=3)
 
 

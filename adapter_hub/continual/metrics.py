@@ -27,7 +27,7 @@ class AccuracyMatrix:
 
     def __init__(self, tasks: Sequence[str], values: ArrayLike) -> None:
         object.__setattr__(self, "tasks", tuple(tasks))
-        object.__setattr__(self, "values", np.array(values, np.float64))
+        object.__setattr__(self, "values", _numbers("accuracies", values))
         if not self.tasks or self.values.shape != (len(self.tasks), len(self.tasks)):
             fact = f"accuracies of shape {self.values.shape} are none of {len(self.tasks)} tasks"
             raise InvalidInput(f"{fact}.", hint="Give a row a stage and a column a task, as many as tasks.")
@@ -72,7 +72,10 @@ class AccuracyMatrix:
         """
         if len(cold) != len(self.tasks):
             raise InvalidInput(f"{len(cold)} cold starts stand beside {len(self.tasks)} tasks.", hint="Give one a task, in their order.")
-        return _mean((self._learned - np.array(cold, np.float64))[1:])
+        alone = _numbers("cold starts", cold)
+        if not ((alone[1:] >= 0) & (alone[1:] <= 1)).all():
+            raise InvalidInput("the accuracy of a cold start is missing, or not from 0 to 1.", hint="Only that of the first task may be NaN.")
+        return _mean((self._learned - alone)[1:])
 
     @property
     def _learned(self) -> F64:
@@ -81,8 +84,18 @@ class AccuracyMatrix:
 
 
 def routing_gap(routed: AccuracyMatrix, named: AccuracyMatrix) -> float:
-    """What it costs not to be told the task: ACC with the adapter named minus ACC routed."""
+    """What it costs not to be told the task: ACC with the adapter named minus ACC routed. Raises InvalidInput for matrices of other tasks."""
+    if sorted(routed.tasks) != sorted(named.tasks):
+        fact = f"accuracies of {', '.join(routed.tasks)} stand beside those of {', '.join(named.tasks)}"
+        raise InvalidInput(f"{fact}.", hint="Compare both ways over the same tasks.")
     return named.acc - routed.acc
+
+
+def _numbers(what: str, values: ArrayLike) -> F64:
+    try:
+        return np.array(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"the {what} are not numbers of one shape: {error}.", hint="Give as many in each row, NaN for none.") from error
 
 
 def _mean(values: F64) -> float:

@@ -230,7 +230,7 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _at_least(low: float) -> Callable[[float], bool]:
-    return lambda value: value >= low
+    return lambda value: low <= value < float("inf")
 
 
 _COUNT = (_at_least(1), "a whole number of at least 1")

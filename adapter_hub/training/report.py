@@ -83,6 +83,7 @@ class DataReport:
     unvalidated_count: int = 0                     # labels that no row has of the validation rows that were given
     unvalidated: tuple[str, ...] = ()
     cut: int = 0                                   # rows, of training and validation, that are longer than what the model reads
+    weighed: bool = False                          # rare labels weigh more in the loss (`class_weights`)
     validation_label: str | None = None            # that all validation rows have that were given, where training has others
 
     @property
@@ -126,7 +127,7 @@ class DataReport:
             place = f"row {leak.validation_row}, row {leak.training_row} of training"
             leaks = counted(self.leaks_count, "validation row stands", "validation rows stand")
             found.append(f"{leaks} in training too, or nearly, as {place}: what is measured by that flatters")
-        if self.imbalance >= IMBALANCED:
+        if self.imbalance >= IMBALANCED and not self.weighed:
             (rare, few), (common, many) = self.rows_per_label[0], self.rows_per_label[-1]
             found.append(f"{rare!r} has {counted(few, 'row')} and {common!r} {many}: class_weights=True lets all labels weigh alike")
         if self.held_out > HELD_OUT * self.rows:
@@ -178,7 +179,7 @@ def report_of(
     groups = near_duplicates([asked(row) for row in (*rows, *validation)])
     seen = {(group, target(row)) for group, row in zip(groups, rows, strict=False)}
     labels: dict[str, dict[str, str]] = {}
-    for row in rows:
+    for row in (*rows, *validation):
         labels.setdefault(normalised(asked(row)), {}).setdefault(target(row), row.text)
     opposed = [Contradiction(next(iter(one.values())), tuple(sorted(one))) for one in labels.values() if len(one) > 1]
     first: dict[int, int] = {}

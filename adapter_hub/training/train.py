@@ -94,7 +94,7 @@ def train_adapter(
     job, seed, parts = prepared(base, rows, validation, config, task, task_type, problem_type, prompt_template)
     report = report_of(rows, validation or (), job.shown, classes=type(job) is Task, named=job.named, train=parts.train)
     report = replace(report, choosing=0 if parts.choice is parts.train else len(parts.choice), measuring=len(parts.validation))
-    report = replace(report, cut=job.cut(base, [*rows, *(validation or ())]))
+    report = replace(report, cut=job.cut(base, [*rows, *(validation or ())]), weighed=config.class_weights)
     with (
         own_randomness(seed),
         quiet(config.progress),

@@ -111,7 +111,7 @@ class RateSweep:
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]    # of each step's batch, smoothed
-    suggested: float             # a third of the rate at which the loss is lowest: beyond that it rises again
+    suggested: float             # a third of the rate at which the loss is lowest, beyond which it rises again; at least the least tried
 
 
 def find_learning_rate(
@@ -162,4 +162,4 @@ def _swept(rates: Sequence[float], losses: Sequence[float]) -> RateSweep:
         smooth.append(mean / (1 - 0.8**i))
     if not smooth:
         raise InvalidInput(f"the loss is not finite at the rate {rates[0]:g}.", hint="Begin lower, and look at the rows.")
-    return RateSweep(tuple(rates[:finite]), tuple(smooth), rates[int(np.argmin(smooth))] / 3)
+    return RateSweep(tuple(rates[:finite]), tuple(smooth), max(rates[int(np.argmin(smooth))] / 3, rates[0]))

@@ -47,3 +47,14 @@ def test_what_is_no_matrix_of_accuracies_is_refused(values: list[list[float]]) -
         AccuracyMatrix(("a", "b"), values)
     with pytest.raises(InvalidInput, match="2 cold starts stand beside 3 tasks"):
         FORGETS.forward_transfer([0.1, 0.2])
+
+
+def test_what_is_no_number_or_of_other_tasks_is_refused() -> None:
+    """Previously numpy's own errors, NaN for an answer, and a gap between matrices of different tasks."""
+    for values in ([[1], [1, 1]], [["x"]]):
+        with pytest.raises(InvalidInput, match="the accuracies are not numbers of one shape"):
+            AccuracyMatrix(("a", "b"), values)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput, match="the accuracy of a cold start is missing"):
+        FORGETS.forward_transfer([NAN, NAN, 0.5])
+    with pytest.raises(InvalidInput, match="accuracies of a stand beside those of b"):
+        routing_gap(AccuracyMatrix(("a",), [[0.8]]), AccuracyMatrix(("b",), [[0.9]]))

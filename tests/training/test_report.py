@@ -166,3 +166,15 @@ def test_labels_that_are_numbers_and_mostly_differ_are_pointed_to_a_regression()
     assert warning.startswith('the 5 labels are numbers, and most of them of one row: problem_type="regression" (`--problem-type regression`)')
     stars = [Example(f"{number} text of many", str(number % 5)) for number in range(20)]
     assert report_of(stars).warnings == report_of([*rows, Example("so to say", "none")]).warnings == ()
+
+
+def test_a_validation_row_that_contradicts_a_training_row_is_one_and_a_leak() -> None:
+    rows = [Example("stop it", "no"), Example("go on", "yes")]
+    report = report_of(rows, [Example("Stop it!", "yes")])
+    assert report.contradictions == (Contradiction("stop it", ("no", "yes")),) and report.leaks_count == 1
+
+
+def test_labels_that_weigh_alike_are_not_said_to_be_rare() -> None:
+    report = report_of([*(Example(f"text {i}", "many") for i in range(40)), Example("one", "few")])
+    assert any("class_weights=True" in said for said in report.warnings)
+    assert not any("class_weights" in said for said in replace(report, weighed=True).warnings)
