@@ -18,6 +18,7 @@ ROWS = {
     "hub": 5, "answering": 5, "feedback": 5, "registering": 5, "learning": 5, "evaluation": 5,
     "proposals": 5, "lifelong": 5, "survey": 5, "merging": 5,
     "cli": 6, "server": 6,
+    "__main__": 7,
 }
 # The hub's work, in files of their own: functions that are given a hub.
 HUBS_WORK = ("answering", "feedback", "registering", "learning", "evaluation", "proposals", "lifelong", "survey", "merging")
