@@ -215,8 +215,9 @@ def _check_none_lost(current: Current, labels: Collection[str]) -> None:
     if lost := sorted(set(current.labels).difference(labels)):
         shown = ", ".join(map(repr, lost[:LABELS_SHOWN]))
         what = f"{counted(len(lost), 'label')} of {current.ref} would be lost ({shown})"
-        cold = 'start="cold" (`--start cold`) makes a version without them; ' if len(labels) > 1 else "Rows of one label alone make no classifier; "
-        hint = f'Give rows of these labels too. {cold}with keep = "text" in hub.toml a version keeps its texts, and is learned on with them.'
+        several = 'start="cold" (`--start cold`) makes a version without them.' if len(labels) > 1 else "Rows of one label alone make no classifier."
+        keep = "" if current.exemplars else ' With keep = "text" in hub.toml a version keeps its texts, and is learned on with them.'
+        hint = f"Give rows of these labels too. {several}{keep}"
         raise InvalidInput(f"{what}: no row has them, and no other text of theirs is kept.", hint=hint)
 
 
