@@ -1,29 +1,33 @@
 """Continual learning, no task id at test: this hub beside one LoRA throughout, joint training, and heads on the frozen encoder.
 
-    python benchmarks/continual.py --data DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0] [--device cuda]
+    python benchmarks/continual.py --data DIR [--budget small|full] [--only clinc_domains,banking] [--methods hub,joint] [--seeds 0]
+                                   [--jobs 2] [--device cuda]
 
 DIR holds the folders clinc150, banking77, standard_cl and cl_benchmark. `--work` keeps registries and one record a run: what is
-there is not computed again, so that a run that was cut off goes on. Every method gets the same rows, and every LoRA as many passes over
-them and a head that starts from a linear probe. A part of the rows is carved off where something is to be chosen. The hub's LoRAs and
-the joint one choose their epoch on it, and are not trained on it; the router is taught it then, and the heads on the frozen encoder,
-which choose a penalty on it, learn it. The other LoRAs take the last epoch, and are trained on everything. The joint LoRA, which is the
-bound, has twice the rank and adapts every layer. Accuracy is of the label, among those of all tasks learned so far (where tasks share
-labels, whoever gives the right one is right); "named" tells the method which task it is. The test split chooses nothing. The last line
-is JSON.
+there is not computed again, so that a run that was cut off goes on. `--jobs` runs so many methods and seeds beside each other.
+Every method gets the same rows, and every LoRA as many passes over them and a head that starts from a linear probe. A part of the
+rows is carved off where something is to be chosen. The hub's LoRAs and the joint one choose their epoch on it, and are not trained
+on it; the router is taught it then, and the heads on the frozen encoder, which choose a penalty on it, learn it. The other LoRAs
+take the last epoch, and are trained on everything. The joint LoRA, which is the bound, has twice the rank and adapts every layer.
+Accuracy is of the label, among those of all tasks learned so far (where tasks share labels, whoever gives the right one is right);
+"named" tells the method which task it is. The test split chooses nothing. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +138,10 @@ class Run:
     def config(self) -> TrainConfig:
         return replace(CONFIGS[self.budget], seed=self.seed)
 
+    @cached_property
+    def labels(self) -> list[str]:
+        return sorted({label for task in self.sequence.tasks for label in task.labels})
+
     def mixture(self, tasks: Sequence[Task]) -> tuple[list[Example], list[int]]:
         """The test rows of these tasks, shuffled, and which task each is of."""
         rows = [(row, place) for place, task in enumerate(tasks) for row in task.test]
@@ -167,11 +175,12 @@ def run_hub(run: Run, say: Callable[[str], None]) -> Record:
     }  # fmt: skip
 
 
-def run_scores(run: Run, method: Scores, labels: Sequence[str], say: Callable[[str], None]) -> Record:
+def run_scores(run: Run, method: Scores, say: Callable[[str], None]) -> Record:
     """The same of one model of all labels. Named: only the labels of its task compete."""
+    labels = run.labels
     place = {label: number for number, label in enumerate(labels)}
     if run.method == COLD:
-        return run_cold(run, method, labels)
+        return run_cold(run, method)
     stages = [run.tasks] if method.joint else [run.tasks[: stage + 1] for stage in range(len(run.tasks))]
     routed, named, seconds = [], [], []
     for tasks in stages:
@@ -191,7 +200,7 @@ def run_scores(run: Run, method: Scores, labels: Sequence[str], say: Callable[[s
     return found if method.joint else found | {"routed": routed, "named": named}
 
 
-def run_cold(run: Run, method: Scores, labels: Sequence[str]) -> Record:
+def run_cold(run: Run, method: Scores) -> Record:
     """Each task's own LoRA, asked for its own test rows alone."""
     named, seconds = [], []
     for task in run.tasks:
@@ -199,7 +208,7 @@ def run_cold(run: Run, method: Scores, labels: Sequence[str]) -> Record:
         method.learn([task])
         seconds.append(time.perf_counter() - started)
         best = method.scores([row.text for row in task.test]).argmax(axis=1)
-        named.append(float(np.mean([labels[place] == row.label for place, row in zip(best, task.test, strict=True)])))
+        named.append(float(np.mean([run.labels[place] == row.label for place, row in zip(best, task.test, strict=True)])))
     return {"final_named": named, "seconds": seconds, "bytes": [method.bytes_stored * len(run.tasks)]}
 
 
@@ -214,7 +223,15 @@ def _mean(values: Sequence[float | None]) -> float:
     return float(np.mean([value for value in values if value is not None]))
 
 
-def methods_of(run: Run, base: FrozenBase, vectors: Vectors, labels: Sequence[str]) -> Scores:
+@cache
+def models(device: str) -> tuple[FrozenBase, Vectors]:
+    """Loaded once a process."""
+    return FrozenBase.load(DEFAULT_MODEL, device=device), Vectors(load_encoder(DEFAULT_MODEL, device))
+
+
+def method_of(run: Run) -> Scores:
+    base, vectors = models(run.device)
+    labels = run.labels
     lora = (base, labels, run.config, run.seed)
     ways: Mapping[str, Callable[[], Scores]] = {
         COLD: lambda: Alone(*lora),
@@ -354,6 +371,7 @@ def main() -> int:
     parser.add_argument("--methods", metavar="NAMES", help=f"of {', '.join(TITLES)} (default: all; with --budget full {', '.join(HEADLINE)})")
     parser.add_argument("--seeds", type=_numbers, metavar="NUMBERS", help="default: 0,1,2; with --budget full 0")
     parser.add_argument("--orders", type=_numbers, metavar="NUMBERS", help=f"of 1 to {ORDERS} (default: 1; with --budget full all)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="NUMBER", help="methods and seeds beside each other (default: 1)")
     parser.add_argument("--device", default="cpu", help="of torch (default: cpu)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="where figures and pictures go")
     arguments = parser.parse_args()
@@ -366,28 +384,33 @@ def main() -> int:
     orders = arguments.orders or ([1] if small else list(range(1, ORDERS + 1)))
     if other := [order for order in orders if not 1 <= order <= ORDERS]:
         parser.error(f"order {other[0]} is none of 1 to {ORDERS}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: at least 1")
     arguments.work.mkdir(parents=True, exist_ok=True)
 
-    console, base = Console(width=150), FrozenBase.load(DEFAULT_MODEL, device=arguments.device)
-    vectors = Vectors(load_encoder(DEFAULT_MODEL, arguments.device))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))    # of the processes that `--jobs` starts
+
+    console, started = Console(width=150), time.perf_counter()
     path = arguments.out / f"continual_{arguments.budget}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["sequences"] if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sequences": {}}
+    runs = {name: [*runs_of(name, arguments, methods, seeds, orders)] for name in names}
+    new = compute([run for own in runs.values() for run in own], arguments.jobs)
     results: dict[str, Any] = {}
-    for name in names:
-        now = measured(name, arguments, methods, seeds, orders, base, vectors, console)
-        figures = joined(before.get(name, {}).get("figures", {}), now)
+    for name, own in runs.items():
+        figures = joined(before["sequences"].get(name, {}).get("figures", {}), measured(own, methods, arguments.out))
         console.print(table_of(f"{name}, {arguments.budget}", figures))
         results[name] = {"figures": figures, "missed": [] if small else missed(name, figures)}
-    report = {"benchmark": "continual", "budget": arguments.budget, "sequences": before | results}
+    last = {"runs": len(new), "of": sum(map(len, runs.values())), "jobs": arguments.jobs, "seconds": round(time.perf_counter() - started)}
+    report = {"benchmark": "continual", "budget": arguments.budget, "last": last, "sequences": before["sequences"] | results}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({"benchmark": "continual", "bars_missed": [line for found in results.values() for line in found["missed"]]}))
+    print(json.dumps({"benchmark": "continual", "bars_missed": [line for found in results.values() for line in found["missed"]]} | last))
     return 1 if any(found["missed"] for found in results.values()) else 0
 
 
-def machine_of(base: FrozenBase) -> str:
-    device = f", {torch.cuda.get_device_name(base.device)}" if base.device.type == "cuda" else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores{device}, Python {platform.python_version()}"
+def machine_of(device: str) -> str:
+    shown = f", {torch.cuda.get_device_name(device)}" if torch.device(device).type == "cuda" else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores{shown}, Python {platform.python_version()}"
 
 
 def joined(before: Figures, now: Figures) -> dict[str, list[Mapping[str, Any]]]:
@@ -400,60 +423,73 @@ def joined(before: Figures, now: Figures) -> dict[str, list[Mapping[str, Any]]]:
     return found
 
 
-def measured(
-    name: str,
-    arguments: Any,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    orders: Sequence[int],
-    base: FrozenBase,
-    vectors: Vectors,
-    console: Console,
-) -> Figures:
-    """The figures of each method, run by run; also of those that were not asked for, where their records lie there."""
-    runs: dict[str, list[tuple[Run, Record]]] = {}
+def runs_of(name: str, arguments: Any, methods: Sequence[str], seeds: Sequence[int], orders: Sequence[int]) -> Iterator[Run]:
+    """Those that are asked for; also others, where their records lie there."""
+    asked = {HUB if method in (ALONE, RANDOM) else method for method in methods}
+    sequences = {seed: load(name, arguments.data, arguments.budget == "small", seed) for seed in seeds}
     for method in (method for method in TITLES if method not in (ALONE, RANDOM)):
-        for seed in seeds:
-            sequence = load(name, arguments.data, arguments.budget == "small", seed)
-            labels = sorted({label for task in sequence.tasks for label in task.labels})
+        for seed, sequence in sequences.items():
             for order in orders if method in ORDERED else (1,):
                 run = Run(sequence, arguments.budget, seed, order - 1, method, arguments.work, arguments.device)
-                if method in methods or run.path.exists():
-                    runs.setdefault(method, []).append((run, recorded(run, base, vectors, labels, console)))
-    draw(name, arguments.out / f"continual_{name}_{arguments.budget}", runs)
-    cold = {run.seed: dict(zip((task.name for task in run.tasks), record["final_named"], strict=True)) for run, record in runs.get(COLD, ())}
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for method, own in runs.items():
-        for run, record in own:
-            how = {"seed": run.seed, "order": run.order + 1, "machine": record["machine"], "recipe": run.recipe}
+                if method in asked or run.path.exists():
+                    yield run
+
+
+def compute(runs: Sequence[Run], jobs: int) -> list[Run]:
+    """Those without a record get one: of one method and seed in their order, of several beside each other."""
+    new = sorted((run for run in runs if not run.path.exists()), key=_unit)
+    units = [[*own] for _, own in itertools.groupby(new, key=_unit)]
+    if jobs == 1:
+        for unit in units:
+            record(unit)
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            for _ in pool.map(record, units):
+                pass
+    return new
+
+
+def _unit(run: Run) -> tuple[int, str, int]:
+    """Of one method and seed on one sequence; longer methods first."""
+    return [*TITLES].index(run.method), run.sequence.name, run.seed
+
+
+def record(runs: Sequence[Run]) -> None:
+    """Compute what these runs measure, and keep it."""
+    console = Console(width=150)
+    for run in runs:
+
+        def say(line: str, of: str = run.path.stem) -> None:
+            console.print(f"[dim]{of} {line}[/dim]", highlight=False)
+
+        found = run_hub(run, say) if run.method == HUB else run_scores(run, method_of(run), say)
+        found["machine"] = machine_of(run.device)
+        part = run.path.with_suffix(".part")
+        part.write_text(json.dumps(found))
+        part.replace(run.path)
+
+
+def measured(runs: Sequence[Run], methods: Sequence[str], out: Path) -> Figures:
+    """The figures of each method, run by run, and the pictures."""
+    records: dict[str, list[tuple[Run, Record]]] = {}
+    for run in runs:
+        records.setdefault(run.method, []).append((run, json.loads(run.path.read_text())))
+    draw(runs[0].sequence.name, out / f"continual_{runs[0].sequence.name}_{runs[0].budget}", records)
+    cold = {run.seed: dict(zip((task.name for task in run.tasks), found["final_named"], strict=True)) for run, found in records.get(COLD, ())}
+    figures: dict[str, list[Mapping[str, Any]]] = {}
+    for method, own in records.items():
+        for run, found in own:
+            how = {"seed": run.seed, "order": run.order + 1, "machine": found["machine"], "recipe": run.recipe}
             known = cold.get(run.seed) if method in SEQUENTIAL else None
             tasks = [task.name for task in run.tasks]
-            figures = figures_of(record, tasks, [known[task] for task in tasks] if known else None)
-            found.setdefault(method, []).append(how | figures)
+            figures.setdefault(method, []).append(how | figures_of(found, tasks, [known[task] for task in tasks] if known else None))
             if method == HUB and ALONE in methods:
-                less = {key: value for key, value in record.items() if key not in ("routing", "golden_same", "singles_same")}
-                alone = figures_of(less | {"routed": record["alone"], "final": record["alone"][-1]}, tasks, None)
-                found.setdefault(ALONE, []).append(how | alone)
+                less = {key: value for key, value in found.items() if key not in ("routing", "golden_same", "singles_same")}
+                alone = figures_of(less | {"routed": found["alone"], "final": found["alone"][-1]}, tasks, None)
+                figures.setdefault(ALONE, []).append(how | alone)
             if method == HUB and RANDOM in methods:
-                found.setdefault(RANDOM, []).append(how | {"acc": float(np.mean(record["random"])), "seconds": 0.0})
-    return found
-
-
-def recorded(run: Run, base: FrozenBase, vectors: Vectors, labels: Sequence[str], console: Console) -> Record:
-    """What the run measured: now, or before."""
-    if run.path.exists():
-        found: Record = json.loads(run.path.read_text())
-        return found
-
-    def say(line: str) -> None:
-        console.print(f"[dim]{run.path.stem} {line}[/dim]", highlight=False)
-
-    found = run_hub(run, say) if run.method == HUB else run_scores(run, methods_of(run, base, vectors, labels), labels, say)
-    found["machine"] = machine_of(base)
-    part = run.path.with_suffix(".part")
-    part.write_text(json.dumps(found))
-    part.replace(run.path)
-    return found
+                figures.setdefault(RANDOM, []).append(how | {"acc": float(np.mean(found["random"])), "seconds": 0.0})
+    return figures
 
 
 def _numbers(given: str) -> list[int]:

@@ -441,7 +441,8 @@ class JointLora:
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=self._kept) as scratch:
                 train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=Path(scratch) / "adapter")
-                (Path(scratch) / "adapter").rename(folder)
+                if not folder.exists():    # by another process, meanwhile
+                    (Path(scratch) / "adapter").rename(folder)
         self._adapter = read_adapter(folder, labels=sorted({str(row.label) for row in train}))
         self.bytes_stored = sum(file.stat().st_size for file in folder.iterdir())
         self._engine = Engine(self._base, lambda _: self._adapter)
