@@ -444,8 +444,9 @@ def compute(runs: Sequence[Run], jobs: int) -> list[Run]:
             record(unit)
     else:
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            for _ in pool.map(record, units):
-                pass
+            started = [pool.submit(record, unit) for unit in units]
+        for one in started:    # all are run, then what failed is told
+            one.result()
     return new
 
 

@@ -75,17 +75,19 @@ def main() -> int:
     parser.add_argument("--targets", type=int, default=4, help="tasks of each set")
     parser.add_argument("--starts", nargs="*", choices=(*TRAINED, ALIGNED), default=TRAINED, help="to be trained in full beside the cold one")
     parser.add_argument("--trials", action=argparse.BooleanOptionalAction, default=True, help="which start `transfer` would choose, too")
+    parser.add_argument("--device", default="cpu", help="of torch (default: cpu)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FILE", help="where the figures go as JSON")
     arguments = parser.parse_args()
     before = json.loads(arguments.out.read_text(encoding="utf-8"))["cells"] if arguments.out.exists() else []
     cells: dict[tuple[Any, ...], Cell] = {key_of(cell): cell for cell in before}
-    with Hub.open(arguments.registry) as hub:
+    with Hub.open(arguments.registry, device=arguments.device) as hub:
         for name in arguments.tasks:
             for target, rows in list(SETS[name](arguments.data / name).items())[: arguments.targets]:
                 for shots in arguments.shots:
                     for seed in arguments.seeds:
                         few, config = drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed)
                         cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed, "config": repr(config)}
+                        cell |= {"device": arguments.device}    # no part of the key: gains are paired within a cell
                         known = cells.get(key_of(cell), {}).get("starts", {}).keys()
                         if not known >= {*arguments.starts, *(["transfer"] if arguments.trials else [])}:
                             wanted = {*arguments.starts, *known} & {*TRAINED, ALIGNED}
