@@ -318,18 +318,21 @@ def _plain(values: Sequence[float]) -> str:
 
 
 def draw(name: str, path: Path, runs: Mapping[str, Sequence[tuple[Run, Record]]]) -> None:
-    """The curves of all methods, and the matrices of those that learn task after task."""
+    """The curves of all methods, and the matrices of those that learn task after task: of the seeds and orders that all of these have."""
     import continual_plots as plots  # matplotlib, which only pictures need
 
+    staged = {method: {(run.seed, run.order): (run, record) for run, record in own} for method, own in runs.items() if "routed" in own[0][1]}
+    common = sorted(set.intersection(*map(set, staged.values()))) if staged else []
     found = {
-        TITLES[method]: [AccuracyMatrix([task.name for task in run.tasks], _nan(record["routed"])) for run, record in own]
-        for method, own in runs.items()
-        if "routed" in own[0][1]
+        TITLES[method]: [AccuracyMatrix([task.name for task in run.tasks], _nan(record["routed"])) for run, record in map(own.__getitem__, common)]
+        for method, own in staged.items()
+        if common
     }
     whole = {method: own for method, own in runs.items() if "routed" not in own[0][1] and method != COLD}
     bounds = {TITLES[method]: float(np.mean([np.mean(record["final"]) for _, record in own])) for method, own in whole.items()}
     if found:
-        title = f"{name}: {len(next(iter(found.values()))[0].tasks)} tasks, no task id"
+        orders = sorted({order + 1 for _, order in common})
+        title = f"{name}: {len(next(iter(found.values()))[0].tasks)} tasks, no task id, order {', '.join(map(str, orders))}"
         plots.curves(path.with_name(path.name + "_curves.png"), title, found, bounds, TITLES[HUB])
         plots.matrices(path.with_name(path.name + "_matrices.png"), title, found)
 

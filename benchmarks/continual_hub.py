@@ -15,6 +15,7 @@ from continual_data import Task
 from adapter_hub import Hub
 from adapter_hub.examples import Example
 from adapter_hub.prediction import Prediction
+from adapter_hub.refs import AdapterRef
 from adapter_hub.training.config import TrainConfig
 
 GOLDEN_ROWS = 50    # of each task, whose answers are kept and asked for again at the end
@@ -45,9 +46,10 @@ class HubRun:
         found = self._learned(task) if other is None else self._taken(task, other)
         rows, homes = mixture
         texts = [row.text for row in rows]
-        alone, routed = (self.hub.predict(texts, max_false_reject=0, ask=ask) for ask in (1, ASKED))
+        routed = self.hub.predict(texts, max_false_reject=0, ask=ASKED)
         named = self.hub.predict(texts, adapters=list(homes))
-        found |= {kind: [one.label for one in answers] for kind, answers in (("routed", routed), ("alone", alone), ("named", named))}
+        found |= {kind: [one.label for one in answers] for kind, answers in (("routed", routed), ("named", named))}
+        found["alone"] = self._alone(texts, [one.decision.adapter for one in routed], homes, found["named"])
         found["right_adapter"] = [one.adapter is not None and one.adapter.name == home for one, home in zip(routed, homes, strict=True)]
         found["golden"] = {one.name: self._golden(one) for one in tasks}
         found["bytes"] = self._stored(task.name)
@@ -79,6 +81,17 @@ class HubRun:
         self.hub.calibrate()
         self.hub.settle()
         return {"seconds": time.perf_counter() - started, "verdict": None}
+
+    def _alone(
+        self, texts: Sequence[str], chosen: Sequence[AdapterRef | None], homes: Sequence[str], named: Sequence[str | None]
+    ) -> list[str | None]:
+        """What the adapters of the router's own choice say: where that is an input's task, it was said with the task named."""
+        labels = list(named)
+        if strays := [row for row, (ref, home) in enumerate(zip(chosen, homes, strict=True)) if ref is None or ref.name != home]:
+            answers = self.hub.predict([texts[row] for row in strays], adapters=[chosen[row] for row in strays])
+            for row, one in zip(strays, answers, strict=True):
+                labels[row] = one.label
+        return labels
 
     def _stored(self, name: str) -> int:
         """Bytes of all versions of a name; what several have lies there once."""

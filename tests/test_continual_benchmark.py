@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapter_hub import Hub
 from adapter_hub.base_model import FrozenBase
 from adapter_hub.examples import Example
 from adapter_hub.routing.encoder import HashEncoder
@@ -60,6 +61,9 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_stage(
 
     whole = stages(module.HubRun(tmp_path / "whole", CONFIG, **models), range(2))
     assert module.golden_same(whole) and all(one["verdict"] for one in whole)
+    texts = [row.text for task in tasks for row in task.test]
+    with Hub.open(tmp_path / "whole") as hub:
+        assert whole[1]["alone"] == [one.label for one in hub.predict(texts, max_false_reject=0)]
     cut = module.HubRun(tmp_path / "cut", CONFIG, **models)
     stages(cut, range(1))
     if taught:
