@@ -277,9 +277,9 @@ def _nan(values: Sequence[Sequence[float | None]]) -> list[list[float]]:
 def table_of(title: str, figures: Figures) -> Table:
     table = Table(title=title)
     columns = {"acc": "ACC", "acc_named": "named", "routing": "right adapter", "bwt": "BWT", "bwt_named": "BWT named", "forgetting": "forgetting"}
-    columns |= {"average": "mean of stages", "fwt": "FWT"}
+    columns |= {"average": "of all stages", "fwt": "FWT"}
     for name in ("", *columns.values(), "s a task", "MB a task", "runs"):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=not name)
     for method in TITLES:
         if method in figures:
             shares = [_percent(_each(figures, method, name)) for name in columns]
@@ -393,7 +393,7 @@ def main() -> int:
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.jobs)))    # of the processes that `--jobs` starts
 
-    console, started = Console(width=150), time.perf_counter()
+    console, started = Console(width=180), time.perf_counter()
     path = arguments.out / f"continual_{arguments.budget}.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sequences": {}}
     runs = {name: [*runs_of(name, arguments, methods, seeds, orders)] for name in names}
