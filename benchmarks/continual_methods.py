@@ -11,7 +11,6 @@ import math
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -427,24 +426,28 @@ class OrthogonalLora(SequentialLora):
 
 
 class JointLora:
-    """One LoRA on everything at once, by the hub's own trainer: the bound."""
+    """One LoRA on all tasks at once, by the hub's own trainer."""
 
     joint = True
 
-    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, seed: int, kept: Path) -> None:
-        self._base, self._labels, self._config, self._kept = base, list(labels), replace(config, seed=seed), kept
+    def __init__(self, base: FrozenBase, labels: Sequence[str], config: TrainConfig, kept: Path, recipe: str) -> None:
+        self._base, self._labels, self._config, self._kept, self._recipe = base, list(labels), config, kept, recipe
 
     def learn(self, tasks: Sequence[Task]) -> None:
         """The same rows, however they are cut into tasks, are trained on once."""
         train, carved = (sorted((row for task in tasks for row in part(task)), key=_text) for part in (lambda t: t.train, lambda t: t.validation))
-        folder = self._kept / f"joint-{digest_of([*train, *carved])[-8:]}-{hashlib.sha256(repr(self._config).encode()).hexdigest()[:8]}"
+        what = hashlib.sha256(repr((self._config, self._recipe, str(self._base.device))).encode()).hexdigest()[:8]
+        folder = self._kept / f"joint-{digest_of([*train, *carved])[-8:]}-{what}"
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=self._kept) as scratch:
-                train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=Path(scratch) / "adapter")
+                made = Path(scratch) / "made"
+                result = train_classifier(self._base, train, task="joint", validation=carved, config=self._config, folder=made / "adapter")
+                (made / "seconds").write_text(str(result.seconds))
                 if not folder.exists():    # by another process, meanwhile
-                    (Path(scratch) / "adapter").rename(folder)
-        self._adapter = read_adapter(folder, labels=sorted({str(row.label) for row in train}))
-        self.bytes_stored = sum(file.stat().st_size for file in folder.iterdir())
+                    made.rename(folder)
+        self._adapter = read_adapter(folder / "adapter", labels=sorted({str(row.label) for row in train}))
+        self.trained_s = float((folder / "seconds").read_text())
+        self.bytes_stored = sum(file.stat().st_size for file in (folder / "adapter").iterdir())
         self._engine = Engine(self._base, lambda _: self._adapter)
 
     def scores(self, texts: Sequence[str]) -> F32:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -226,3 +227,17 @@ def test_seeds_and_orders_that_were_measured_at_different_times_stand_together(m
         "sequential": [run(0.4, method="sequential", fwt=0.02)],    # which needs the record of another method
         "ewc": now["ewc"],
     }
+
+
+def test_runs_beside_each_other_measure_what_they_measure_one_after_the_other(
+    modules: dict[str, ModuleType], tasks: tuple[Any, ...], tmp_path: Path
+) -> None:
+    module, sequence = modules["continual"], modules["continual_data"].TaskSequence("toys", tasks, ((0, 1),))
+    found = []
+    for jobs in (1, 2):
+        (work := tmp_path / str(jobs)).mkdir()
+        runs = [module.Run(sequence, "small", seed, 0, method, work) for method in ("means", "base") for seed in (0, 1)]
+        assert module.compute(runs, jobs) == sorted(runs, key=module._unit)
+        assert module.compute(runs, jobs) == []    # what was measured is not measured again
+        found.append([json.loads(run.path.read_text()) | {"seconds": None} for run in runs])
+    assert found[0] == found[1]
