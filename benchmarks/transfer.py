@@ -87,7 +87,7 @@ def main() -> int:
                     for seed in arguments.seeds:
                         few, config = drawn(rows, shots, seed), dataclasses.replace(CONFIG, seed=seed)
                         cell: Cell = {"set": name, "target": target, "shots": shots, "seed": seed, "config": repr(config)}
-                        cell |= {"device": arguments.device}    # no part of the key: gains are paired within a cell
+                        cell["machine"] = machine_of(arguments.device)    # no part of the key: gains are paired within a cell
                         known = cells.get(key_of(cell), {}).get("starts", {}).keys()
                         if not known >= {*arguments.starts, *(["transfer"] if arguments.trials else [])}:
                             wanted = {*arguments.starts, *known} & {*TRAINED, ALIGNED}
@@ -95,7 +95,7 @@ def main() -> int:
                             write(arguments.out, [*cells.values()])
     report = write(arguments.out, [*cells.values()])
     show(report["gains"])
-    print(json.dumps({key: report[key] for key in ("benchmark", "machine", "gains")}))
+    print(json.dumps({key: report[key] for key in ("benchmark", "gains")}))
     return 0
 
 
@@ -219,9 +219,13 @@ def gains_of(cells: Iterable[Cell]) -> list[dict[str, Any]]:
     return found
 
 
+def machine_of(device: str) -> str:
+    shown = f", {torch.cuda.get_device_name(device)}" if torch.device(device).type == "cuda" else ""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}{shown}"
+
+
 def write(path: Path, cells: Sequence[Cell]) -> dict[str, Any]:
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    report = {"benchmark": "transfer", "machine": machine, "gains": gains_of(cells), "cells": list(cells)}
+    report = {"benchmark": "transfer", "gains": gains_of(cells), "cells": list(cells)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return report
