@@ -213,6 +213,7 @@ class SequentialLora:
         self._base, self._config, self._random = base, config, random.Random(seed)
         self._place = {label: place for place, label in enumerate(labels)}
         self._seen: list[int] = []
+        self._below: dict[str, Tensor] = {}    # of each text that was asked, what reaches the first adapted layer: the same after every task
         whole = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(labels), local_files_only=True)
         self._whole = whole.to(base.device)
         shape = LoraConfig(
@@ -296,13 +297,18 @@ class SequentialLora:
 
     def scores(self, texts: Sequence[str]) -> F32:
         encoded = self._base.encode(texts)
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids["input_ids"]))
+        inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in encoded]
+        order = sorted(range(len(texts)), key=lambda i: len(inputs[i]["input_ids"]))
+        new = [i for i in order if texts[i] not in self._below]
+        once = (_padded([inputs[i] for i in new[at : at + BATCH_ROWS]]) for at in range(0, len(new), BATCH_ROWS))
         found = np.full((len(texts), len(self._place)), -np.inf, np.float32)
-        with torch.inference_mode():
+        with computed_once(self._model, self._whole, once) as hidden, torch.inference_mode():
+            if hidden is not None:
+                self._below |= {texts[i]: states for i, states in zip(new, hidden, strict=True)}
+                inputs = [row | {HIDDEN: self._below[text]} for row, text in zip(inputs, texts, strict=True)]
             for start in range(0, len(order), BATCH_ROWS):
                 rows = order[start : start + BATCH_ROWS]
-                batch = [{key: torch.tensor(encoded[i].ids[key]) for key in ("input_ids", "attention_mask")} for i in rows]
-                found[np.ix_(rows, self._seen)] = self._model(**self._padded(batch)).logits[:, self._seen].cpu().numpy()
+                found[np.ix_(rows, self._seen)] = self._model(**self._padded([inputs[i] for i in rows])).logits[:, self._seen].cpu().numpy()
         return found
 
     @property

@@ -241,3 +241,18 @@ def test_runs_beside_each_other_measure_what_they_measure_one_after_the_other(
         assert module.compute(runs, jobs) == []    # what was measured is not measured again
         found.append([json.loads(run.path.read_text()) | {"seconds": None} for run in runs])
     assert found[0] == found[1]
+
+
+def test_what_reaches_the_first_adapted_layer_is_computed_once(modules: dict[str, ModuleType], bert: Path, tasks: tuple[Any, ...]) -> None:
+    upper = replace(CONFIG, layers_share=0.5)
+    method = modules["continual_methods"].OrthogonalLora(FrozenBase.load(bert), labels_of(tasks), upper, 0)
+    texts = [row.text for task in tasks for row in task.test]
+    method.learn(tasks[:1])
+    method.scores(texts[:3])
+    method.learn(tasks[1:])
+    kept = method.scores(texts)
+    assert set(method._below) == set(texts)
+    inputs = [{key: torch.tensor(row.ids[key]) for key in ("input_ids", "attention_mask")} for row in method._base.encode(texts)]
+    with torch.inference_mode():
+        whole = method._model(**method._padded(inputs)).logits[:, method._seen].numpy()
+    np.testing.assert_allclose(kept[:, method._seen], whole, atol=1e-5)
