@@ -323,24 +323,23 @@ def _plain(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}" if values else ""
 
 
-def draw(name: str, path: Path, runs: Mapping[str, Sequence[tuple[Run, Record]]]) -> None:
-    """The curves of all methods, and the matrices of those that learn task after task: of the seeds and orders that all of these have."""
+def draw(name: str, path: Path, runs: Sequence[Run], figures: Figures) -> None:
+    """The curves of those that learn task after task, of the seeds and orders that all of them have, their matrices, and what the others reach."""
     import continual_plots as plots  # matplotlib, which only pictures need
 
-    staged = {method: {(run.seed, run.order): (run, record) for run, record in own} for method, own in runs.items() if "routed" in own[0][1]}
-    common = sorted(set.intersection(*map(set, staged.values()))) if staged else []
-    found = {
-        TITLES[method]: [AccuracyMatrix([task.name for task in run.tasks], _nan(record["routed"])) for run, record in map(own.__getitem__, common)]
-        for method, own in staged.items()
-        if common
-    }
-    whole = {method: own for method, own in runs.items() if "routed" not in own[0][1] and method != COLD}
-    bounds = {TITLES[method]: float(np.mean([np.mean(record["final"]) for _, record in own])) for method, own in whole.items()}
-    if found:
-        orders = sorted({order + 1 for _, order in common})
-        title = f"{name}: {len(next(iter(found.values()))[0].tasks)} tasks, no task id, order {', '.join(map(str, orders))}"
-        plots.curves(path.with_name(path.name + "_curves.png"), title, found, bounds, TITLES[HUB])
-        plots.matrices(path.with_name(path.name + "_matrices.png"), title, found)
+    staged: dict[str, dict[tuple[int, int], AccuracyMatrix]] = {}
+    for run in runs:
+        if routed := json.loads(run.path.read_text()).get("routed"):
+            staged.setdefault(run.method, {})[run.order + 1, run.seed] = AccuracyMatrix([task.name for task in run.tasks], _nan(routed))
+    if not staged or not (common := sorted(set.intersection(*map(set, staged.values())))):
+        return
+    found = {TITLES[method]: [own[place] for place in common] for method, own in staged.items()}
+    others = (method for method in TITLES if method in figures and method not in (*staged, ALONE, RANDOM, COLD))
+    bounds = {TITLES[method]: float(np.mean(_each(figures, method, "acc"))) for method in others}
+    orders = ", ".join(map(str, sorted({order for order, _ in common})))
+    title = f"{name}: {len(next(iter(found.values()))[0].tasks)} tasks, no task id, order {orders}"
+    plots.curves(path.with_name(path.name + "_curves.png"), title, found, bounds, TITLES[HUB])
+    plots.matrices(path.with_name(path.name + "_matrices.png"), title, found)
 
 
 def missed(name: str, figures: Figures) -> list[str]:
@@ -406,7 +405,8 @@ def main() -> int:
     new = compute([run for own in runs.values() for run in own], arguments.jobs)
     results: dict[str, Any] = {}
     for name, own in runs.items():
-        figures = joined(before["sequences"].get(name, {}).get("figures", {}), measured(own, methods, arguments.out))
+        figures = joined(before["sequences"].get(name, {}).get("figures", {}), measured(own, methods))
+        draw(name, arguments.out / f"continual_{name}_{arguments.budget}", own, figures)
         console.print(table_of(f"{name}, {arguments.budget}", figures))
         results[name] = {"figures": figures, "missed": [] if small else missed(name, figures)}
     last = {"runs": len(new), "of": sum(map(len, runs.values())), "jobs": arguments.jobs, "seconds": round(time.perf_counter() - started)}
@@ -482,12 +482,11 @@ def record(runs: Sequence[Run]) -> None:
         part.replace(run.path)
 
 
-def measured(runs: Sequence[Run], methods: Sequence[str], out: Path) -> Figures:
-    """The figures of each method, run by run, and the pictures."""
+def measured(runs: Sequence[Run], methods: Sequence[str]) -> Figures:
+    """The figures of each method, run by run."""
     records: dict[str, list[tuple[Run, Record]]] = {}
     for run in runs:
         records.setdefault(run.method, []).append((run, json.loads(run.path.read_text())))
-    draw(runs[0].sequence.name, out / f"continual_{runs[0].sequence.name}_{runs[0].budget}", records)
     cold = {run.seed: dict(zip((task.name for task in run.tasks), found["final_named"], strict=True)) for run, found in records.get(COLD, ())}
     figures: dict[str, list[Mapping[str, Any]]] = {}
     for method, own in records.items():
