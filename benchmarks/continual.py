@@ -65,7 +65,7 @@ HUB, ALONE, RANDOM, JOINT = "hub", "alone", "random", "joint"    # the second an
 COLD = "cold"    # each task by a LoRA of its own, for the forward transfer of SEQUENTIAL
 SEQUENTIAL = ("sequential", "replay", "ewc", "olora")
 ONE_BY_ONE = (*SEQUENTIAL, "ridge", "means", "base")    # see a task at a time, as the hub does
-ORDERED = (HUB, ALONE, RANDOM, *SEQUENTIAL)    # run in each order; to the others it makes none in the end, and their stages are those of the first
+ORDERED = (HUB, ALONE, RANDOM, *SEQUENTIAL)    # run in each order; the others come to the same in all, and their stages are of the first
 RECIPES = dict.fromkeys(SEQUENTIAL, 3)    # to be raised where the same settings would give another record
 RECIPE = 2    # of the others
 TITLES = {
@@ -239,7 +239,7 @@ def method_of(run: Run) -> Scores:
         "replay": lambda: Replay(*lora),
         "ewc": lambda: Elastic(*lora),
         "olora": lambda: OrthogonalLora(*lora),
-        JOINT: lambda: JointLora(base, labels, replace(run.config, r=16, alpha=32, layers_share=1.0, seed=run.seed), run.work, str(run.recipe)),
+        JOINT: lambda: JointLora(base, labels, replace(run.config, r=16, alpha=32, layers_share=1.0), run.work, str(run.recipe)),
         "probe": lambda: JointProbe(vectors, labels),
         "ridge": lambda: RandomRidge(vectors, labels, run.seed),
         "means": lambda: ClassMean(vectors, labels),
